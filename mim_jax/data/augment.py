@@ -1,0 +1,399 @@
+"""Multi-crop augmentation on the device: the host decodes once, every crop is made here, inside the jitted step.
+
+The reference is what the papers ran: torchvision's transforms on Pillow images. Pillow keeps 8 bits between operations,
+and so does this file: levels stay whole numbers in 0..255 (held in float32) and are rounded or cut off after each
+operation in the same direction as in Pillow. It costs next to nothing, leaves no free choice, makes every piece
+comparable with Pillow level by level, and absorbs the last-bit differences between devices and batch sizes.
+
+`augment`, `center_crop` and `denormalize` take and give channels-last images. The pieces in between work on one image
+as three planes of levels, `[3, h, w]` float32 (an axis of length 3 in the last place would waste vector lanes), and are
+batched by `vmap`.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+# A random resized crop whose box does not fit is drawn again, ten times at most (torchvision).
+TRIES = 10
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+ORDERS = np.array(list(itertools.permutations(range(4))))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """What happens to one crop after cutting; the defaults are those of DINO's local crops.
+
+    `flip`, `jitter`, `gray`, `blur` and `solarize` are probabilities. `brightness`, `contrast` and `saturation` are the
+    half-widths x of factors uniform in [max(0, 1 - x), 1 + x]; `hue` is the largest shift in turns of the color circle.
+    `blur_radius` is the range of Pillow's `GaussianBlur(radius)`, in pixels of the crop.
+    """
+
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    gray: float = 0.2
+    blur: float = 0.5
+    blur_radius: tuple[float, float] = (0.1, 2.0)
+    solarize: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Crops:
+    """`len(policies)` random resized crops of `size` x `size` pixels, found under `views[name]`.
+
+    `scale` is the range of the crop's share of the picture's area, `ratio` that of its width over its height.
+    """
+
+    name: str
+    size: int
+    scale: tuple[float, float]
+    policies: tuple[Policy, ...]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+def augment(
+    batch: dict[str, Array],
+    crops: Sequence[Crops],
+    key: Array,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: Any = jnp.float32,
+) -> dict[str, Array]:
+    """Random views of every image of a batch.
+
+    A view depends on `key`, the example's `index` and the crop's number alone: not on the batch's size, the place in
+    the batch, or the devices it is spread over.
+
+    Args:
+        batch: `image` uint8 [B, S, S, 3], the picture at the top left; `size` int [B, 2], its height and width, at least
+            1; `index` int [B]. What else is in it (labels, masks) is passed on.
+        crops: the groups of crops; their order numbers the crops.
+        key: a threefry key, the same for the whole batch. (Keys of type "rbg" draw numbers that depend on the batch.)
+        mean, std: per channel, for pictures in 0..1.
+        dtype: of the views.
+
+    Returns:
+        `batch` with `image` and `size` replaced by `[B, len(policies), size, size, 3]` under each group's name.
+    """
+    planes = _planes(batch["image"])
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+    views = {name: value for name, value in batch.items() if name not in ("image", "size")}
+    first = 0
+    for group in crops:
+        numbers = first + jnp.arange(len(group.policies))
+        first += len(group.policies)
+        policies = jax.tree.map(lambda *leaves: jnp.array(leaves, jnp.float32), *group.policies)
+
+        def one_crop(image, size, key, number, policy, group=group):
+            return random_view(image, size, jax.random.fold_in(key, number), policy, group)
+
+        all_crops = jax.vmap(one_crop, (None, None, None, 0, 0))
+        levels = jax.vmap(all_crops, (0, 0, 0, None, None))(planes, batch["size"], keys, numbers, policies)
+        views[group.name] = _normalize(levels, mean, std).astype(dtype)
+    return views
+
+
+def random_view(image: Array, size: Array, key: Array, policy: Policy, group: Crops) -> Array:
+    """One crop: planes [3, S, S] with valid `size` [2] -> levels [3, group.size, group.size].
+
+    `policy` may hold traced numbers; it is one of `group.policies`, which decide what is left out of the program:
+    an operation that none of them wants costs nothing.
+    """
+    wanted = {name: any(getattr(p, name) > 0 for p in group.policies) for name in ("jitter", "gray", "blur", "solarize")}
+    keys = jax.random.split(key, 6)
+    box = sample_box(keys[0], size, group.scale, group.ratio)
+    view = crop_resize(image, box, group.size, flip=_happens(keys[1], policy.flip))
+    if wanted["jitter"]:
+        view = color_jitter(view, *sample_jitter(keys[2], policy))
+    if wanted["gray"]:
+        view = jnp.where(_happens(keys[3], policy.gray), grayscale(view), view)
+    if wanted["blur"]:
+        happens, radius = jnp.split(_uniform(keys[4], 2), 2)
+        low, high = policy.blur_radius
+        radius = jnp.where(happens[0] < policy.blur, low + (high - low) * radius[0], 0.0)
+        view = gaussian_blur(view, radius, max_radius=max(p.blur_radius[1] for p in group.policies))
+    if wanted["solarize"]:
+        view = jnp.where(_happens(keys[5], policy.solarize), solarize(view), view)
+    return view
+
+
+def center_crop(
+    image: Array, size: Array, out: int, fraction: float, mean: Sequence[float], std: Sequence[float]
+) -> Array:
+    """The centered square of `fraction` of the short side, resized and normalized, for evaluation.
+
+    The customary "resize to 256, cut out 224" is `out=224, fraction=224 / 256`: as there, pixels just outside the square
+    take part in the antialiasing. Equals Pillow's `resize((out, out), BICUBIC, box=square)`.
+
+    Args:
+        image: uint8 [B, S, S, 3], the picture at the top left.
+        size: int [B, 2], its height and width.
+
+    Returns:
+        float32 [B, out, out, 3].
+    """
+
+    def one(image, size):
+        side = fraction * jnp.min(size)
+        top, left = (size - side) / 2
+        canvas = image.shape[-1]
+        rows = resize_weights(top, side, out, canvas, within=(0, size[0]))
+        columns = resize_weights(left, side, out, canvas, within=(0, size[1]))
+        return _resample(image, rows, columns)
+
+    return _normalize(jax.vmap(one)(_planes(image), size.astype(jnp.float32)), mean, std)
+
+
+def denormalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """Normalized images [..., H, W, 3] of any float type -> uint8 pictures of the same shape."""
+    images = jnp.asarray(images, jnp.float32) * jnp.array(std, jnp.float32) + jnp.array(mean, jnp.float32)
+    return _to_levels(images * 255).astype(jnp.uint8)
+
+
+# Cutting out
+
+
+def sample_box(
+    key: Array, size: Array, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> Array:
+    """The box of a random resized crop: int32 [4], (top, left, height, width).
+
+    As torchvision's `RandomResizedCrop.get_params`: area uniform in `scale` times the picture's, width over height
+    log-uniform in `ratio`, whole pixels, placed uniformly. If none of ten tries fits: the largest centered box with a
+    permitted ratio. The tries are drawn at once and the first good one is taken.
+    """
+    key_shape, key_place = jax.random.split(key)
+    size = size.astype(jnp.float32)
+    height, width = size
+    area, aspect = _uniform(key_shape, (2, TRIES))
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+    aspect = jnp.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * aspect)
+    tried = jnp.round(jnp.sqrt(jnp.stack([area / aspect, area * aspect])))
+    fits = jnp.all((tried > 0) & (tried <= size[:, None]), axis=0)
+    drawn = tried[:, jnp.argmax(fits)]
+    place = jnp.floor(_uniform(key_place, 2) * (size - drawn + 1))
+
+    largest = jnp.stack([
+        jnp.where(width / height < ratio[0], jnp.round(width / ratio[0]), height),
+        jnp.where(width / height > ratio[1], jnp.round(height * ratio[1]), width),
+    ])
+    centered = jnp.floor((size - largest) / 2)
+    box = jnp.where(jnp.any(fits), jnp.concatenate([place, drawn]), jnp.concatenate([centered, largest]))
+    return box.astype(jnp.int32)
+
+
+def resize_weights(
+    start: Array,
+    length: Array,
+    out: int,
+    canvas: int,
+    flip: Array | bool = False,
+    within: tuple[Array, Array] | None = None,
+) -> Array:
+    """The matrix [out, canvas] that resamples `length` pixels from `start` to `out` pixels, antialiased bicubic.
+
+    Pillow's filter: a cubic with a = -0.5, stretched by the scale when shrinking, cut off at the borders and scaled to
+    sum 1. The borders are those of the box, as if it had been cut out first, or `within` = (first, end). `flip` mirrors.
+    """
+    first, end = (start, start + length) if within is None else within
+    target = jnp.arange(out)
+    target = jnp.where(flip, out - 1 - target, target)
+    scale = length / out
+    center = start + (target + 0.5) * scale
+    pixel = jnp.arange(canvas)
+    weights = _cubic((pixel + 0.5 - center[:, None]) / jnp.maximum(scale, 1.0))
+    weights = jnp.where((pixel >= first) & (pixel < end), weights, 0.0).astype(jnp.float32)
+    return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def crop_resize(image: Array, box: Array, out: int, flip: Array | bool = False) -> Array:
+    """Cut `box` (top, left, height, width) out of planes [3, S, S], resize to [3, out, out], mirror where `flip`."""
+    top, left, height, width = box
+    rows = resize_weights(top, height, out, image.shape[-2])
+    columns = resize_weights(left, width, out, image.shape[-1], flip)
+    return _resample(image, rows, columns)
+
+
+def _resample(image: Array, rows: Array, columns: Array) -> Array:
+    # Horizontally first, whole levels in between, as the Pillow of the papers' time. Full precision: TPUs and GPUs
+    # would round the factors of a float32 product to 8 or 10 bits.
+    wide = jnp.einsum("chw,ow->cho", image, columns, precision="highest")
+    return _to_levels(jnp.einsum("ph,cho->cpo", rows, _to_levels(wide), precision="highest"))
+
+
+def _cubic(x: Array) -> Array:
+    x = jnp.abs(x)
+    near = (1.5 * x - 2.5) * x * x + 1
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
+
+
+# Color: planes of levels [3, h, w] in, the same out. Factors are scalars.
+
+
+def luma(image: Array) -> Array:
+    """Planes [3, h, w] -> [h, w], ITU-R 601 in Pillow's fixed-point numbers (exact in float32: below 2**24)."""
+    red, green, blue = image
+    return jnp.floor((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536)
+
+
+def grayscale(image: Array) -> Array:
+    """Luma in all three planes."""
+    return jnp.broadcast_to(luma(image), image.shape)
+
+
+def adjust_brightness(image: Array, factor: Array) -> Array:
+    """Pillow's `ImageEnhance.Brightness`: away from black."""
+    return _blend(jnp.zeros_like(image), image, factor)
+
+
+def adjust_contrast(image: Array, factor: Array) -> Array:
+    """Pillow's `ImageEnhance.Contrast`: away from the mean luma, rounded."""
+    return _blend(_mean_level(luma(image)), image, factor)
+
+
+def adjust_saturation(image: Array, factor: Array) -> Array:
+    """Pillow's `ImageEnhance.Color`: away from each pixel's luma."""
+    return _blend(luma(image), image, factor)
+
+
+def adjust_hue(image: Array, shift: Array) -> Array:
+    """torchvision's `adjust_hue` of a Pillow image: `shift` in [-0.5, 0.5] turns, through an HSV image of 8 bits."""
+    red, green, blue = image
+    value = jnp.max(image, axis=0)
+    chroma = value - jnp.min(image, axis=0)
+    sector = jnp.where(red == value, green - blue, jnp.where(green == value, blue - red, red - green))
+    offset = jnp.where(red == value, 0.0, jnp.where(green == value, 2.0, 4.0))
+    turn = sector / jnp.maximum(chroma, 1) + offset
+    turn = jnp.where(turn < 0, turn + 6, turn) / 6
+    # Saturation and hue have 256 steps in Pillow, and the shift is cut to whole ones before it is added modulo 256.
+    saturation = jnp.floor(chroma * 255 / jnp.maximum(value, 1)) / 255
+    hue = jnp.floor(turn * 255) + jnp.trunc(shift * 255)
+    hue = (hue - 256 * jnp.floor(hue / 256)) * (6 / 255)
+
+    def plane(offset):
+        k = hue + offset
+        k = jnp.where(k >= 6, k - 6, k)
+        return jnp.floor(value * (1 - saturation * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)) + 0.5)
+
+    return jnp.stack([plane(5), plane(3), plane(1)])
+
+
+def sample_jitter(key: Array, policy: Policy) -> tuple[Array, Array, Array]:
+    """Random arguments of `color_jitter`: order int [4], factors [3], hue shift; those that change nothing where the
+    jitter does not happen."""
+    happens, order, shift, *factors = _uniform(key, 6)
+    happens = happens < policy.jitter
+    order = jnp.asarray(ORDERS)[jnp.floor(order * len(ORDERS)).astype(jnp.int32)]
+    width = jnp.stack([policy.brightness, policy.contrast, policy.saturation])
+    low = jnp.maximum(0.0, 1 - width)
+    factors = low + (1 + width - low) * jnp.stack(factors)
+    shift = policy.hue * (2 * shift - 1)
+    return order, jnp.where(happens, factors, 1.0), jnp.where(happens, shift, 0.0)
+
+
+def color_jitter(image: Array, order: Array, factors: Array, shift: Array) -> Array:
+    """torchvision's `ColorJitter`: brightness, contrast, saturation (by `factors` [3]) and hue in the given `order` [4].
+
+    `order` is a permutation of (BRIGHTNESS, CONTRAST, SATURATION, HUE). Factors of 1 and a shift of 0 change nothing.
+    """
+    # Under vmap a branch on the order would compute all its arms. But the first three are one blend with different
+    # backgrounds, and hue, the dear one, is computed once: three blends before it, three after, the unwanted with factor 1.
+    factors = jnp.append(factors, 1.0)[order]
+    before = jnp.cumsum(order == HUE) == 0
+
+    def blend(image, operation, factor):
+        gray = luma(image)
+        background = jnp.where(operation == BRIGHTNESS, 0.0, jnp.where(operation == CONTRAST, _mean_level(gray), gray))
+        return _blend(background, image, factor)
+
+    for slot in (0, 1, 2):
+        image = blend(image, order[slot], jnp.where(before[slot], factors[slot], 1.0))
+    image = jnp.where(shift == 0, image, adjust_hue(image, shift))
+    for slot in (1, 2, 3):
+        image = blend(image, order[slot], jnp.where(before[slot], 1.0, factors[slot]))
+    return image
+
+
+def gaussian_blur(image: Array, radius: Array, max_radius: float) -> Array:
+    """Pillow's `GaussianBlur(radius)`, as two matrix products; a radius of 0 changes nothing.
+
+    Pillow approximates the Gaussian by three box filters in each direction and rounds six times; here the three are one
+    matrix and levels are rounded twice, which is at most one level away. `max_radius` bounds `radius` (static).
+    """
+    rows = blur_weights(radius, image.shape[-2], max_radius)
+    columns = blur_weights(radius, image.shape[-1], max_radius)
+    return _resample(image, rows, columns)
+
+
+def blur_weights(radius: Array, n: int, max_radius: float, passes: int = 3) -> Array:
+    """The matrix [n, n] of Pillow's blur along one axis: `passes` box filters of fractional width, borders repeated."""
+    reach = math.floor((math.sqrt(12 * max_radius**2 / passes + 1) + 1) / 2)
+    radius = _box_radius(radius, passes)
+    taps = np.arange(-reach, reach + 1)
+    # Whole pixels weigh 1, the pixel on each end by what is left of the radius.
+    weights = jnp.clip(radius + 1 - np.abs(taps), 0, 1) / (2 * radius + 1)
+    source = np.clip(np.arange(n)[:, None] + taps, 0, n - 1)
+    one_pass = jnp.einsum("t,itj->ij", weights, (source[:, :, None] == np.arange(n)).astype(np.float32), precision="highest")
+    return jnp.linalg.matrix_power(one_pass, passes)
+
+
+def _box_radius(radius: Array, passes: int) -> Array:
+    # Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering" (2011): the box whose
+    # `passes`-fold convolution has the variance radius**2. As in Pillow's BoxBlur.c.
+    variance = radius * radius / passes
+    whole = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)
+    rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    return whole + rest
+
+
+def solarize(image: Array, threshold: int = 128) -> Array:
+    """Pillow's `ImageOps.solarize`: levels from `threshold` up are inverted."""
+    return jnp.where(image >= threshold, 255 - image, image)
+
+
+# Levels and draws
+
+
+def _blend(background: Array, image: Array, factor: Array) -> Array:
+    # Pillow's `Image.blend` cuts the fraction off.
+    return jnp.floor(jnp.clip(background + factor * (image - background), 0, 255))
+
+
+def _mean_level(gray: Array) -> Array:
+    return jnp.floor(jnp.mean(gray) + 0.5)
+
+
+def _to_levels(values: Array) -> Array:
+    return jnp.clip(jnp.floor(values + 0.5), 0, 255)
+
+
+def _planes(images: Array) -> Array:
+    return jnp.moveaxis(images, -1, -3).astype(jnp.float32)
+
+
+def _normalize(levels: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+    mean, std = jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32)
+    return (jnp.moveaxis(levels, -3, -1) / 255 - mean) / std
+
+
+def _uniform(key: Array, shape: int | tuple[int, ...] = ()) -> Array:
+    # float32 also where the program around it computes in float64.
+    return jax.random.uniform(key, shape if isinstance(shape, tuple) else (shape,), jnp.float32)
+
+
+def _happens(key: Array, probability: Array | float) -> Array:
+    return _uniform(key) < probability
