@@ -1,0 +1,78 @@
+# Sourced by the other scripts, from the root of the checkout. `setup EXTRAS` makes sure that a virtual environment
+# holds mim_jax with these extras of pyproject.toml, and sets $python to its interpreter.
+#
+#   PYTHON=python3.13 bash launch/...   this interpreter, in an environment of its own (.venv-3.13); else .venv
+#   EXTRAS=cuda13 bash launch/...       more extras, separated by commas: cuda12, cuda13, tpu
+#
+# Installs with uv if it is on the PATH, else with venv and pip, from whatever package index they are configured for.
+
+fail() {
+  printf '%s\n' "" "$@" >&2
+  exit 1
+}
+
+have_uv() { command -v uv >/dev/null; }
+
+suits() { # INTERPRETER: run, not only looked up, because pyenv has a shim for every version, switched on or not
+  local check='import sys; assert (3, 11) <= sys.version_info < (3, 14)'
+  have_uv || check+='; import ensurepip' # Debian keeps it in a package of its own
+  "$1" -c "$check" >/dev/null 2>&1
+}
+
+find_python() {
+  local candidates=(python3.13 python3.12 python3.11 python3) candidate
+  if [[ -n ${PYTHON:-} ]]; then candidates=("$PYTHON"); fi
+  for candidate in "${candidates[@]}"; do
+    if suits "$candidate"; then
+      echo "$candidate"
+      return
+    fi
+  done
+  fail "mim_jax needs Python 3.11, 3.12 or 3.13 with its venv module; none found${PYTHON:+ as PYTHON=$PYTHON}." \
+    "Install one (Debian, Ubuntu: apt install python3 python3-venv), or name one: PYTHON=/path/to/python3 bash $0"
+}
+
+make_venv() { # VENV INTERPRETER
+  rm -rf "$1"
+  if have_uv; then uv venv --quiet --python "$2" "$1"; else "$2" -m venv "$1"; fi
+}
+
+install() { # INTERPRETER TARGET
+  if have_uv; then
+    uv pip install --quiet --python "$1" --editable "$2"
+  else
+    "$1" -m pip install --quiet --disable-pip-version-check --editable "$2"
+  fi
+}
+
+setup() { # EXTRAS
+  local extras=${1:-}${EXTRAS:+,$EXTRAS} venv=.venv stamp base
+  extras=${extras#,}
+  if [[ -n ${PYTHON:-} ]]; then
+    base=$(find_python)
+    venv+=-$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  fi
+  python=$PWD/$venv/bin/python
+  stamp=$venv/installed-$extras # a copy of all that was asked for, written last
+  wanted() { pwd && cat requirements.txt pyproject.toml; }
+  ready() { [[ -x $python && ! -e $venv.installing ]] && wanted | cmp -s - "$stamp"; }
+
+  if ready; then return; fi
+  (
+    flock 9 2>/dev/null || true # a second script waits here for the first (where the system has flock)
+    if ready; then exit; fi
+    if [[ -x $python && ! -e $venv.installing ]]; then
+      echo "New requirements: installing into $venv." >&2
+    else # none yet, or cut short: from the beginning
+      base=$(find_python)
+      echo "First use: installing into $venv with $base (a minute or a few)." >&2
+      touch "$venv.installing"
+      make_venv "$venv" "$base" || fail "Could not make the virtual environment: see above."
+    fi
+    touch "$venv.installing"
+    install "$python" ".${extras:+[$extras]}" || fail "The installation failed: see above." \
+      "If it is the network, check the connection and the proxy or index settings of pip or uv. Then run this again."
+    wanted >"$stamp"
+    rm "$venv.installing"
+  ) 9>"$venv.lock"
+}

@@ -1,0 +1,41 @@
+"""Set-up shared by all tests: 8 simulated CPU devices, absl flags marked as parsed, and the golden arrays."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Here and in the processes that tests start. Before jax is imported: an accelerator is slow to start and rarely exact.
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+# Tests count traces and read what the compiler reports, so nothing may come compiled from an earlier run.
+jax.config.update("jax_enable_compilation_cache", False)
+# Grain's workers read absl flags, which only `app.run` parses.
+flags.FLAGS.mark_as_parsed()
+
+GOLDEN = Path(__file__).parent / "golden"
+
+Golden = Callable[[str], tuple[dict[str, np.ndarray], dict[str, Any]]]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Golden:
+    """A function `name -> (arrays, meta)` that loads `tests/golden/<name>.npz` (`{}` if there is none) and `.json`."""
+
+    def load(name: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        meta = json.loads((GOLDEN / f"{name}.json").read_text())
+        path = GOLDEN / f"{name}.npz"
+        if not path.exists():
+            return {}, meta
+        with np.load(path) as arrays:
+            return dict(arrays), meta
+
+    return load

@@ -1,0 +1,121 @@
+"""The house rules: bounded requirements, imports that run one way, scripts that parse, no paths of one machine."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+REQUIREMENTS = [
+    Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"
+]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci/run"]
+FRAMEWORKS = {"tensorflow", "tf-nightly", "torch", "torchvision", "keras"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted((ROOT / "mim_jax").rglob("*.py"))}
+
+
+def imported(module: str) -> Iterator[str]:
+    """Every dotted name that `module` imports, wherever the statement stands: `a.b` also for `from a import b`."""
+    path = MODULES[module]
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
+
+
+def owner(name: str) -> str | None:
+    """The module of mim_jax that `name` (a module, or something in one) belongs to."""
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def reached(module: str) -> set[str]:
+    """The modules of mim_jax that importing `module` brings in, directly or not."""
+    seen: set[str] = set()
+    todo = {module}
+    while todo:
+        current = todo.pop()
+        seen.add(current)
+        todo |= {found for name in imported(current) if (found := owner(name))} - seen
+    return seen - {module}
+
+
+def within(module: str, *parts: str) -> bool:
+    return any(module == f"mim_jax.{part}" or module.startswith(f"mim_jax.{part}.") for part in parts)
+
+
+def test_requirements_are_bounded_on_both_sides():
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    for requirement in [*REQUIREMENTS, *map(Requirement, extras["dev"])]:
+        operators = {specifier.operator for specifier in requirement.specifier}
+        assert operators == {">=", "<"}, f"{requirement} needs a lower and an upper bound"
+
+
+def test_no_other_framework_is_required_or_imported():
+    assert not FRAMEWORKS & {requirement.name.lower() for requirement in REQUIREMENTS}
+    for module in MODULES:
+        found = FRAMEWORKS & {name.partition(".")[0] for name in imported(module)}
+        assert not found, f"{module} imports {found}"
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper"),
+    [
+        (("losses", "masking", "models"), ("methods", "step", "train", "main")),
+        (("methods",), ("step", "train", "main")),
+        (("step",), ("train", "main")),
+        (("train",), ("main",)),
+    ],
+    ids=["losses-masking-models", "methods", "step", "train"],
+)
+def test_imports_run_one_way(lower: tuple[str, ...], upper: tuple[str, ...]):
+    modules = [module for module in MODULES if within(module, *lower)]
+    assert modules
+    for module in modules:
+        above = {found for found in reached(module) if within(found, *upper)}
+        assert not above, f"{module} reaches up to {sorted(above)}"
+
+
+def test_only_checkpoint_imports_orbax():
+    users = {module for module in MODULES if any(name.partition(".")[0] == "orbax" for name in imported(module))}
+    assert users == {"mim_jax.checkpoint"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_valid_bash(script: Path):
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_launch_accepts_the_pythons_of_pyproject():
+    script = (ROOT / "launch/setup.sh").read_text()
+    check = re.search(r"\((\d+), (\d+)\) <= sys.version_info < \((\d+), (\d+)\)", script)
+    assert check
+    low, high = (f"{check[i]}.{check[i + 1]}" for i in (1, 3))
+    assert PYPROJECT["project"]["requires-python"] == f">={low},<{high}"
+
+
+def test_no_path_of_one_machine():
+    folders = ("mim_jax", "configs", "launch", "benchmarks", "notebooks")
+    kinds = {".py", ".sh", ".ipynb"}
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
+    assert files
+    for path in files:
+        found = re.search(r"(?<![\w.])/(work|home|root|Users)/\S*", path.read_text())
+        assert not found, f"{path.relative_to(ROOT)} names {found[0]}"
