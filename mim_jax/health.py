@@ -1,0 +1,150 @@
+"""Is the run well? Figures that show a collapse before the accuracy does, and a verdict in one plain sentence.
+
+Self-distillation can cheat in two ways (DINO, section 5.3): all images get the same vote spread over all prototypes (no
+sharpening), or all images vote for one prototype (no centering). In both the teacher tells images apart no more, and
+KL(teacher || student) goes to 0 while the loss looks settled. A third way is seen in the features: they shrink to a few
+directions (dimensional collapse).
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+# Share of ln K at which the teacher's votes count as uniform. A healthy teacher is sharp: DINO's sits far below.
+UNIFORM = 0.97
+# Nats of teacher entropy below which each image votes for a single prototype ...
+ONE_VOTE = 0.5
+# ... and number of prototypes in use by the whole batch below which it is the same one for (nearly) all images.
+FEW_PROTOTYPES = 3.0
+# Features of unit length whose spread is below this share of the possible one are equal for all practical purposes.
+SAME_FEATURES = 0.01
+# RankMe of 1 is a line through the origin.
+ONE_DIRECTION = 1.5
+# Share of the run before which votes near the uniform ones are simply those of an untrained head.
+EARLY = 0.1
+# Share of the run after which features should tell images apart better than those of the untrained encoder.
+LATE = 0.5
+
+
+def vote_figures(teacher: jax.Array, student_log: jax.Array, center: jax.Array | None = None) -> dict[str, jax.Array]:
+    """Figures of one batch of votes, to be called inside the step. Entropies are in nats, between 0 and ln K.
+
+    Args:
+        teacher: probabilities [..., K], after centering and sharpening.
+        student_log: log-probabilities [..., K] of the student, each beside the teacher's that it is to match.
+        center: the teacher's center, [..., K].
+
+    Returns:
+        Scalars f32: `health/teacher_entropy`, `health/student_entropy` (means over all votes), `health/kl` (mean
+        KL(teacher || student)), `health/prototype_usage` (exp(entropy of the mean vote) / K: 1 when the batch as a whole
+        uses all prototypes alike, 1 / K when it uses one), and `health/center_norm` if `center` is given.
+    """
+    teacher, student_log = teacher.astype(jnp.float32), student_log.astype(jnp.float32)
+    num_prototypes = teacher.shape[-1]
+    mean_vote = teacher.reshape(-1, num_prototypes).mean(axis=0)
+    cross_entropy = -jnp.sum(teacher * student_log, axis=-1).mean()
+    teacher_entropy = _entropy(teacher).mean()
+    figures = {
+        "health/teacher_entropy": teacher_entropy,
+        "health/student_entropy": -jnp.sum(jnp.exp(student_log) * student_log, axis=-1).mean(),
+        "health/kl": cross_entropy - teacher_entropy,
+        "health/prototype_usage": jnp.exp(_entropy(mean_vote)) / num_prototypes,
+    }
+    if center is not None:
+        figures["health/center_norm"] = jnp.linalg.norm(center.astype(jnp.float32))
+    return figures
+
+
+def rank_me(features: jax.Array, eps: float = 1e-7) -> jax.Array:
+    """Effective rank of features [N, D]: exp of the entropy of their singular values, between 1 and min(N, D).
+
+    RankMe, Garrido et al. 2023, equation 1; features are taken as they are, not centered.
+    """
+    singular = jnp.linalg.svd(jnp.asarray(features, jnp.float32), compute_uv=False)
+    share = singular / jnp.maximum(singular.sum(), eps) + eps
+    return jnp.exp(-jnp.sum(share * jnp.log(share)))
+
+
+def feature_std(features: jax.Array) -> jax.Array:
+    """Spread of features [N, D]: the std over images of the L2-normalized features, averaged over D, times sqrt(D).
+
+    1 for directions spread evenly over the sphere, 0 when all images have the same (SimSiam, Chen and He 2021, section
+    4.1).
+    """
+    features = jnp.asarray(features, jnp.float32)
+    unit = features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
+    return unit.std(axis=0).mean() * math.sqrt(features.shape[-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """`status` is "healthy", "too early", "not learning", "collapsing" or "broken"; `sentence` says why."""
+
+    status: str
+    sentence: str
+
+    def __str__(self) -> str:
+        return f"{self.status}: {self.sentence}"
+
+
+def verdict(figures: Mapping[str, float | None], num_prototypes: int | None = None, progress: float = 1.0) -> Verdict:
+    """Judges a run by its latest figures; what is not among them is not judged.
+
+    Args:
+        figures: tag -> latest value (None or NaN: not finite), as logged: those of `vote_figures`, `health/rank`,
+            `health/feature_std`, `train/loss`, `eval/view_retrieval`, `eval/knn` and their `..._floor_untrained`.
+        num_prototypes: K, needed for the entropies.
+        progress: share of the run that is done, 0 to 1. Early on an untrained head looks like a uniform collapse.
+    """
+    lost = [tag for tag, value in figures.items() if value is None or not math.isfinite(value)]
+    if lost:
+        return Verdict("broken", f"{', '.join(sorted(lost))} {'is' if len(lost) == 1 else 'are'} not finite.")
+
+    known = {tag.removeprefix("health/"): float(value) for tag, value in figures.items() if value is not None}
+    signs = []
+    std, rank = known.get("feature_std"), known.get("rank")
+    if std is not None:
+        signs.append(f"feature std {std:.2g}")
+        if std < SAME_FEATURES:
+            return Verdict("collapsing", f"feature std {std:.2g}: all images have the same features.")
+    if rank is not None:
+        signs.append(f"feature rank {rank:.1f}")
+        if rank < ONE_DIRECTION:
+            return Verdict("collapsing", f"feature rank {rank:.2f}: all features lie along one direction.")
+
+    if num_prototypes and "teacher_entropy" in known:
+        entropy, kl = known["teacher_entropy"], known.get("kl", math.nan)
+        share = entropy / math.log(num_prototypes)
+        used = known.get("prototype_usage", math.nan) * num_prototypes
+        votes = f"teacher entropy {share:.0%} of uniform, KL to the student {kl:.2g} nats"
+        if share > UNIFORM:
+            if progress < EARLY:
+                return Verdict("too early", f"{votes}, as an untrained head has; {progress:.0%} of the run is done.")
+            return Verdict("collapsing", f"{votes}: every image gets the same vote for all prototypes.")
+        if entropy < ONE_VOTE and used < FEW_PROTOTYPES:
+            return Verdict(
+                "collapsing",
+                f"teacher entropy {entropy:.2g} nats and {used:.1f} of {num_prototypes} prototypes in use: "
+                "all images vote for the same prototype.",
+            )
+        signs = [votes, f"{used:.0f} of {num_prototypes} prototypes in use"] + signs
+
+    compared = []
+    for name, what in (("eval/view_retrieval", "view retrieval"), ("eval/knn", "k-NN")):
+        value, floor = known.get(name), known.get(f"{name}_floor_untrained")
+        if value is not None and floor is not None:
+            compared.append((value > floor, f"{what} {value:.3f} (untrained {floor:.3f})"))
+    if compared and not any(better for better, _ in compared):
+        told = ", ".join(text for _, text in compared)
+        if progress < LATE:
+            return Verdict("too early", f"no better than untrained yet: {told}; {progress:.0%} of the run is done.")
+        return Verdict("not learning", f"no better than the untrained encoder: {told}.")
+    signs += [text for _, text in compared]
+    return Verdict("healthy", f"{', '.join(signs)}.") if signs else Verdict("too early", "nothing has been measured yet.")
+
+
+def _entropy(probabilities: jax.Array) -> jax.Array:
+    return -jax.scipy.special.xlogy(probabilities, probabilities).sum(axis=-1)
