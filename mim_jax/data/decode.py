@@ -1,0 +1,85 @@
+"""Encoded images to 8-bit RGB that fits a square canvas. The only file that knows Pillow's image modes."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+class BadImage(ValueError):
+    """Not a usable image; the message says why."""
+
+
+def decode(image: bytes | np.ndarray, canvas: int) -> np.ndarray:
+    """Decodes one image to RGB whose longer side is at most `canvas`; smaller images keep their size.
+
+    What happens to unusual images:
+      * EXIF orientation is applied; of animations the first frame is used;
+      * transparency is composited over white (the colours hidden below transparent pixels are often garbage);
+      * 16-bit grey is scaled by 1 / 257, float grey in [0, 1] by 255; other ranges are refused, never clipped;
+      * JPEGs larger than twice the canvas are decoded at a fraction of their size by the JPEG library itself.
+
+    Args:
+      image: encoded bytes of any format Pillow reads, or uint8 [h, w], [h, w, 1], [h, w, 3] or [h, w, 4].
+      canvas: largest allowed side, in pixels.
+
+    Returns:
+      uint8 [h, w, 3], h and w at most `canvas`.
+
+    Raises:
+      BadImage: empty, truncated, not an image, more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or of unknown range.
+    """
+    if isinstance(image, np.ndarray) and image.shape[2:] == (3,) and max(image.shape[:2]) <= canvas:
+        return image
+    try:
+        return np.asarray(_shrunk_rgb(_open(image), canvas))
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever broken bytes lead to: SyntaxError, struct.error, ...
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _open(image: bytes | np.ndarray) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+    if not image:
+        raise BadImage("the file is empty")
+    return Image.open(io.BytesIO(image))
+
+
+def _shrunk_rgb(image: Image.Image, canvas: int) -> Image.Image:
+    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise BadImage(f"{image.width} x {image.height} pixels look like a decompression bomb")
+    # A no-op except for JPEG. Twice the final size leaves the last step to the bicubic filter.
+    scale = 2 * canvas / max(image.size)
+    image.draft(None, (round(image.width * scale), round(image.height * scale)))
+    image.load()
+    image = _rgb(_upright(image))
+    image.thumbnail((canvas, canvas), Image.Resampling.BICUBIC, reducing_gap=2.0)
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Broken EXIF beside sound pixels: as good as none.
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _grey(np.asarray(image), 65535)  # `convert` would clip: everything above 255 white.
+    elif image.mode == "F":
+        image = _grey(np.asarray(image), 1.0)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey(values: np.ndarray, white: float) -> Image.Image:
+    """Grey values [h, w] in [0, white] to 8 bits, rounded."""
+    low, high = values.min(), values.max()
+    if not (low >= 0 and high <= white):  # Written so that NaN is refused too.
+        raise BadImage(f"grey values from {low} to {high}, expected within 0 to {white}")
+    return Image.fromarray(np.floor(values * (255 / white) + 0.5).astype(np.uint8))
