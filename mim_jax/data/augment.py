@@ -5,9 +5,9 @@ and so does this file: levels stay whole numbers in 0..255 (held in float32) and
 operation in the same direction as in Pillow. It costs next to nothing, leaves no free choice, makes every piece
 comparable with Pillow level by level, and absorbs the last-bit differences between devices and batch sizes.
 
-`augment`, `center_crop` and `denormalize` take and give channels-last images. The pieces in between work on one image
-as three planes of levels, `[3, h, w]` float32 (an axis of length 3 in the last place would waste vector lanes), and are
-batched by `vmap`.
+`augment`, `center_crop` and `denormalize` take and give batches of channels-last images. The pieces in between work on
+one image as three planes of levels, (red, green, blue), each `[h, w]` float32, and are batched by `vmap`. An axis of
+length 3 would waste vector lanes, and XLA's CPU backend computes what is stacked along it up to ten times slower.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+Planes = tuple[Array, Array, Array]
 
 # A random resized crop whose box does not fit is drawn again, ten times at most (torchvision).
 TRIES = 10
@@ -106,27 +107,28 @@ def augment(
     return views
 
 
-def random_view(image: Array, size: Array, key: Array, policy: Policy, group: Crops) -> Array:
-    """One crop: planes [3, S, S] with valid `size` [2] -> levels [3, group.size, group.size].
+def random_view(image: Planes, size: Array, key: Array, policy: Policy, group: Crops) -> Planes:
+    """One crop: planes [S, S] with valid `size` [2] -> planes [group.size, group.size].
 
     `policy` may hold traced numbers; it is one of `group.policies`, which decide what is left out of the program:
     an operation that none of them wants costs nothing.
     """
-    wanted = {name: any(getattr(p, name) > 0 for p in group.policies) for name in ("jitter", "gray", "blur", "solarize")}
-    keys = jax.random.split(key, 6)
-    box = sample_box(keys[0], size, group.scale, group.ratio)
-    view = crop_resize(image, box, group.size, flip=_happens(keys[1], policy.flip))
-    if wanted["jitter"]:
-        view = color_jitter(view, *sample_jitter(keys[2], policy))
-    if wanted["gray"]:
-        view = jnp.where(_happens(keys[3], policy.gray), grayscale(view), view)
-    if wanted["blur"]:
-        happens, radius = jnp.split(_uniform(keys[4], 2), 2)
+    box_key, jitter_key, key = jax.random.split(key, 3)
+    flip, gray, blur, radius, inverted = _uniform(key, 5)
+    wants = lambda operation: any(getattr(p, operation) > 0 for p in group.policies)
+
+    box = sample_box(box_key, size, group.scale, group.ratio)
+    view = crop_resize(image, box, group.size, flip=flip < policy.flip)
+    if wants("jitter"):
+        view = color_jitter(view, *sample_jitter(jitter_key, policy))
+    if wants("gray"):
+        view = _where(gray < policy.gray, grayscale(view), view)
+    if wants("blur"):
         low, high = policy.blur_radius
-        radius = jnp.where(happens[0] < policy.blur, low + (high - low) * radius[0], 0.0)
+        radius = jnp.where(blur < policy.blur, low + (high - low) * radius, 0.0)
         view = gaussian_blur(view, radius, max_radius=max(p.blur_radius[1] for p in group.policies))
-    if wanted["solarize"]:
-        view = jnp.where(_happens(keys[5], policy.solarize), solarize(view), view)
+    if wants("solarize"):
+        view = _where(inverted < policy.solarize, solarize(view), view)
     return view
 
 
@@ -149,7 +151,7 @@ def center_crop(
     def one(image, size):
         side = fraction * jnp.min(size)
         top, left = (size - side) / 2
-        canvas = image.shape[-1]
+        canvas = image[0].shape[0]
         rows = resize_weights(top, side, out, canvas, within=(0, size[0]))
         columns = resize_weights(left, side, out, canvas, within=(0, size[1]))
         return _resample(image, rows, columns)
@@ -175,16 +177,16 @@ def sample_box(
     log-uniform in `ratio`, whole pixels, placed uniformly. If none of ten tries fits: the largest centered box with a
     permitted ratio. The tries are drawn at once and the first good one is taken.
     """
-    key_shape, key_place = jax.random.split(key)
     size = size.astype(jnp.float32)
     height, width = size
-    area, aspect = _uniform(key_shape, (2, TRIES))
+    draws = _uniform(key, (2, TRIES + 1))
+    area, aspect = draws[:, :TRIES]
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     aspect = jnp.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * aspect)
     tried = jnp.round(jnp.sqrt(jnp.stack([area / aspect, area * aspect])))
     fits = jnp.all((tried > 0) & (tried <= size[:, None]), axis=0)
     drawn = tried[:, jnp.argmax(fits)]
-    place = jnp.floor(_uniform(key_place, 2) * (size - drawn + 1))
+    place = jnp.floor(draws[:, TRIES] * (size - drawn + 1))
 
     largest = jnp.stack([
         jnp.where(width / height < ratio[0], jnp.round(width / ratio[0]), height),
@@ -219,19 +221,22 @@ def resize_weights(
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
-def crop_resize(image: Array, box: Array, out: int, flip: Array | bool = False) -> Array:
-    """Cut `box` (top, left, height, width) out of planes [3, S, S], resize to [3, out, out], mirror where `flip`."""
+def crop_resize(image: Planes, box: Array, out: int, flip: Array | bool = False) -> Planes:
+    """Cut `box` (top, left, height, width) out of planes [S, S], resize to [out, out], mirror where `flip`."""
     top, left, height, width = box
-    rows = resize_weights(top, height, out, image.shape[-2])
-    columns = resize_weights(left, width, out, image.shape[-1], flip)
+    rows = resize_weights(top, height, out, image[0].shape[0])
+    columns = resize_weights(left, width, out, image[0].shape[1], flip)
     return _resample(image, rows, columns)
 
 
-def _resample(image: Array, rows: Array, columns: Array) -> Array:
+def _resample(image: Planes, rows: Array, columns: Array) -> Planes:
     # Horizontally first, whole levels in between, as the Pillow of the papers' time. Full precision: TPUs and GPUs
     # would round the factors of a float32 product to 8 or 10 bits.
-    wide = jnp.einsum("chw,ow->cho", image, columns, precision="highest")
-    return _to_levels(jnp.einsum("ph,cho->cpo", rows, _to_levels(wide), precision="highest"))
+    def one(plane):
+        wide = _to_levels(jnp.einsum("hw,ow->ho", plane, columns, precision="highest"))
+        return _to_levels(jnp.einsum("ph,ho->po", rows, wide, precision="highest"))
+
+    return jax.tree.map(one, image)
 
 
 def _cubic(x: Array) -> Array:
@@ -241,40 +246,40 @@ def _cubic(x: Array) -> Array:
     return jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
 
 
-# Color: planes of levels [3, h, w] in, the same out. Factors are scalars.
+# Color: three planes of levels in, three out. Factors are scalars.
 
 
-def luma(image: Array) -> Array:
-    """Planes [3, h, w] -> [h, w], ITU-R 601 in Pillow's fixed-point numbers (exact in float32: below 2**24)."""
+def luma(image: Planes) -> Array:
+    """Three planes -> one, ITU-R 601 in Pillow's fixed-point numbers (exact in float32: below 2**24)."""
     red, green, blue = image
     return jnp.floor((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536)
 
 
-def grayscale(image: Array) -> Array:
+def grayscale(image: Planes) -> Planes:
     """Luma in all three planes."""
-    return jnp.broadcast_to(luma(image), image.shape)
+    return (luma(image),) * 3
 
 
-def adjust_brightness(image: Array, factor: Array) -> Array:
+def adjust_brightness(image: Planes, factor: Array) -> Planes:
     """Pillow's `ImageEnhance.Brightness`: away from black."""
-    return _blend(jnp.zeros_like(image), image, factor)
+    return _blend(0.0, image, factor)
 
 
-def adjust_contrast(image: Array, factor: Array) -> Array:
+def adjust_contrast(image: Planes, factor: Array) -> Planes:
     """Pillow's `ImageEnhance.Contrast`: away from the mean luma, rounded."""
     return _blend(_mean_level(luma(image)), image, factor)
 
 
-def adjust_saturation(image: Array, factor: Array) -> Array:
+def adjust_saturation(image: Planes, factor: Array) -> Planes:
     """Pillow's `ImageEnhance.Color`: away from each pixel's luma."""
     return _blend(luma(image), image, factor)
 
 
-def adjust_hue(image: Array, shift: Array) -> Array:
+def adjust_hue(image: Planes, shift: Array) -> Planes:
     """torchvision's `adjust_hue` of a Pillow image: `shift` in [-0.5, 0.5] turns, through an HSV image of 8 bits."""
     red, green, blue = image
-    value = jnp.max(image, axis=0)
-    chroma = value - jnp.min(image, axis=0)
+    value = jnp.maximum(jnp.maximum(red, green), blue)
+    chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
     sector = jnp.where(red == value, green - blue, jnp.where(green == value, blue - red, red - green))
     offset = jnp.where(red == value, 0.0, jnp.where(green == value, 2.0, 4.0))
     turn = sector / jnp.maximum(chroma, 1) + offset
@@ -289,7 +294,7 @@ def adjust_hue(image: Array, shift: Array) -> Array:
         k = jnp.where(k >= 6, k - 6, k)
         return jnp.floor(value * (1 - saturation * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)) + 0.5)
 
-    return jnp.stack([plane(5), plane(3), plane(1)])
+    return plane(5), plane(3), plane(1)
 
 
 def sample_jitter(key: Array, policy: Policy) -> tuple[Array, Array, Array]:
@@ -305,7 +310,7 @@ def sample_jitter(key: Array, policy: Policy) -> tuple[Array, Array, Array]:
     return order, jnp.where(happens, factors, 1.0), jnp.where(happens, shift, 0.0)
 
 
-def color_jitter(image: Array, order: Array, factors: Array, shift: Array) -> Array:
+def color_jitter(image: Planes, order: Array, factors: Array, shift: Array) -> Planes:
     """torchvision's `ColorJitter`: brightness, contrast, saturation (by `factors` [3]) and hue in the given `order` [4].
 
     `order` is a permutation of (BRIGHTNESS, CONTRAST, SATURATION, HUE). Factors of 1 and a shift of 0 change nothing.
@@ -322,20 +327,20 @@ def color_jitter(image: Array, order: Array, factors: Array, shift: Array) -> Ar
 
     for slot in (0, 1, 2):
         image = blend(image, order[slot], jnp.where(before[slot], factors[slot], 1.0))
-    image = jnp.where(shift == 0, image, adjust_hue(image, shift))
+    image = _where(shift == 0, image, adjust_hue(image, shift))
     for slot in (1, 2, 3):
         image = blend(image, order[slot], jnp.where(before[slot], 1.0, factors[slot]))
     return image
 
 
-def gaussian_blur(image: Array, radius: Array, max_radius: float) -> Array:
+def gaussian_blur(image: Planes, radius: Array, max_radius: float) -> Planes:
     """Pillow's `GaussianBlur(radius)`, as two matrix products; a radius of 0 changes nothing.
 
     Pillow approximates the Gaussian by three box filters in each direction and rounds six times; here the three are one
     matrix and levels are rounded twice, which is at most one level away. `max_radius` bounds `radius` (static).
     """
-    rows = blur_weights(radius, image.shape[-2], max_radius)
-    columns = blur_weights(radius, image.shape[-1], max_radius)
+    rows = blur_weights(radius, image[0].shape[0], max_radius)
+    columns = blur_weights(radius, image[0].shape[1], max_radius)
     return _resample(image, rows, columns)
 
 
@@ -360,17 +365,23 @@ def _box_radius(radius: Array, passes: int) -> Array:
     return whole + rest
 
 
-def solarize(image: Array, threshold: int = 128) -> Array:
+def solarize(image: Planes, threshold: int = 128) -> Planes:
     """Pillow's `ImageOps.solarize`: levels from `threshold` up are inverted."""
-    return jnp.where(image >= threshold, 255 - image, image)
+    return jax.tree.map(lambda plane: jnp.where(plane >= threshold, 255 - plane, plane), image)
 
 
 # Levels and draws
 
 
-def _blend(background: Array, image: Array, factor: Array) -> Array:
+def _blend(background: Array | float, image: Planes, factor: Array) -> Planes:
     # Pillow's `Image.blend` cuts the fraction off.
-    return jnp.floor(jnp.clip(background + factor * (image - background), 0, 255))
+    return jax.tree.map(
+        lambda plane: jnp.floor(jnp.clip(background + factor * (plane - background), 0, 255)), image
+    )
+
+
+def _where(condition: Array, yes: Planes, no: Planes) -> Planes:
+    return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), yes, no)
 
 
 def _mean_level(gray: Array) -> Array:
@@ -381,19 +392,18 @@ def _to_levels(values: Array) -> Array:
     return jnp.clip(jnp.floor(values + 0.5), 0, 255)
 
 
-def _planes(images: Array) -> Array:
-    return jnp.moveaxis(images, -1, -3).astype(jnp.float32)
+def _planes(images: Array) -> Planes:
+    """[..., H, W, 3] -> three of [..., H, W]."""
+    red, green, blue = jnp.moveaxis(images, -1, 0).astype(jnp.float32)
+    return red, green, blue
 
 
-def _normalize(levels: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
+def _normalize(levels: Planes, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """Three of [..., h, w] -> [..., h, w, 3]."""
     mean, std = jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32)
-    return (jnp.moveaxis(levels, -3, -1) / 255 - mean) / std
+    return (jnp.stack(levels, axis=-1) / 255 - mean) / std
 
 
-def _uniform(key: Array, shape: int | tuple[int, ...] = ()) -> Array:
+def _uniform(key: Array, shape: int | tuple[int, ...]) -> Array:
     # float32 also where the program around it computes in float64.
     return jax.random.uniform(key, shape if isinstance(shape, tuple) else (shape,), jnp.float32)
-
-
-def _happens(key: Array, probability: Array | float) -> Array:
-    return _uniform(key) < probability
