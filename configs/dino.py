@@ -1,0 +1,155 @@
+"""DINO (Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers", arXiv:2104.14294).
+
+Variants and what the paper and the official repository report on ImageNet-1k (k-NN / linear top-1):
+
+    vits16   ViT-S/16, 800 epochs, batch 1024, 2 x 224 + 10 x 96 px   74.5 / 77.0   16 V100, 180 h for 800 epochs (paper, table 8)
+    vits8    ViT-S/8                                                  78.3 / 79.7
+    vitb16   ViT-B/16, 400 epochs                                     76.1 / 78.2
+    vitb8    ViT-B/8, 300 epochs                                      77.4 / 80.1
+
+    python -m mim_jax.main --config=configs/dino.py:vits16 --config.data.dir=/data/tensorflow_datasets --workdir=runs/vits16
+
+None of these four has been trained with this code yet; `--dry_run` prints their plan.
+"""
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+
+def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
+    config = ml_collections.ConfigDict()
+    config.method = "dino"
+    config.seed = 0
+    # A duration may be given as *_steps, *_examples or *_epochs; the first that is set wins.
+    config.total_steps = placeholder(int)
+    config.total_examples = placeholder(int)
+    config.total_epochs = 800.0
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "imagenet2012"  # "cifar10", "folder", or any data set that TFDS has prepared
+    config.data.dir = placeholder(str)  # TFDS directory, or the folder
+    config.data.split = "train"
+    config.data.eval_split = "validation"
+    config.data.num_examples = 1_281_167  # main.py puts in what the source really has
+    config.data.batch_size = 1024  # global
+    config.data.canvas = 320  # images are decoded to fit a square of this size, in pixels
+    config.data.workers = 8  # decoding processes on each host
+    config.data.mean = (0.485, 0.456, 0.406)
+    config.data.std = (0.229, 0.224, 0.225)
+
+    config.model = ml_collections.ConfigDict()
+    config.model.img_size = 224
+    config.model.patch_size = 16
+    config.model.dim = 384
+    config.model.depth = 12
+    config.model.heads = 6
+    config.model.mlp_ratio = 4.0
+    config.model.drop_path_rate = 0.1
+    config.model.dtype = "bfloat16"
+    config.model.unroll = 1  # blocks a loop iteration holds: larger compiles longer
+
+    config.head = ml_collections.ConfigDict()
+    config.head.out_dim = 65536
+    config.head.hidden_dim = 2048
+    config.head.bottleneck_dim = 256
+    config.head.nlayers = 3
+    config.head.use_bn = False
+    config.head.norm_last_layer = False
+
+    config.crops = ml_collections.ConfigDict()
+    config.crops.global_crops_number = 2
+    config.crops.global_crops_size = 224
+    config.crops.global_crops_scale = (0.25, 1.0)
+    config.crops.local_crops_number = 10
+    config.crops.local_crops_size = 96
+    config.crops.local_crops_scale = (0.05, 0.25)
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.student_temp = 0.1
+    config.loss.warmup_teacher_temp = 0.04
+    config.loss.teacher_temp = 0.07
+    config.loss.warmup_teacher_temp_epochs = 30
+    config.loss.center_momentum = 0.9
+
+    config.optim = ml_collections.ConfigDict()
+    config.optim.lr = 5e-4  # for a batch of 256; scaled linearly with data.batch_size
+    config.optim.min_lr = 1e-6
+    config.optim.warmup_epochs = 10.0
+    config.optim.warmup_steps = placeholder(int)
+    config.optim.weight_decay = 0.04
+    config.optim.weight_decay_end = 0.4
+    config.optim.beta1 = 0.9
+    config.optim.beta2 = 0.999
+    config.optim.eps = 1e-8
+    config.optim.clip_grad = 3.0  # L2 norm of each parameter tensor; 0: never
+    config.optim.freeze_last_layer_epochs = 1.0
+    config.optim.freeze_last_layer_steps = placeholder(int)
+    config.optim.momentum_teacher = 0.996
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.every_steps = placeholder(int)
+    config.eval.every_epochs = 10.0
+    config.eval.bank = 50_000  # images of the training split that vote
+    config.eval.test = 10_000
+    config.eval.batch_size = 256
+    config.eval.resize = 0.875  # side of the central square, as a share of the image's short side
+    config.eval.tokens = "cls"  # or "patch": the mean of the patch tokens
+
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every_steps = placeholder(int)
+    config.checkpoint.every_epochs = 1.0
+    config.checkpoint.keep = 2
+
+    config.log_every_steps = 50
+    config.max_skipped = 20  # stop after so many steps in a row whose loss or gradient is not finite
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.rules = (  # the first regex found in an array's path says which of its axes are cut, and how
+        (r"blocks/.*/kernel$", (None, None, "fsdp")),
+        (r"patch_embed/kernel$", (None, None, None, "fsdp")),
+        (r"head/mlp_\d/kernel$", (None, "fsdp")),
+        (r"last_layer/weight_[gv]$", (None, "fsdp")),
+    )
+
+    config.init_from = placeholder(str)  # a run's workdir: start from its parameters
+    config.resume = placeholder(str)  # a run's workdir: continue it here
+
+    VARIANTS[variant](config)
+    return config
+
+
+def vits8(config):
+    config.model.patch_size = 8
+
+
+def vitb16(config):
+    config.model.update(dim=768, depth=12, heads=12)
+    config.head.norm_last_layer = True
+    config.total_epochs = 400.0
+
+
+def vitb8(config):
+    vitb16(config)
+    config.model.patch_size = 8
+    config.total_epochs = 300.0
+
+
+def demo(config):
+    config.total_epochs = placeholder(float)
+    config.total_steps = 1500
+    config.data.update(name="cifar10", eval_split="test", num_examples=50_000, batch_size=128, canvas=32, workers=0)
+    config.model.update(img_size=32, patch_size=8, dim=96, depth=4, heads=3, drop_path_rate=0.0, dtype="float32", unroll=4)
+    config.head.update(out_dim=1024, hidden_dim=256, bottleneck_dim=64)
+    config.crops.update(global_crops_size=32, local_crops_number=4, local_crops_size=16)
+    config.crops.update(global_crops_scale=(0.3, 1.0), local_crops_scale=(0.1, 0.3))
+    config.loss.warmup_teacher_temp_epochs = 0
+    config.loss.teacher_temp = 0.04
+    config.optim.update(warmup_steps=100, freeze_last_layer_steps=50, momentum_teacher=0.98, weight_decay_end=0.04)
+    config.eval.update(every_steps=300, bank=5000, test=2000, resize=1.0)
+    config.checkpoint.every_steps = 300
+    config.log_every_steps = 10
+
+
+VARIANTS = {"vits16": lambda config: None, "vits8": vits8, "vitb16": vitb16, "vitb8": vitb8, "demo": demo}

@@ -1,0 +1,18 @@
+"""Configs: a Python file with `get_config(variant)`, the same skeleton for every method."""
+
+import runpy
+from pathlib import Path
+
+import ml_collections
+
+
+def load_config(spec: str) -> ml_collections.ConfigDict:
+    """The locked config of `"configs/dino.py"` or, with a variant, `"configs/dino.py:demo"`, as `--config` reads it.
+
+    Raises FileNotFoundError for the file and ValueError, which names those that there are, for the variant.
+    """
+    path, _, variant = spec.partition(":")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no config file {path}")
+    get_config = runpy.run_path(path)["get_config"]
+    return (get_config(variant) if variant else get_config()).lock()

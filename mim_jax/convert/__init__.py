@@ -1,0 +1,107 @@
+"""Official weights in and out, as {state-dict key: numpy array}; no torch is needed.
+
+    arrays = {key: value.numpy() for key, value in torch.load(file, map_location="cpu").items()}
+    params = mim_jax.convert.from_torch(arrays, family="dino")
+
+Each family is a table of `Row`s, one for each tensor: its official key, our path, the official shape in symbols, and how
+the layout changes. The two directions read the same table, so a round trip is exact.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mim_jax.convert.table import Dim
+
+
+def family_module(family: str) -> Any:
+    """`mim_jax/convert/<family>.py`. Raises ValueError for a family that is not known."""
+    try:
+        return importlib.import_module(f"mim_jax.convert.{family}")
+    except ModuleNotFoundError:
+        raise ValueError(f"no converter for family {family!r}") from None
+
+
+def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
+    """{official state-dict key: array} -> parameters by part, as `method.init` lays them out.
+
+    A backbone alone comes without a prefix in its keys, a full model with `backbone.` and `head.`; a leading `module.` is
+    dropped. Raises ValueError that names every tensor which is missing, unexpected or misshapen.
+    """
+    arrays = {key.removeprefix("module."): np.asarray(value) for key, value in arrays.items()}
+    problems: list[str] = []
+    sizes: dict[str, int] = {}
+    params: dict[str, Any] = {}
+    rows = family_module(family).rows_for_keys(arrays)
+    depth = number_of_blocks(arrays)
+    for row in rows:
+        keys = [row.key.format(i) for i in range(depth)] if "{}" in row.key else [row.key]
+        problems += [f"missing: {key}" for key in keys if key not in arrays]
+        for key in keys:
+            problems += misshapen(key, arrays[key], row.shape, sizes) if key in arrays else []
+        if not problems:
+            values = [row.layout.to_flax(arrays[key]) for key in keys]
+            put(params, row.path, np.stack(values) if "{}" in row.key else np.array(values[0]))
+    known = {row.key.format(i) for row in rows for i in range(depth)}
+    problems += [f"unexpected: {key}" for key in arrays if key not in known]
+    if problems:
+        raise ValueError(f"this is not a {family} state dict:\n  " + "\n  ".join(problems))
+    return params
+
+
+def to_torch(params: Mapping[str, Any], family: str) -> dict[str, np.ndarray]:
+    """The inverse of `from_torch`: parameters by part -> {official state-dict key: array}.
+
+    Raises ValueError for parameters that the family's table does not know or does not find.
+    """
+    flat = flatten(params)
+    out: dict[str, np.ndarray] = {}
+    rows = family_module(family).rows_for_paths(flat)
+    missing, unexpected = {row.path for row in rows} - flat.keys(), flat.keys() - {row.path for row in rows}
+    if missing or unexpected:
+        raise ValueError(f"these are not {family} parameters: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+    for row in rows:
+        value = flat[row.path]
+        stacked = [(row.key.format(i), v) for i, v in enumerate(value)] if "{}" in row.key else [(row.key, value)]
+        out |= {key: np.array(row.layout.to_torch(v)) for key, v in stacked}
+    return out
+
+
+def number_of_blocks(keys: Any) -> int:
+    """One more than the largest number after `blocks.`; at least 1, so that a state dict without blocks names them."""
+    numbers = [key.split("blocks.")[1].split(".")[0] for key in keys if "blocks." in key]
+    return max((int(n) + 1 for n in numbers if n.isdigit()), default=1)
+
+
+def misshapen(key: str, array: np.ndarray, shape: tuple[Dim, ...], sizes: dict[str, int]) -> list[str]:
+    """[] or one complaint. Symbols that `sizes` lacks are learnt from the array."""
+    if len(shape) == array.ndim:
+        for dim, size in zip(shape, array.shape):
+            if isinstance(dim, str) and "*" not in dim:
+                sizes.setdefault(dim, size)
+    wanted = tuple(resolve(dim, sizes) for dim in shape)
+    return [] if wanted == array.shape else [f"misshapen: {key} is {array.shape}, expected {wanted}"]
+
+
+def resolve(dim: Dim, sizes: Mapping[str, int]) -> Dim:
+    if isinstance(dim, int):
+        return dim
+    factor, _, symbol = dim.rpartition("*")
+    return int(factor or 1) * sizes[symbol] if symbol in sizes else dim
+
+
+def put(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
+    *parents, leaf = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[leaf] = value
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
+    """{"a": {"b": x}} -> {"a/b": x}"""
+    out: dict[str, np.ndarray] = {}
+    for key, value in tree.items():
+        out |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: np.asarray(value)}
+    return out

@@ -1,0 +1,28 @@
+"""The papers' equations as pure functions of global batches: a plain mean over the batch axis is the global mean."""
+
+import jax
+import jax.numpy as jnp
+
+
+def dino_teacher(logits: jax.Array, center: jax.Array, temp: jax.Array) -> jax.Array:
+    """The targets: centred, sharpened and without gradient, [B, G, K] -> [B, G, K] (DINO, section 3.1)."""
+    return jax.lax.stop_gradient(jax.nn.softmax((logits - center) / temp))
+
+
+def dino_loss(student_log_probs: jax.Array, teacher_probs: jax.Array) -> jax.Array:
+    """The cross-entropy of each student crop with each teacher crop but itself, averaged (DINO, equation 3).
+
+    Args:
+      student_log_probs: [B, V, K], log softmax of all crops, the G global ones first.
+      teacher_probs: [B, G, K].
+    """
+    cross_entropy = -jnp.einsum("bgk,bvk->gv", teacher_probs, student_log_probs) / len(teacher_probs)
+    n_global, n_crops = cross_entropy.shape
+    others = 1 - jnp.eye(n_global, n_crops, dtype=cross_entropy.dtype)
+    return jnp.sum(cross_entropy * others) / jnp.sum(others)
+
+
+def update_center(center: jax.Array, teacher_logits: jax.Array, momentum: float) -> jax.Array:
+    """The moving average of the teacher's logits over images and global crops (DINO, equation 4). center: [1, K]."""
+    mean = teacher_logits.reshape(-1, center.shape[-1]).mean(0, keepdims=True)
+    return momentum * center + (1 - momentum) * jax.lax.stop_gradient(mean)

@@ -1,0 +1,62 @@
+"""What a method is. Each `methods/<name>.py` has one frozen dataclass with these members and `make(config) -> Method`.
+
+A method holds its paper: which views it needs, its parameters, its loss. The augmentation, optimizer, EMA teacher,
+sharding, checkpoints, logging and evaluation are shared, and none of them knows which method it serves.
+
+`views` has one layout for all methods, with the keys that the method declared. B, the batch, is always axis 0 and the
+only sharded axis:
+
+    global [B, G, H, W, C] float, local [B, L, h, w, C] float, label [B] int32, index [B] int32
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import ml_collections
+
+from mim_jax.data.augment import Crops
+
+Params = dict[str, Any]  # part name -> pytree
+Schedule = Callable[[jax.Array], jax.Array]  # step -> scalar
+
+
+class Method(Protocol):
+    @property
+    def crops(self) -> tuple[Crops, ...]:
+        """The crops that the device makes of each image. Fixes every static shape."""
+
+    @property
+    def teacher_parts(self) -> tuple[str, ...]:
+        """The parts of the parameters that have an EMA copy; () for a method without a teacher."""
+
+    @property
+    def fixed(self) -> str:
+        """A regex over parameter paths that are never trained (they are saved, shaped and averaged as all others)."""
+
+    @property
+    def schedules(self) -> Mapping[str, Schedule]:
+        """The scalars that follow the step; all are logged. The step reads `momentum_teacher`, the loss the others."""
+
+    def init(self, key: jax.Array) -> tuple[Params, Params]:
+        """(params, extra): trained parameters by part, and the state that gets no gradient (centre, queue; or {})."""
+
+    def loss(
+        self, params: Params, teacher: Params, frozen: Params, extra: Params, views: Params, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, tuple[Params, dict[str, jax.Array]]]:
+        """The paper: (loss, (new extra, metrics)). Views are finished: nothing is augmented or masked in here."""
+
+    def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
+        """Normalised images [B, H, W, C] -> {"cls": [B, D], "patch": [B, N, D]}; for evaluators and users."""
+
+
+def make_method(config: ml_collections.ConfigDict) -> Any:
+    """The method that `config.method` names. Raises ValueError if there is no such file."""
+    try:
+        module = importlib.import_module(f"mim_jax.methods.{config.method}")
+    except ModuleNotFoundError as error:
+        if error.name != f"mim_jax.methods.{config.method}":
+            raise
+        raise ValueError(f"config.method is {config.method!r}, but there is no mim_jax/methods/{config.method}.py") from None
+    return module.make(config)

@@ -1,0 +1,113 @@
+"""Where every array lives: the mesh, rules -> shardings, host batches -> global arrays.
+
+One mesh with the axes `("data", "fsdp")`. Both carry the batch; parameters are replicated over `data` and, by rule, cut
+over `fsdp`. Losses are written for the global batch, so nothing else in the code base mentions a device.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp")
+BATCH = P(AXES)  # axis 0 of everything that has a batch
+
+Rules = Sequence[tuple[str, Sequence[str | None]]]
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of `data * fsdp` devices; one of the two may be -1: whatever is left.
+
+    Raises ValueError when the devices cannot be divided so. The axis type is Auto: jax's default, Explicit, refuses
+    Linen modules.
+    """
+    devices = jax.devices() if devices is None else devices
+    n = len(devices)
+    if data == -1:
+        data = n // fsdp
+    elif fsdp == -1:
+        fsdp = n // data
+    if data * fsdp != n:
+        raise ValueError(f"mesh.data={data} x mesh.fsdp={fsdp} does not make the {n} devices that there are")
+    return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def current_mesh() -> Mesh | None:
+    """The mesh given to `jax.set_mesh`, or None."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty else mesh
+
+
+def pin_batch(x: jax.Array) -> jax.Array:
+    """Hold `x` [B, ...] to the batch axes; without a mesh, `x` itself. Under FSDP it makes XLA move weights, not tokens."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def path_name(path: tuple) -> str:
+    """`params/backbone/blocks/qkv/kernel` for a key path of `jax.tree_util`."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def tree_paths(tree: Any) -> Any:
+    """The tree with every leaf replaced by its slash-joined path."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
+
+
+def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+    """A NamedSharding for every leaf of `tree` (arrays or shapes), by the first rule whose regex is found in its path.
+
+    Rules: `(regex, spec)`, a spec naming a mesh axis or None for each array axis. No rule: replicated. An axis that its
+    mesh axes do not divide is replicated instead (`table` marks it). Raises ValueError for a rule that matches no leaf
+    or is longer than the array that it matches.
+    """
+    unused = {pattern for pattern, _ in rules}
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        for pattern, spec in rules:
+            if re.search(pattern, name):
+                unused.discard(pattern)
+                if len(spec) > leaf.ndim:
+                    raise ValueError(f"sharding rule {pattern!r} has {len(spec)} axes, but {name} has {leaf.ndim}")
+                kept = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, leaf.shape)]
+                return NamedSharding(mesh, P(*kept))
+        return NamedSharding(mesh, P())
+
+    placed = jax.tree_util.tree_map_with_path(place, tree)
+    if unused:
+        raise ValueError(f"sharding rules that match no array: {sorted(unused)}")
+    return placed
+
+
+def table(tree: Any, rules: Rules, mesh: Mesh) -> str:
+    """The sharding table as text: one line for every distinct placement, widest arrays first."""
+    placed = shardings(tree, rules, mesh)
+    groups: dict[str, list[tuple[str, int]]] = {}
+    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(placed)):
+        wanted = next((spec for pattern, spec in rules if re.search(pattern, path_name(path))), ())
+        kept = tuple(sharding.spec)
+        note = " (indivisible: replicated)" if any(a and a != b for a, b in zip(wanted, kept)) else ""
+        groups.setdefault(f"{tuple(kept)}{note}" if any(kept) or note else "replicated", []).append(
+            (path_name(path), leaf.size * np.dtype(leaf.dtype).itemsize)
+        )
+    lines = [f"mesh: {' x '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}"]
+    for spec, leaves in sorted(groups.items(), key=lambda item: -sum(size for _, size in item[1])):
+        total = sum(size for _, size in leaves)
+        biggest = max(leaves, key=lambda leaf: leaf[1])[0]
+        lines.append(f"  {spec:<44} {len(leaves):>4} arrays  {total / 2**20:>9.1f} MiB  largest: {biggest}")
+    return "\n".join(lines)
+
+
+def global_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """This process's rows -> global arrays over the batch axes (without a mesh: plain device arrays)."""
+    mesh = current_mesh()
+    if mesh is None:
+        return jax.device_put(batch)
+    sharding = NamedSharding(mesh, BATCH)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}

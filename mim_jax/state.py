@@ -1,0 +1,48 @@
+"""The training state and its creation."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from mim_jax import sharding
+from mim_jax.methods.base import Params
+from mim_jax.optim import make_optimizer
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run is: the next step reads nothing else but the data. No key, no optimizer object, no functions."""
+
+    step: jax.Array  # int32 [], updates made
+    params: Params  # part -> trained parameters
+    teacher: Params  # part -> EMA of the same part, under the student's names; {} without a teacher
+    opt_state: Any
+    extra: Params  # what the method carries along without gradients
+
+
+def create(method: Any, config: ml_collections.ConfigDict) -> TrainState:
+    """A fresh state from `config.seed`; pure, so `jax.eval_shape` gives its shapes."""
+    params, extra = method.init(jax.random.key(config.seed))
+    teacher = {part: jax.tree.map(jnp.copy, params[part]) for part in method.teacher_parts}
+    opt_state = make_optimizer(config, method.fixed).init(params)
+    return TrainState(jnp.zeros((), jnp.int32), params, teacher, opt_state, extra)
+
+
+def abstract_state(method: Any, config: ml_collections.ConfigDict) -> TrainState:
+    """The state as `ShapeDtypeStruct`s, with their shardings where a mesh is set. Allocates nothing."""
+    shapes = jax.eval_shape(lambda: create(method, config))
+    mesh = sharding.current_mesh()
+    if mesh is None:
+        return shapes
+    placed = sharding.shardings(shapes, config.mesh.rules, mesh)
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
+
+
+def init_state(method: Any, config: ml_collections.ConfigDict) -> tuple[TrainState, Params]:
+    """(state, frozen), made where they are to live: no device ever holds what it will not keep."""
+    abstract = abstract_state(method, config)
+    out_shardings = jax.tree.map(lambda s: s.sharding, abstract)
+    return jax.jit(lambda: create(method, config), out_shardings=out_shardings)(), method.frozen()

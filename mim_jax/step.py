@@ -1,0 +1,62 @@
+"""The one train step that there is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from mim_jax import optim
+from mim_jax.data.augment import augment
+from mim_jax.state import TrainState, abstract_state
+
+AUGMENT, LOSS = range(2)  # streams of randomness; each is a function of (seed, step, stream) and the example's index
+
+
+def make_train_step(method: Any, config: ml_collections.ConfigDict) -> Callable:
+    """`train_step(state, frozen, batch) -> (state, metrics)`, jitted; the state given is donated.
+
+    `batch` is what the pipeline yields, or finished views (no key `image`): then nothing is augmented. Where the loss or
+    the gradient is not finite the state comes back as it was, and `train/skipped` is 1.
+    """
+    tx = optim.make_optimizer(config, method.fixed)
+    schedules = {**optim.schedules(config), **method.schedules}
+
+    def train_step(state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, dict]:
+        # (1) randomness
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        # (2) views
+        views = batch
+        if "image" in batch:
+            views = augment(batch, method.crops, jax.random.fold_in(key, AUGMENT), config.data.mean, config.data.std)
+        # (3) loss and gradient
+        (loss, (extra, metrics)), grads = jax.value_and_grad(method.loss, has_aux=True)(
+            state.params, state.teacher, frozen, state.extra, views, jax.random.fold_in(key, LOSS), state.step
+        )
+        # (4) optimizer
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # (5) teacher
+        teacher = state.teacher
+        if method.teacher_parts:
+            m = method.schedules["momentum_teacher"](state.step)
+            teacher = {part: ema(teacher[part], params[part], m) for part in method.teacher_parts}
+        # (6) the next state, unless something is not finite
+        grad_norm = optax.tree.norm(grads)
+        ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new = TrainState(state.step + 1, params, teacher, opt_state, extra)
+        new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
+
+        metrics = metrics | {f"train/{name}": schedule(state.step) for name, schedule in schedules.items()}
+        metrics |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/skipped": 1 - ok.astype(jnp.int32)}
+        return new, metrics | {"step": new.step}
+
+    out_shardings = (jax.tree.map(lambda s: s.sharding, abstract_state(method, config)), None)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def ema(teacher: Any, student: Any, momentum: jax.Array) -> Any:
+    """teacher <- momentum * teacher + (1 - momentum) * student, leaf by leaf."""
+    return jax.tree.map(lambda t, s: (momentum * t + (1 - momentum) * s).astype(t.dtype), teacher, student)
