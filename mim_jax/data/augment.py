@@ -12,6 +12,7 @@ length 3 would waste vector lanes, and XLA's CPU backend computes what is stacke
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any
@@ -25,6 +26,8 @@ Planes = tuple[Array, Array, Array]
 
 # A random resized crop whose box does not fit is drawn again, ten times at most (torchvision).
 TRIES = 10
+# The uniform numbers that a crop takes: for its box, for the color jitter, and for what else may happen.
+BOX_DRAWS, JITTER_DRAWS, OTHER_DRAWS = 2 * TRIES + 2, 6, 5
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(list(itertools.permutations(range(4))))
 
@@ -90,44 +93,52 @@ def augment(
         `batch` with `image` and `size` replaced by `[B, len(policies), size, size, 3]` under each group's name.
     """
     planes = _planes(batch["image"])
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
+    # All random numbers at once: each call of the generator takes its time to compile.
+    each_crop = jax.vmap(draw, (None, None, 0))
+    draws = jax.vmap(each_crop, (None, 0, None))(key, batch["index"], jnp.arange(sum(len(c.policies) for c in crops)))
     views = {name: value for name, value in batch.items() if name not in ("image", "size")}
     first = 0
     for group in crops:
-        numbers = first + jnp.arange(len(group.policies))
-        first += len(group.policies)
+        end = first + len(group.policies)
         policies = jax.tree.map(lambda *leaves: jnp.array(leaves, jnp.float32), *group.policies)
-
-        def one_crop(image, size, key, number, policy, group=group):
-            return random_view(image, size, jax.random.fold_in(key, number), policy, group)
-
-        all_crops = jax.vmap(one_crop, (None, None, None, 0, 0))
-        levels = jax.vmap(all_crops, (0, 0, 0, None, None))(planes, batch["size"], keys, numbers, policies)
+        view = functools.partial(random_view, group=group)
+        view = jax.vmap(jax.vmap(view, (None, None, 0, 0)), (0, 0, 0, None))
+        levels = view(planes, batch["size"], draws[:, first:end], policies)
         views[group.name] = _normalize(levels, mean, std).astype(dtype)
+        first = end
     return views
 
 
-def random_view(image: Planes, size: Array, key: Array, policy: Policy, group: Crops) -> Planes:
+def draw(key: Array, index: Array, crop: Array) -> Array:
+    """The numbers, uniform in [0, 1), that decide all about one crop of the example `index`."""
+    key = jax.random.fold_in(jax.random.fold_in(key, index), crop)
+    return jax.random.uniform(key, (BOX_DRAWS + JITTER_DRAWS + OTHER_DRAWS,), jnp.float32)
+
+
+def random_view(image: Planes, size: Array, draws: Array, policy: Policy, group: Crops) -> Planes:
     """One crop: planes [S, S] with valid `size` [2] -> planes [group.size, group.size].
 
     `policy` may hold traced numbers; it is one of `group.policies`, which decide what is left out of the program:
     an operation that none of them wants costs nothing.
     """
-    box_key, jitter_key, key = jax.random.split(key, 3)
-    flip, gray, blur, radius, inverted = _uniform(key, 5)
-    wants = lambda operation: any(getattr(p, operation) > 0 for p in group.policies)
 
-    box = sample_box(box_key, size, group.scale, group.ratio)
+    def wanted(operation):
+        return any(getattr(policy, operation) > 0 for policy in group.policies)
+
+    box_draws, jitter_draws, (flip, gray, blur, radius, inverted) = jnp.split(
+        draws, [BOX_DRAWS, BOX_DRAWS + JITTER_DRAWS]
+    )
+    box = sample_box(box_draws, size, group.scale, group.ratio)
     view = crop_resize(image, box, group.size, flip=flip < policy.flip)
-    if wants("jitter"):
-        view = color_jitter(view, *sample_jitter(jitter_key, policy))
-    if wants("gray"):
+    if wanted("jitter"):
+        view = color_jitter(view, *sample_jitter(jitter_draws, policy))
+    if wanted("gray"):
         view = _where(gray < policy.gray, grayscale(view), view)
-    if wants("blur"):
+    if wanted("blur"):
         low, high = policy.blur_radius
         radius = jnp.where(blur < policy.blur, low + (high - low) * radius, 0.0)
-        view = gaussian_blur(view, radius, max_radius=max(p.blur_radius[1] for p in group.policies))
-    if wants("solarize"):
+        view = gaussian_blur(view, radius, max_radius=max(policy.blur_radius[1] for policy in group.policies))
+    if wanted("solarize"):
         view = _where(inverted < policy.solarize, solarize(view), view)
     return view
 
@@ -169,9 +180,9 @@ def denormalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> A
 
 
 def sample_box(
-    key: Array, size: Array, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    draws: Array, size: Array, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
 ) -> Array:
-    """The box of a random resized crop: int32 [4], (top, left, height, width).
+    """The box of a random resized crop: int32 [4], (top, left, height, width), from `BOX_DRAWS` numbers in [0, 1).
 
     As torchvision's `RandomResizedCrop.get_params`: area uniform in `scale` times the picture's, width over height
     log-uniform in `ratio`, whole pixels, placed uniformly. If none of ten tries fits: the largest centered box with a
@@ -179,14 +190,13 @@ def sample_box(
     """
     size = size.astype(jnp.float32)
     height, width = size
-    draws = _uniform(key, (2, TRIES + 1))
-    area, aspect = draws[:, :TRIES]
+    area, aspect, where = jnp.split(draws, [TRIES, 2 * TRIES])
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
     aspect = jnp.exp(math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * aspect)
     tried = jnp.round(jnp.sqrt(jnp.stack([area / aspect, area * aspect])))
     fits = jnp.all((tried > 0) & (tried <= size[:, None]), axis=0)
     drawn = tried[:, jnp.argmax(fits)]
-    place = jnp.floor(draws[:, TRIES] * (size - drawn + 1))
+    place = jnp.floor(where * (size - drawn + 1))
 
     largest = jnp.stack([
         jnp.where(width / height < ratio[0], jnp.round(width / ratio[0]), height),
@@ -297,10 +307,12 @@ def adjust_hue(image: Planes, shift: Array) -> Planes:
     return plane(5), plane(3), plane(1)
 
 
-def sample_jitter(key: Array, policy: Policy) -> tuple[Array, Array, Array]:
-    """Random arguments of `color_jitter`: order int [4], factors [3], hue shift; those that change nothing where the
-    jitter does not happen."""
-    happens, order, shift, *factors = _uniform(key, 6)
+def sample_jitter(draws: Array, policy: Policy) -> tuple[Array, Array, Array]:
+    """The arguments of `color_jitter`, order int [4], factors [3] and hue shift, from `JITTER_DRAWS` numbers in [0, 1).
+
+    Where the jitter does not happen, factors and shift are those that change nothing.
+    """
+    happens, order, shift, *factors = draws
     happens = happens < policy.jitter
     order = jnp.asarray(ORDERS)[jnp.floor(order * len(ORDERS)).astype(jnp.int32)]
     width = jnp.stack([policy.brightness, policy.contrast, policy.saturation])
@@ -316,20 +328,20 @@ def color_jitter(image: Planes, order: Array, factors: Array, shift: Array) -> P
     `order` is a permutation of (BRIGHTNESS, CONTRAST, SATURATION, HUE). Factors of 1 and a shift of 0 change nothing.
     """
     # Under vmap a branch on the order would compute all its arms. But the first three are one blend with different
-    # backgrounds, and hue, the dear one, is computed once: three blends before it, three after, the unwanted with factor 1.
+    # backgrounds, and hue, the dear one, is computed once: three blends before it, three after, those not wanted with
+    # factor 1. (A scan, because unrolled XLA fuses the rounds and computes the early ones many times over.)
     factors = jnp.append(factors, 1.0)[order]
     before = jnp.cumsum(order == HUE) == 0
 
-    def blend(image, operation, factor):
+    def blend(image, operation_and_factor):
+        operation, factor = operation_and_factor
         gray = luma(image)
         background = jnp.where(operation == BRIGHTNESS, 0.0, jnp.where(operation == CONTRAST, _mean_level(gray), gray))
-        return _blend(background, image, factor)
+        return _blend(background, image, factor), None
 
-    for slot in (0, 1, 2):
-        image = blend(image, order[slot], jnp.where(before[slot], factors[slot], 1.0))
+    image, _ = jax.lax.scan(blend, image, (order[:3], jnp.where(before, factors, 1.0)[:3]))
     image = _where(shift == 0, image, adjust_hue(image, shift))
-    for slot in (1, 2, 3):
-        image = blend(image, order[slot], jnp.where(before[slot], 1.0, factors[slot]))
+    image, _ = jax.lax.scan(blend, image, (order[1:], jnp.where(before, 1.0, factors)[1:]))
     return image
 
 
@@ -402,8 +414,3 @@ def _normalize(levels: Planes, mean: Sequence[float], std: Sequence[float]) -> A
     """Three of [..., h, w] -> [..., h, w, 3]."""
     mean, std = jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32)
     return (jnp.stack(levels, axis=-1) / 255 - mean) / std
-
-
-def _uniform(key: Array, shape: int | tuple[int, ...]) -> Array:
-    # float32 also where the program around it computes in float64.
-    return jax.random.uniform(key, shape if isinstance(shape, tuple) else (shape,), jnp.float32)
