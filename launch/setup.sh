@@ -11,6 +11,11 @@ fail() {
   exit 1
 }
 
+not_installed() {
+  fail "The installation failed: see above." \
+    "If it is the network, check the connection and the proxy or index settings of pip or uv. Then run this again."
+}
+
 have_uv() { command -v uv >/dev/null; }
 
 suits() { # INTERPRETER: run, not only looked up, because pyenv has a shim for every version, switched on or not
@@ -34,7 +39,7 @@ find_python() {
 
 make_venv() { # VENV INTERPRETER
   rm -rf "$1"
-  if have_uv; then uv venv --quiet --python "$2" "$1"; else "$2" -m venv "$1"; fi
+  if have_uv; then uv venv --quiet --seed --python "$2" "$1"; else "$2" -m venv "$1"; fi
 }
 
 install() { # INTERPRETER TARGET
@@ -67,11 +72,10 @@ setup() { # EXTRAS
       base=$(find_python)
       echo "First use: installing into $venv with $base (a minute or a few)." >&2
       touch "$venv.installing"
-      make_venv "$venv" "$base" || fail "Could not make the virtual environment: see above."
+      make_venv "$venv" "$base" || not_installed
     fi
     touch "$venv.installing"
-    install "$python" ".${extras:+[$extras]}" || fail "The installation failed: see above." \
-      "If it is the network, check the connection and the proxy or index settings of pip or uv. Then run this again."
+    install "$python" ".${extras:+[$extras]}" || not_installed
     wanted >"$stamp"
     rm "$venv.installing"
   ) 9>"$venv.lock"

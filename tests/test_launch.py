@@ -105,6 +105,6 @@ def test_no_suitable_python_is_explained(checkout: Checkout, python: str):
 
 def test_uv_is_preferred(checkout: Checkout):
     uv = checkout.stand_in.with_name("uv")
-    uv.write_text('#!/bin/bash\necho "uv $1" >>log\nif [ "$1" = venv ]; then "$4" -m venv "$5"; fi\n')
+    uv.write_text('#!/bin/bash\necho "uv $1" >>log\n[ "$1" != venv ] || "${@: -2:1}" -m venv "${@: -1}"\n')
     uv.chmod(0o755)
     assert checkout.launch() == ["uv venv", "venv", "uv pip", "-m mim_jax.main"]
