@@ -82,8 +82,8 @@ def augment(
     the batch, or the devices it is spread over.
 
     Args:
-        batch: `image` uint8 [B, S, S, 3], the picture at the top left; `size` int [B, 2], its height and width, at least
-            1; `index` int [B]. What else is in it (labels, masks) is passed on.
+        batch: `image` uint8 [B, S, S, 3], the picture at the top left; `size` int [B, 2], its height and width, both at
+            least 1; `index` int [B]. What else is in it (labels, masks) is passed on.
         crops: the groups of crops; their order numbers the crops.
         key: a threefry key, the same for the whole batch. (Keys of type "rbg" draw numbers that depend on the batch.)
         mean, std: per channel, for pictures in 0..1.
@@ -123,7 +123,7 @@ def random_view(image: Planes, size: Array, draws: Array, policy: Policy, group:
     """
 
     def wanted(operation):
-        return any(getattr(policy, operation) > 0 for policy in group.policies)
+        return any(getattr(p, operation) > 0 for p in group.policies)
 
     box_draws, jitter_draws, (flip, gray, blur, radius, inverted) = jnp.split(
         draws, [BOX_DRAWS, BOX_DRAWS + JITTER_DRAWS]
@@ -137,7 +137,7 @@ def random_view(image: Planes, size: Array, draws: Array, policy: Policy, group:
     if wanted("blur"):
         low, high = policy.blur_radius
         radius = jnp.where(blur < policy.blur, low + (high - low) * radius, 0.0)
-        view = gaussian_blur(view, radius, max_radius=max(policy.blur_radius[1] for policy in group.policies))
+        view = gaussian_blur(view, radius, max_radius=max(p.blur_radius[1] for p in group.policies))
     if wanted("solarize"):
         view = _where(inverted < policy.solarize, solarize(view), view)
     return view
@@ -148,8 +148,8 @@ def center_crop(
 ) -> Array:
     """The centered square of `fraction` of the short side, resized and normalized, for evaluation.
 
-    The customary "resize to 256, cut out 224" is `out=224, fraction=224 / 256`: as there, pixels just outside the square
-    take part in the antialiasing. Equals Pillow's `resize((out, out), BICUBIC, box=square)`.
+    The customary "resize to 256, cut out 224" is `out=224, fraction=224 / 256`: as there, pixels just outside the
+    square take part in the antialiasing. Equals Pillow's `resize((out, out), BICUBIC, box=square)`.
 
     Args:
         image: uint8 [B, S, S, 3], the picture at the top left.
@@ -188,7 +188,7 @@ def sample_box(
     log-uniform in `ratio`, whole pixels, placed uniformly. If none of ten tries fits: the largest centered box with a
     permitted ratio. The tries are drawn at once and the first good one is taken.
     """
-    size = size.astype(jnp.float32)
+    size = jnp.asarray(size, jnp.float32)
     height, width = size
     area, aspect, where = jnp.split(draws, [TRIES, 2 * TRIES])
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area)
@@ -218,7 +218,8 @@ def resize_weights(
     """The matrix [out, canvas] that resamples `length` pixels from `start` to `out` pixels, antialiased bicubic.
 
     Pillow's filter: a cubic with a = -0.5, stretched by the scale when shrinking, cut off at the borders and scaled to
-    sum 1. The borders are those of the box, as if it had been cut out first, or `within` = (first, end). `flip` mirrors.
+    sum 1. The borders are those of the box, as if it had been cut out first, or `within` = (first, end).
+    `flip` mirrors the result.
     """
     first, end = (start, start + length) if within is None else within
     target = jnp.arange(out)
@@ -315,7 +316,7 @@ def sample_jitter(draws: Array, policy: Policy) -> tuple[Array, Array, Array]:
     happens, order, shift, *factors = draws
     happens = happens < policy.jitter
     order = jnp.asarray(ORDERS)[jnp.floor(order * len(ORDERS)).astype(jnp.int32)]
-    width = jnp.stack([policy.brightness, policy.contrast, policy.saturation])
+    width = jnp.array([policy.brightness, policy.contrast, policy.saturation], jnp.float32)
     low = jnp.maximum(0.0, 1 - width)
     factors = low + (1 + width - low) * jnp.stack(factors)
     shift = policy.hue * (2 * shift - 1)
@@ -323,9 +324,9 @@ def sample_jitter(draws: Array, policy: Policy) -> tuple[Array, Array, Array]:
 
 
 def color_jitter(image: Planes, order: Array, factors: Array, shift: Array) -> Planes:
-    """torchvision's `ColorJitter`: brightness, contrast, saturation (by `factors` [3]) and hue in the given `order` [4].
+    """torchvision's `ColorJitter`: brightness, contrast and saturation by `factors` [3], and hue, in the given `order`.
 
-    `order` is a permutation of (BRIGHTNESS, CONTRAST, SATURATION, HUE). Factors of 1 and a shift of 0 change nothing.
+    `order` [4] is a permutation of (BRIGHTNESS, CONTRAST, SATURATION, HUE). Factors of 1 and a shift of 0 change nothing.
     """
     # Under vmap a branch on the order would compute all its arms. But the first three are one blend with different
     # backgrounds, and hue, the dear one, is computed once: three blends before it, three after, those not wanted with
@@ -364,7 +365,8 @@ def blur_weights(radius: Array, n: int, max_radius: float, passes: int = 3) -> A
     # Whole pixels weigh 1, the pixel on each end by what is left of the radius.
     weights = jnp.clip(radius + 1 - np.abs(taps), 0, 1) / (2 * radius + 1)
     source = np.clip(np.arange(n)[:, None] + taps, 0, n - 1)
-    one_pass = jnp.einsum("t,itj->ij", weights, (source[:, :, None] == np.arange(n)).astype(np.float32), precision="highest")
+    goes_to = (source[:, :, None] == np.arange(n)).astype(np.float32)
+    one_pass = jnp.einsum("t,itj->ij", weights, goes_to, precision="highest")
     return jnp.linalg.matrix_power(one_pass, passes)
 
 
