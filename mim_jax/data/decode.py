@@ -1,9 +1,12 @@
 """Encoded images to 8-bit RGB that fits a square canvas. The only file that knows Pillow's image modes."""
 
 import io
+import math
 
 import numpy as np
 from PIL import Image, ImageOps
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit, above which it warns: a quarter of a GiB as RGB.
 
 
 class BadImage(ValueError):
@@ -17,7 +20,7 @@ def decode(image: bytes | np.ndarray, canvas: int) -> np.ndarray:
       * EXIF orientation is applied; of animations the first frame is used;
       * transparency is composited over white (the colours hidden below transparent pixels are often garbage);
       * 16-bit grey is scaled by 1 / 257, float grey in [0, 1] by 255; other ranges are refused, never clipped;
-      * JPEGs larger than twice the canvas are decoded at a fraction of their size by the JPEG library itself.
+      * JPEGs of several times the canvas are decoded at a fraction of their size by the JPEG library itself.
 
     Args:
       image: encoded bytes of any format Pillow reads, or uint8 [h, w], [h, w, 1], [h, w, 3] or [h, w, 4].
@@ -27,7 +30,7 @@ def decode(image: bytes | np.ndarray, canvas: int) -> np.ndarray:
       uint8 [h, w, 3], h and w at most `canvas`.
 
     Raises:
-      BadImage: empty, truncated, not an image, more than `PIL.Image.MAX_IMAGE_PIXELS` pixels, or of unknown range.
+      BadImage: empty, truncated, not an image, more than `MAX_PIXELS` pixels, or of unknown range.
     """
     if isinstance(image, np.ndarray) and image.shape[2:] == (3,) and max(image.shape[:2]) <= canvas:
         return image
@@ -48,22 +51,23 @@ def _open(image: bytes | np.ndarray) -> Image.Image:
 
 
 def _shrunk_rgb(image: Image.Image, canvas: int) -> Image.Image:
-    if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+    if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"{image.width} x {image.height} pixels look like a decompression bomb")
-    # A no-op except for JPEG. Twice the final size leaves the last step to the bicubic filter.
-    scale = 2 * canvas / max(image.size)
-    image.draft(None, (round(image.width * scale), round(image.height * scale)))
+    # A no-op except for JPEG. Never below 1.5 times the final size, so that the bicubic filter does the last step.
+    scale = 1.5 * canvas / max(image.size)
+    image.draft(None, (math.ceil(image.width * scale), math.ceil(image.height * scale)))
     image.load()
-    image = _rgb(_upright(image))
+    _turn_upright(image)
+    image = _rgb(image)
     image.thumbnail((canvas, canvas), Image.Resampling.BICUBIC, reducing_gap=2.0)
     return image
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _turn_upright(image: Image.Image) -> None:
     try:
-        return ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     except Exception:  # Broken EXIF beside sound pixels: as good as none.
-        return image
+        pass
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -74,7 +78,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _grey(values: np.ndarray, white: float) -> Image.Image:

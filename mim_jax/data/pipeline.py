@@ -55,7 +55,7 @@ def train_batches(
     if batch_size % process_count:
         raise ValueError(f"The batch size {batch_size} must be divisible by the number of processes {process_count}.")
     rows = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    blocks = rows.batch(batch_size // process_count)
+    blocks = rows.batch(batch_size // process_count, drop_remainder=True)  # Of an endless stream: nothing to drop.
     batches = blocks[process_index::process_count][start:].map(lambda rows: load(source, rows, canvas))
     if workers == 0:
         iterator = batches.to_iter_dataset(_read_options(source))

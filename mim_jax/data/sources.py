@@ -23,8 +23,15 @@ class Example(NamedTuple):
 class Source(Protocol):
     """Images with random access. `source[i]` may raise OSError; whether the image is sound shows when it is decoded."""
 
-    num_classes: int  # 0 when the images have no labels.
-    description: str  # Which data this really is, for people.
+    @property
+    def num_classes(self) -> int:
+        """0 when the images have no labels."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """Which data this really is, for people."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -50,7 +57,7 @@ def open_source(name: str, data_dir: str | os.PathLike | None = None, split: str
       ValueError: the data has no such split, or no images.
     """
     if name == "cifar10":
-        return _open_cifar10(pathlib.Path(data_dir) if data_dir else _cache(), split)
+        return _open_cifar10(pathlib.Path(data_dir).expanduser() if data_dir else _cache(), split)
     if name == "folder":
         return _open_folder(data_dir, split)
     return _open_tfds(name, data_dir, split)
@@ -162,9 +169,9 @@ def _open_folder(data_dir: str | os.PathLike | None, split: str) -> Source:
     If all images lie in two or more sub-folders, these are the classes, labelled in sorted order (over all splits, so
     that a class missing in one does not shift the labels). Otherwise the images have no labels.
     """
-    if not data_dir or not pathlib.Path(data_dir).is_dir():
-        raise FileNotFoundError(f"There is no folder {data_dir}: give data.dir the path of a folder of images.")
-    root = pathlib.Path(data_dir)
+    root = pathlib.Path(data_dir or "").expanduser()
+    if not data_dir or not root.is_dir():
+        raise FileNotFoundError(f"There is no folder {data_dir}: set data.dir to a folder of images.")
     roots = [root / name for name in dict.fromkeys((split, *SPLITS)) if (root / name).is_dir()] or [root]
     if roots != [root]:
         root = root / split
@@ -173,10 +180,10 @@ def _open_folder(data_dir: str | os.PathLike | None, split: str) -> Source:
     files = sorted(_image_files(root))
     if not files:
         raise ValueError(f"No images below {root.resolve()}: no file ends in {', '.join(EXTENSIONS)}.")
-    folders = [pathlib.PurePath(file).parts[0] if os.sep in file else None for file in files]
-    if None in folders or len(set(folders)) < 2:
+    folders = [pathlib.PurePath(file).parts[0] if os.sep in file else "" for file in files]
+    if "" in folders or len(set(folders)) < 2:
         return FolderSource(root, files, np.full(len(files), -1, np.int32), ())
-    classes = sorted({entry.name for r in roots for entry in r.iterdir() if entry.is_dir()} - {None})
+    classes = sorted({entry.name for r in roots for entry in r.iterdir() if entry.is_dir() and entry.name[0] != "."})
     label = {name: i for i, name in enumerate(classes)}
     return FolderSource(root, files, np.array([label[folder] for folder in folders], np.int32), classes)
 
@@ -246,5 +253,5 @@ def _open_tfds(name: str, data_dir: str | os.PathLike | None, split: str) -> Sou
         data = builder.as_data_source(split, decoders=decoders)
     except NotImplementedError as error:
         raise ValueError(f"TFDS {name!r} in {builder.data_dir} is not in a random-access format. {how}") from error
-    label = features.get("label")
-    return TfdsSource(data, builder.info.full_name, split, getattr(label, "num_classes", 0) or 0)
+    num_classes = getattr(features["label"], "num_classes", 0) if "label" in features else 0
+    return TfdsSource(data, builder.info.full_name, split, num_classes)

