@@ -12,6 +12,9 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
 
 # Share of ln K at which the teacher's votes count as uniform. A healthy teacher is sharp: DINO's sits far below.
 UNIFORM = 0.97
@@ -39,8 +42,8 @@ def vote_figures(teacher: jax.Array, student_log: jax.Array, center: jax.Array |
 
     Returns:
         Scalars f32: `health/teacher_entropy`, `health/student_entropy` (means over all votes), `health/kl` (mean
-        KL(teacher || student)), `health/prototype_usage` (exp(entropy of the mean vote) / K: 1 when the batch as a whole
-        uses all prototypes alike, 1 / K when it uses one), and `health/center_norm` if `center` is given.
+        KL(teacher || student)), `health/prototype_usage` (exp(entropy of the mean vote) / K: 1 when the batch as a
+        whole uses all prototypes alike, 1 / K when it uses one), and `health/center_norm` if `center` is given.
     """
     teacher, student_log = teacher.astype(jnp.float32), student_log.astype(jnp.float32)
     num_prototypes = teacher.shape[-1]
@@ -58,7 +61,7 @@ def vote_figures(teacher: jax.Array, student_log: jax.Array, center: jax.Array |
     return figures
 
 
-def rank_me(features: jax.Array, eps: float = 1e-7) -> jax.Array:
+def rank_me(features: Array, eps: float = 1e-7) -> jax.Array:
     """Effective rank of features [N, D]: exp of the entropy of their singular values, between 1 and min(N, D).
 
     RankMe, Garrido et al. 2023, equation 1; features are taken as they are, not centered.
@@ -68,7 +71,7 @@ def rank_me(features: jax.Array, eps: float = 1e-7) -> jax.Array:
     return jnp.exp(-jnp.sum(share * jnp.log(share)))
 
 
-def feature_std(features: jax.Array) -> jax.Array:
+def feature_std(features: Array) -> jax.Array:
     """Spread of features [N, D]: the std over images of the L2-normalized features, averaged over D, times sqrt(D).
 
     1 for directions spread evenly over the sphere, 0 when all images have the same (SimSiam, Chen and He 2021, section
@@ -143,7 +146,9 @@ def verdict(figures: Mapping[str, float | None], num_prototypes: int | None = No
             return Verdict("too early", f"no better than untrained yet: {told}; {progress:.0%} of the run is done.")
         return Verdict("not learning", f"no better than the untrained encoder: {told}.")
     signs += [text for _, text in compared]
-    return Verdict("healthy", f"{', '.join(signs)}.") if signs else Verdict("too early", "nothing has been measured yet.")
+    if not signs:
+        return Verdict("too early", "nothing has been measured yet.")
+    return Verdict("healthy", f"{', '.join(signs)}.")
 
 
 def _entropy(probabilities: jax.Array) -> jax.Array:

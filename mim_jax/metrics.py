@@ -28,14 +28,15 @@ FILE = "metrics.jsonl"
 class Writer:
     """Writes figures to `workdir/metrics.jsonl` and to TensorBoard events in `workdir/tensorboard`.
 
-    metrics.jsonl holds one JSON object a line: `step` and tags as keys. A value that is not finite is written as null (JSON
-    has no NaN; pandas reads it as NaN). Lines are handed to the system whole and at once: a killed process loses none.
+    metrics.jsonl holds one JSON object a line: `step` and tags as keys. A value that is not finite is written as null
+    (JSON has no NaN; pandas reads it as NaN). Lines are handed to the system whole and at once: a killed process loses
+    none.
 
     A run that resumes from step s goes on after the last line of step s: later lines, and one torn by the kill, are cut
-    off, so that every step is there once. For this to hold, write what belongs to step s before its checkpoint is saved.
+    off, so that every step is there once. For this to hold, write what belongs to step s before saving its checkpoint.
 
-    TensorBoard's file is written here and now, too, instead of by `SummaryWriter`'s thread: that one dies of a full disk
-    unheard, and the run then waits for it forever.
+    TensorBoard's file is written here and now, too, instead of by `SummaryWriter`'s thread: that one dies unheard of a
+    full disk, and the run then waits for it forever.
 
     Raises:
         OSError: naming the path, when something cannot be written (full disk, no permission).
@@ -61,7 +62,7 @@ class Writer:
             self._event(0 if resume_step is None else resume_step + 1, session_log=start)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Appends one line: `values` are tag -> scalar (a number or an array of one element; fetched from its device)."""
+        """Appends one line. `values`: tag -> number or array of one element (which is fetched from its device)."""
         if self._lines is None:
             return
         figures = {tag: float(value) for tag, value in values.items()}
@@ -72,7 +73,7 @@ class Writer:
             self._event(step, summary=summary_pb2.Summary(value=scalars))
 
     def picture(self, step: int, tag: str, picture: Image.Image) -> None:
-        """Shows a picture in TensorBoard, and keeps its latest version as `workdir/pictures/{tag}.png` for the report."""
+        """Shows a picture in TensorBoard and keeps the latest as `workdir/pictures/{tag}.png`, for the report."""
         if self._lines is None:
             return
         encoded = io.BytesIO()
@@ -90,8 +91,9 @@ class Writer:
 
     def close(self) -> None:
         if self._lines is not None:
-            self._lines.close()
-            self._events.close()
+            with _named_errors(self.path):
+                self._lines.close()
+                self._events.close()
 
     def __enter__(self) -> "Writer":
         return self

@@ -1,4 +1,4 @@
-"""What the features are worth while they are learned: k-NN, linear probe, view retrieval, rank; each beside its floors."""
+"""What the features are worth while they are learned: k-NN, linear probe, view retrieval, each beside its floors."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence

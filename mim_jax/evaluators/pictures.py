@@ -1,0 +1,196 @@
+"""Pictures of what goes in and what comes out: image grids, crops, attention maps, nearest neighbors.
+
+Everything takes numpy uint8 images and gives a `PIL.Image`: tiles on white, captions in the margins.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+PAPER, INK, FAINT = (255, 255, 255), (40, 44, 52), (122, 128, 138)
+RIGHT, WRONG = (38, 150, 90), (214, 69, 65)
+GAP = 6  # pixels between tiles
+TILE = 112  # side of a tile, about
+
+# Magma (matplotlib), eight steps; in between is interpolated.
+MAGMA = np.array(
+    [(0, 0, 4), (28, 16, 68), (79, 18, 123), (129, 37, 129), (181, 54, 122), (229, 80, 100), (251, 135, 97)]
+    + [(254, 194, 135), (252, 253, 191)],
+    np.float64,
+)
+
+
+def colorize(values: np.ndarray) -> np.ndarray:
+    """Values in 0..1, [...], as colors from black over purple to light yellow: uint8 [..., 3]."""
+    position = np.clip(values, 0, 1) * (len(MAGMA) - 1)
+    channels = [np.interp(position, np.arange(len(MAGMA)), MAGMA[:, channel]) for channel in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def enlarge(image: np.ndarray, side: int = TILE) -> Image.Image:
+    """An image [H, W, 3] so that its longer side is about `side`: small ones by whole factors with visible pixels."""
+    height, width = image.shape[:2]
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    if max(height, width) <= side:
+        factor = max(1, round(side / max(height, width)))
+        return picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+    return ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS)
+
+
+def table(
+    rows: Sequence[Sequence[Image.Image | None]],
+    captions: Sequence[Sequence[str]] | None = None,
+    headings: Sequence[str] | None = None,
+) -> Image.Image:
+    """Pictures in rows and columns, each centered in its cell, with a heading above each column and captions below.
+
+    Args:
+        rows: pictures, None for an empty cell; rows may differ in length.
+        captions: as `rows`; a caption wider than its cell is cut.
+        headings: one a column.
+    """
+    text = ImageFont.load_default(size=12)
+    line = 17
+    count = max(len(row) for row in rows)
+    widths = [max([cell.width for row in rows for cell in row[i : i + 1] if cell] or [0]) for i in range(count)]
+    heights = [max([cell.height for cell in row if cell] or [0]) + (line if captions else 0) for row in rows]
+    if headings:
+        widths = [max(width, round(text.getlength(name)) + 2) for width, name in zip(widths, headings, strict=True)]
+    margin = 2 * GAP
+    top = margin + (line + 2 if headings else 0)
+    size = (2 * margin + sum(widths) + GAP * (count - 1), top + sum(heights) + GAP * (len(rows) - 1) + margin)
+    page = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(page)
+
+    def write(words: str, x: int, y: int, width: int, color: tuple[int, int, int]) -> None:
+        while text.getlength(words) > width and len(words) > 1:
+            words = words.rstrip("…")[:-1].rstrip() + "…"
+        draw.text((x + width / 2, y), words, font=text, fill=color, anchor="ma")
+
+    lefts = [margin + sum(widths[:i]) + GAP * i for i in range(count)]
+    for name, x, width in zip(headings or (), lefts, widths, strict=False):
+        write(name, x, margin - 2, width, FAINT)
+    y = top
+    for number, (row, height) in enumerate(zip(rows, heights, strict=True)):
+        inner = height - (line if captions else 0)
+        for i, (cell, x, width) in enumerate(zip(row, lefts, widths, strict=False)):
+            if cell is not None:
+                page.paste(cell, (x + (width - cell.width) // 2, y + (inner - cell.height) // 2))
+            if captions and i < len(captions[number]):
+                write(captions[number][i], x, y + inner + 2, width, INK)
+        y += height + GAP
+    return page
+
+
+def image_grid(
+    images: Sequence[np.ndarray], columns: int = 8, side: int = TILE, labels: Sequence[str] | None = None
+) -> Image.Image:
+    """Images, uint8 [N, H, W, 3] or N of different sizes, in rows of `columns`, with `labels` as captions."""
+    tiles = [enlarge(image, side) for image in images]
+
+    def in_rows(items: Sequence) -> list:
+        return [items[start : start + columns] for start in range(0, len(items), columns)]
+
+    return table(in_rows(tiles), None if labels is None else in_rows(list(labels)))
+
+
+def crop_grid(images: Sequence[np.ndarray], crops: Mapping[str, np.ndarray], side: int = TILE) -> Image.Image:
+    """One row for each image: the image as the host decoded it, then all its crops, at their sizes relative to each other.
+
+    Args:
+        images: B valid pictures uint8 [H, W, 3] (the canvas cut to its `size`).
+        crops: by name ("global", "local"), uint8 [B, n, h, w, 3].
+    """
+    largest = max(group.shape[2] for group in crops.values())
+    headings = ["image"] + [f"{name} {i + 1}" for name, group in crops.items() for i in range(group.shape[1])]
+    rows = []
+    for number, image in enumerate(images):
+        cells = [enlarge(image, side)]
+        for group in crops.values():
+            cells += [enlarge(crop, side * group.shape[2] // largest) for crop in group[number]]
+        rows.append(cells)
+    return table(rows, headings=headings)
+
+
+def attention_threshold(attention: np.ndarray, keep: float = 0.6) -> np.ndarray:
+    """The patches that together hold the share `keep` of each head's attention, largest first.
+
+    DINO, `visualize_attention.py`: values in ascending order; kept from where their sum exceeds 1 - `keep`.
+
+    Args:
+        attention: [..., N], not negative.
+
+    Returns:
+        bool [..., N].
+    """
+    order = np.argsort(attention, axis=-1, kind="stable")
+    ascending = np.take_along_axis(attention, order, axis=-1)
+    ascending = ascending / ascending.sum(axis=-1, keepdims=True)
+    mask = np.empty(attention.shape, bool)
+    np.put_along_axis(mask, order, np.cumsum(ascending, axis=-1) > 1 - keep, axis=-1)
+    return mask
+
+
+def attention_maps(
+    attention: np.ndarray, grid: tuple[int, int], images: np.ndarray, keep: float = 0.6, side: int = TILE
+) -> Image.Image:
+    """Where each head of the CLS token looks: two rows for each image, the heat and the patches that hold most of it.
+
+    Args:
+        attention: CLS row of the last block's softmax over the patches, [B, heads, N]. One image: [heads, N].
+        grid: (h, w) of the patches, h * w = N.
+        images: uint8 [B, H, W, 3], or [H, W, 3]: what the encoder saw.
+        keep: share of the attention that the second row shows; the other patches are darkened.
+    """
+    if attention.ndim == 2:
+        attention, images = attention[None], images[None]
+    rows = []
+    for weights, image in zip(attention, images, strict=True):
+        picture = enlarge(image, side)
+        masks = attention_threshold(weights, keep).reshape(-1, *grid)
+        heat = weights.reshape(-1, *grid)
+        low, high = heat.min(axis=(1, 2), keepdims=True), heat.max(axis=(1, 2), keepdims=True)
+        heat = (heat - low) / np.maximum(high - low, 1e-12)
+        patches = [Image.fromarray(colorize(one)).resize(picture.size, Image.Resampling.NEAREST) for one in heat]
+        gray = picture.convert("L").convert("RGB")
+        rows.append([picture] + [Image.blend(gray, one, 0.72) for one in patches])
+        dark = Image.blend(gray, Image.new("RGB", picture.size, (18, 18, 24)), 0.82)
+        shown = [Image.fromarray(one).resize(picture.size, Image.Resampling.NEAREST) for one in masks]
+        note = Image.new("RGB", picture.size, PAPER)
+        text = ImageFont.load_default(size=12)
+        words = f"the patches\nthat hold\n{keep:.0%} of the\nattention"
+        ImageDraw.Draw(note).multiline_text((picture.width - 8, picture.height / 2), words, FAINT, text, "rm", align="right")
+        rows.append([note] + [Image.composite(picture, dark, one) for one in shown])
+    return table(rows, headings=["image"] + [f"head {i + 1}" for i in range(attention.shape[1])])
+
+
+def neighbors(
+    queries: Sequence[np.ndarray],
+    found: Sequence[Sequence[np.ndarray]],
+    names: Sequence[str] | None = None,
+    found_names: Sequence[Sequence[str]] | None = None,
+    side: int = TILE,
+) -> Image.Image:
+    """One row for each query: the query, then the images nearest to it in the bank, nearest first.
+
+    Args:
+        queries: Q images uint8 [H, W, 3].
+        found: for each, its k nearest.
+        names: class of each query; with `found_names`, neighbors of the same class are framed green, others red.
+        found_names: classes of `found`.
+    """
+    rows, captions = [], []
+    for number, (query, nearest) in enumerate(zip(queries, found, strict=True)):
+        tiles = [enlarge(image, side) for image in nearest]
+        caption = [""] * (1 + len(tiles))
+        if names is not None and found_names is not None:
+            caption = [names[number], *found_names[number]]
+            tiles = [
+                ImageOps.expand(tile, 4, RIGHT if name == names[number] else WRONG)
+                for tile, name in zip(tiles, found_names[number], strict=True)
+            ]
+        rows.append([enlarge(query, side), *tiles])
+        captions.append(caption)
+    headings = ["query"] + [str(i + 1) for i in range(max(len(nearest) for nearest in found))]
+    return table(rows, captions if names is not None else None, headings)

@@ -1,0 +1,130 @@
+"""Health figures on votes and features made to be well or ill."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mim_jax import health
+
+K = 64
+
+
+def votes(logits, temperature=0.1):
+    return jax.nn.softmax(logits / temperature), jax.nn.log_softmax(logits / temperature)
+
+
+def test_vote_figures_of_known_votes():
+    uniform, one = jnp.full((2, 5, K), 1 / K), jax.nn.one_hot(jnp.zeros((2, 5), int), K)
+    figures = health.vote_figures(uniform, jnp.log(uniform), center=jnp.array([3.0, 4.0]))
+    assert figures["health/teacher_entropy"] == pytest.approx(math.log(K), rel=1e-5)
+    assert figures["health/student_entropy"] == pytest.approx(math.log(K), rel=1e-5)
+    assert figures["health/kl"] == pytest.approx(0, abs=1e-5)
+    assert figures["health/prototype_usage"] == pytest.approx(1, rel=1e-5)
+    assert figures["health/center_norm"] == pytest.approx(5)
+
+    figures = health.vote_figures(one, jnp.log(uniform))
+    assert figures["health/teacher_entropy"] == 0
+    assert figures["health/kl"] == pytest.approx(math.log(K), rel=1e-5)
+    assert figures["health/prototype_usage"] == pytest.approx(1 / K)
+    assert "health/center_norm" not in figures
+
+    different = jax.nn.one_hot(jnp.arange(16), K)  # 16 images, each with a prototype of its own
+    assert health.vote_figures(different, jnp.log(uniform[0, 0]))["health/prototype_usage"] == pytest.approx(16 / K)
+
+
+def test_kl_is_that_of_the_pairs():
+    rng = np.random.default_rng(0)
+    teacher, _ = votes(rng.normal(size=(7, K)), 1.0)
+    student, log_student = votes(rng.normal(size=(7, K)), 1.0)
+    expected = np.mean(np.sum(np.asarray(teacher) * np.log(np.asarray(teacher) / np.asarray(student)), axis=-1))
+    assert health.vote_figures(teacher, log_student)["health/kl"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_rank_me_counts_directions():
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.normal(size=(32, 32)))
+    rows, _ = np.linalg.qr(rng.normal(size=(200, 5)))
+    assert health.rank_me(rows @ basis[:5]) == pytest.approx(5, rel=1e-3)
+    assert health.rank_me(np.outer(rng.normal(size=200), basis[0])) == pytest.approx(1, abs=1e-3)
+    assert np.isfinite(health.rank_me(np.zeros((10, 4))))
+
+
+def test_feature_std_is_one_on_the_sphere_and_zero_at_a_point():
+    rng = np.random.default_rng(0)
+    assert health.feature_std(rng.normal(size=(4000, 64)) * 9) == pytest.approx(1, abs=0.02)
+    assert health.feature_std(np.outer(rng.uniform(1, 5, 100), np.ones(64))) == pytest.approx(0, abs=1e-4)
+
+
+# Verdicts
+
+
+def figures_of(teacher_logits, student_logits=None, **more):
+    teacher, _ = votes(teacher_logits, 0.04)
+    _, student_log = votes(teacher_logits if student_logits is None else student_logits, 0.1)
+    return {tag: float(value) for tag, value in health.vote_figures(teacher, student_log).items()} | more
+
+
+WELL = {"health/rank": 20.0, "health/feature_std": 0.6, "train/loss": 3.0}
+
+
+def logits(images=256, spread=0.1, seed=0):
+    return spread * np.random.default_rng(seed).normal(size=(images, K))
+
+
+def test_votes_that_tell_images_apart_are_healthy():
+    verdict = health.verdict(figures_of(logits(), logits(seed=1)) | WELL, K)
+    assert verdict.status == "healthy"
+    assert "of uniform" in verdict.sentence and f"of {K} prototypes" in verdict.sentence and "rank 20" in verdict.sentence
+
+
+def test_uniform_votes_are_a_collapse_unless_the_run_has_just_begun():
+    flat = figures_of(logits(spread=0.003)) | WELL
+    verdict = health.verdict(flat, K)
+    assert verdict.status == "collapsing"
+    assert "100% of uniform" in verdict.sentence or "99% of uniform" in verdict.sentence
+    assert health.verdict(flat, K, progress=0.01).status == "too early"
+
+
+def test_one_prototype_for_all_images_is_a_collapse():
+    same = logits(spread=0.01)
+    same[:, 3] += 1
+    verdict = health.verdict(figures_of(same) | WELL, K)
+    assert verdict.status == "collapsing" and "same prototype" in verdict.sentence
+    # Equally sure of itself, but each image has its own: well.
+    own = logits(spread=0.01)
+    own[np.arange(256), np.arange(256) % K] += 1
+    assert health.verdict(figures_of(own) | WELL, K).status == "healthy"
+
+
+@pytest.mark.parametrize(
+    "ill, reason",
+    [({"health/feature_std": 0.002}, "same features"), ({"health/rank": 1.05}, "one direction")],
+)
+def test_shrunken_features_are_a_collapse(ill, reason):
+    verdict = health.verdict(figures_of(logits()) | WELL | ill, K)
+    assert verdict.status == "collapsing" and reason in verdict.sentence
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+def test_a_figure_that_is_not_finite_is_named_at_any_time(value):
+    verdict = health.verdict(WELL | {"train/loss": value}, K, progress=0.0)
+    assert verdict.status == "broken" and "train/loss" in verdict.sentence
+
+
+def test_no_better_than_untrained_is_not_learning():
+    figures = WELL | {
+        "eval/knn": 0.25,
+        "eval/knn_floor_untrained": 0.27,
+        "eval/view_retrieval": 0.04,
+        "eval/view_retrieval_floor_untrained": 0.05,
+    }
+    assert health.verdict(figures).status == "not learning"
+    assert health.verdict(figures, progress=0.2).status == "too early"
+    assert health.verdict(figures | {"eval/view_retrieval": 0.2}).status == "healthy"
+
+
+def test_nothing_measured_is_too_early():
+    assert health.verdict({}, K).status == "too early"

@@ -1,0 +1,203 @@
+"""What a run writes: figures that survive kills and full disks, progress lines, the report."""
+
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto import event_pb2
+
+from mim_jax import metrics
+
+
+def lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / metrics.FILE).read_text().splitlines()]
+
+
+def events(workdir: Path) -> list[event_pb2.Event]:
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:  # TFRecord: length, checksum, record, checksum
+            size = int.from_bytes(data[:8], "little")
+            found.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return found
+
+
+def test_figures_are_one_object_a_line_at_once(tmp_path):
+    with metrics.Writer(tmp_path) as writer:
+        writer.write(0, {"eval/knn": 0.25, "health/rank": np.float32(2)})
+        writer.write(10, {"train/loss": jnp.float32(1.5), "train/steps": 3})
+        assert lines(tmp_path) == [  # before the file is closed
+            {"step": 0, "eval/knn": 0.25, "health/rank": 2.0},
+            {"step": 10, "train/loss": 1.5, "train/steps": 3.0},
+        ]
+    scalars = [(event.step, value.tag, value.simple_value) for event in events(tmp_path) for value in event.summary.value]
+    assert scalars == [(0, "eval/knn", 0.25), (0, "health/rank", 2), (10, "train/loss", 1.5), (10, "train/steps", 3)]
+
+
+def test_figures_that_are_not_finite_are_null_and_the_line_stays_json(tmp_path):
+    with metrics.Writer(tmp_path) as writer:
+        writer.write(1, {"a": math.nan, "b": math.inf, "c": -jnp.inf, "d": 1.0})
+    assert "NaN" not in (tmp_path / metrics.FILE).read_text()
+    assert lines(tmp_path) == [{"step": 1, "a": None, "b": None, "c": None, "d": 1.0}]
+
+
+def test_a_resumed_run_has_every_step_once(tmp_path):
+    with metrics.Writer(tmp_path) as writer:
+        for step in range(6):
+            writer.write(step, {"train/loss": step})
+            if step % 2 == 0:
+                writer.write(step, {"eval/knn": step})
+    with (tmp_path / metrics.FILE).open("a") as file:
+        file.write('{"step": 6, "train/lo')  # torn by a kill
+    with metrics.Writer(tmp_path, resume_step=2) as writer:
+        for step in range(3, 8):
+            writer.write(step, {"train/loss": step})
+    rows = lines(tmp_path)
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(8))
+    assert [row["step"] for row in rows if "eval/knn" in row] == [0, 2]
+    starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
+    assert starts == [0, 3]  # TensorBoard hides what the first run said about steps from 3 on
+
+
+def test_a_run_from_scratch_forgets_the_one_before(tmp_path):
+    for _ in range(2):
+        with metrics.Writer(tmp_path) as writer:
+            writer.write(0, {"a": 1})
+    assert len(lines(tmp_path)) == 1
+
+
+def test_a_killed_process_loses_no_line(tmp_path):
+    program = f"""
+import os, signal
+from mim_jax import metrics
+writer = metrics.Writer({str(tmp_path)!r})
+for step in range(50):
+    writer.write(step, {{"train/loss": step}})
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [row["step"] for row in lines(tmp_path)] == list(range(50))
+    told = [event.step for event in events(tmp_path) if event.summary.value]
+    assert told == list(range(50))
+
+
+def test_read_leaves_out_what_is_not_a_whole_line(tmp_path):
+    assert metrics.read(tmp_path) == []
+    (tmp_path / metrics.FILE).write_text('{"step": 1, "a": 2}\n\n[1]\n{"a": 3}\n{"step": 2, "a"')
+    assert metrics.read(tmp_path) == [{"step": 1, "a": 2}]
+
+
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"cannot write the run's figures.*file/run/metrics.jsonl"):
+        metrics.Writer(tmp_path / "file" / "run")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_full_disk_is_named(tmp_path):
+    writer = metrics.Writer(tmp_path)
+    writer._lines.close()
+    writer._lines = open("/dev/full", "w", buffering=1)
+    with pytest.raises(OSError, match=r"cannot write the run's figures: No space left.*metrics.jsonl"):
+        writer.write(1, {"a": 1})
+    with pytest.raises(OSError, match="metrics.jsonl"):
+        writer.close()
+
+
+def test_a_picture_is_kept_for_the_report_and_shown_in_tensorboard(tmp_path):
+    with metrics.Writer(tmp_path) as writer:
+        writer.picture(0, "crops", Image.new("RGB", (4, 3), "red"))
+        writer.picture(5, "crops", Image.new("RGB", (4, 3), "blue"))
+    kept = Image.open(tmp_path / "pictures" / "crops.png")
+    assert kept.size == (4, 3) and kept.getpixel((0, 0)) == (0, 0, 255)
+    shown = [(event.step, value.tag, value.image.width) for event in events(tmp_path) for value in event.summary.value]
+    assert shown == [(0, "crops", 4), (5, "crops", 4)]
+
+
+def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    with metrics.Writer(tmp_path / "run") as writer:
+        writer.write(0, {"a": 1})
+        writer.picture(0, "a", Image.new("RGB", (1, 1)))
+    with metrics.Progress(10) as progress:
+        progress.advance(1)
+        progress.report({"train/loss": 1.0})
+        progress.say("hello")
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr() == ("", "")
+
+
+# Progress
+
+
+def test_progress_in_a_log_file_is_one_line_for_each_report():
+    file = io.StringIO()
+    with metrics.Progress(10, file=file) as progress:
+        progress.report({"eval/knn": 0.25})
+        for step in range(1, 5):
+            progress.advance(step)
+        progress.report({"train/loss": jnp.float32(2.5), "perf/images_per_s": 1234.5, "health/kl": 1})
+        progress.say("saved")
+    first, second, third = file.getvalue().splitlines()
+    assert first == "step 0/10 | k-NN 0.250 | ETA ?"
+    assert second.startswith("step 4/10 | loss 2.5000 | 1,234 images/s | k-NN 0.250 | ETA 0:0")
+    assert third == "saved"
+
+
+def test_progress_on_a_terminal_is_a_bar():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    file = Terminal()
+    with metrics.Progress(10, start=2, file=file) as progress:
+        progress.report({"train/loss": 2.5, "eval/knn": 0.25})
+        progress.say("saved")
+        for step in range(3, 11):
+            progress.advance(step)
+    text = file.getvalue()
+    assert "\r" in text and "loss 2.5000 | k-NN 0.250" in text and "saved\n" in text
+    assert "2/10" in text and "10/10" in text
+
+
+def test_remaining_time_leaves_compilation_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    file = io.StringIO()
+    progress = metrics.Progress(101, file=file)
+    now[0] = 500  # compilation
+    progress.advance(1)
+    now[0] = 510
+    progress.advance(11)
+    progress.report({})
+    assert "ETA 1:30" in file.getvalue()
+
+
+def test_stopwatch_leaves_pauses_out():
+    now = [0.0]
+    watch = metrics.Stopwatch(clock=lambda: now[0])
+    with watch.paused():
+        now[0] += 100
+    assert watch.lap() is None
+    for _ in range(4):
+        now[0] += 1
+        watch.count(50)
+    with pytest.raises(KeyError), watch.paused():
+        now[0] += 1000
+        raise KeyError
+    assert watch.lap() == 50
+    now[0] += 2
+    watch.count(30)
+    assert watch.lap() == 15
