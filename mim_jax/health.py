@@ -110,7 +110,7 @@ def verdict(figures: Mapping[str, float | None], num_prototypes: int | None = No
     signs = []
     std, rank = known.get("feature_std"), known.get("rank")
     if std is not None:
-        signs.append(f"feature std {std:.2g}")
+        signs.append(f"feature std {std:.2f}")
         if std < SAME_FEATURES:
             return Verdict("collapsing", f"feature std {std:.2g}: all images have the same features.")
     if rank is not None:

@@ -69,7 +69,7 @@ class Writer:
         with _named_errors(self.path):
             finite = {tag: value if math.isfinite(value) else None for tag, value in figures.items()}
             self._lines.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
-            scalars = [summary.scalar(tag, value).value[0] for tag, value in figures.items()]
+            scalars = [summary.scalar(tag, value).value[0] for tag, value in finite.items() if value is not None]
             self._event(step, summary=summary_pb2.Summary(value=scalars))
 
     def picture(self, step: int, tag: str, picture: Image.Image) -> None:
@@ -118,6 +118,11 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
         if isinstance(row, dict) and "step" in row:
             rows.append(row)
     return rows
+
+
+def latest(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The last value of every tag, and of `step`, in `workdir/metrics.jsonl`; None where that was not finite."""
+    return {tag: value for row in read(workdir) for tag, value in row.items()}
 
 
 @contextlib.contextmanager

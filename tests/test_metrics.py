@@ -1,13 +1,16 @@
 """What a run writes: figures that survive kills and full disks, progress lines, the report."""
 
+import base64
 import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +18,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from mim_jax import metrics
+from mim_jax import health, metrics, report
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -201,3 +204,101 @@ def test_stopwatch_leaves_pauses_out():
     now[0] += 2
     watch.count(30)
     assert watch.lap() == 15
+
+
+# Report
+
+
+VERDICT = health.Verdict("collapsing", "teacher entropy 98% of uniform <b>")
+
+
+def write_run(workdir: Path) -> None:
+    with metrics.Writer(workdir) as writer:
+        writer.write(0, {"eval/knn_floor_untrained": 0.271, "eval/knn_floor_whitened": 0.423})
+        for step in range(1, 1001):
+            writer.write(step, {"train/loss": math.nan if step == 500 else 7 - step / 200, "train/odd": 3})
+        writer.write(1000, {"eval/knn": 0.376})
+        writer.picture(1000, "crops", Image.new("RGB", (8, 8), "red"))
+
+
+def test_report_is_one_whole_file_with_scores_floors_verdict_pictures_and_config(tmp_path):
+    write_run(tmp_path)
+    path = report.write_report(
+        tmp_path, title="A <run>", config="lr: 1 < 2", verdict=VERDICT, facts={"jax": "0.10"}, notes={"Loss": "noted"}
+    )
+    assert path == tmp_path / "report.html"
+    page = path.read_text(encoding="utf-8")
+    for text in ("A &lt;run&gt;", "step 1,000", "collapsing", "98% of uniform &lt;b&gt;", "lr: 1 &lt; 2", "noted", "train/odd"):
+        assert text in page
+    assert '<p class="value">0.376</p>' in page
+    assert '<li class="above"><b>0.271</b> untrained</li>' in page
+    assert '<li class="below"><b>0.423</b> whitened pixels</li>' in page
+    assert "View retrieval" not in page  # was not measured
+    for outside in ("http:", "https:", "<script", 'src="/', "url("):
+        assert outside not in page
+    picture = re.search(r'src="data:image/png;base64,([^"]+)"', page)
+    assert picture and base64.b64decode(picture[1]) == (tmp_path / "pictures" / "crops.png").read_bytes()
+    for drawing in re.findall(r"<svg.*?</svg>", page):
+        ElementTree.fromstring(drawing)
+    assert "nan" not in page.lower()
+
+
+def test_curves_lie_within_the_axes_and_fall_where_the_loss_falls(tmp_path):
+    write_run(tmp_path)
+    page = report.write_report(tmp_path, title="", config="", verdict=VERDICT, facts={}).read_text()
+    curve = re.search(r'aria-label="Loss".*?points="([^"]+)"', page)
+    points = np.array([[float(v) for v in point.split(",")] for point in curve[1].split()])
+    assert 100 < len(points) <= report.POINTS
+    assert (points >= 0).all() and (points[:, 0] <= 520).all() and (points[:, 1] <= 230).all()
+    assert (np.diff(points[:, 0]) > 0).all() and (np.diff(points[:, 1]) >= 0).all()  # SVG counts downwards
+
+
+def test_report_of_a_run_that_has_told_nothing_yet(tmp_path):
+    page = report.write_report(tmp_path, title="t", config="", verdict=health.verdict({}), facts={}).read_text()
+    assert "nothing has been measured yet" in page and "Curves" not in page
+
+
+def test_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = report.write_report(tmp_path, title="first", config="", verdict=VERDICT, facts={})
+
+    def full(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="cannot write the report: No space left.*report.html"):
+        report.write_report(tmp_path, title="second", config="", verdict=VERDICT, facts={})
+    assert "first" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "low, high, written",
+    [
+        (0, 1000, ["0", "200", "400", "600", "800", "1,000"]),
+        (0.27, 0.43, ["0.30", "0.35", "0.40"]),
+        (0, 3e-3, ["0.000", "0.001", "0.002", "0.003"]),
+        (2e-6, 9e-6, ["2e-06", "4e-06", "6e-06", "8e-06"]),
+        (-3, 3, ["-2", "0", "2"]),
+    ],
+)
+def test_ticks_are_round(low, high, written):
+    assert [text for _, text in report.ticks(low, high)] == written
+
+
+@pytest.mark.parametrize(
+    "value, text", [(0, "0"), (0.4, "0.400"), (3.9, "3.90"), (1465.2, "1,465"), (5e-5, "5.00e-05"), (-0.25, "-0.250")]
+)
+def test_numbers_have_three_digits(value, text):
+    assert report.number(value) == text
+
+
+def test_thin_keeps_short_curves_and_averages_long_ones():
+    curve = [(float(x), 2.0 * x) for x in range(1000)]
+    assert report.thin(curve[:300]) == curve[:300]
+    short = report.thin(curve, 100)
+    assert len(short) == 100 and short[0] == (4.5, 9.0)
+
+
+def test_latest_is_the_last_of_each_tag(tmp_path):
+    write_run(tmp_path)
+    latest = metrics.latest(tmp_path)
+    assert latest["step"] == 1000 and latest["train/loss"] == 2 and latest["eval/knn_floor_untrained"] == 0.271

@@ -19,6 +19,7 @@ Array = jax.Array | np.ndarray
 
 def normalize(x: Array, eps: float = 1e-12) -> jax.Array:
     """Scales the rows of `x` [..., D] to unit length (rows shorter than `eps` stay short, as in PyTorch)."""
+    x = jnp.asarray(x)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), eps)
 
 

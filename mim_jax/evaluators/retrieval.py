@@ -29,7 +29,7 @@ def view_retrieval(first: Array, second: Array, chunk: int = 500) -> jax.Array:
     mean, std = both.mean(axis=0), both.std(axis=0)
     varies = std > 1e-6 * (jnp.abs(mean) + std.max())
 
-    def standardize(x: jax.Array) -> jax.Array:
+    def standardize(x: Array) -> jax.Array:
         return normalize(jnp.where(varies, (x - mean) / jnp.where(varies, std, 1.0), 0.0))
 
     second = standardize(second)

@@ -1,0 +1,364 @@
+"""report.html: a run on one page that needs nothing but a browser. Curves are SVG, pictures are inside the file.
+
+It is written from `metrics.jsonl` and `pictures/`, so it can be rewritten at any time while the run goes on.
+"""
+
+import base64
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from mim_jax import metrics
+from mim_jax.health import Verdict
+
+FILE = "report.html"
+POINTS = 300  # of a curve; what is more is averaged
+
+CAPTIONS: Mapping[str, tuple[str, str]] = {
+    "crops": (
+        "What the model sees",
+        "Images as the host decoded them, and all the crops that the device made of them, at their relative sizes.",
+    ),
+    "attention": (
+        "Where the heads look",
+        "Attention of the last block's CLS token over the patches, one column for each head: the heat, and below it the "
+        "patches that together hold most of the attention.",
+    ),
+    "neighbors": (
+        "What the features call alike",
+        "Held-out images and the bank images nearest to them by cosine. Green: the same class, red: another.",
+    ),
+}
+
+FLOORS: Mapping[str, str] = {"_floor_whitened": "whitened pixels", "_floor_pixels": "pixels", "_floor_untrained": "untrained"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+    """Curves over the step: `series` are tag -> name, `zero` says whether the axis starts there whatever the values.
+
+    Floors of a tag are drawn with it where they were measured; the untrained one is the curve's first point.
+    """
+
+    title: str
+    caption: str
+    series: Mapping[str, str]
+    zero: bool = False
+
+
+SCORES = (
+    Chart("k-NN accuracy", "Held-out images classified by their nearest neighbors in the bank.", {"eval/knn": "k-NN"}),
+    Chart(
+        "View retrieval",
+        "How often the nearest crop is one of the same image. Needs no labels.",
+        {"eval/view_retrieval": "view retrieval"},
+    ),
+    Chart("Linear probe", "Held-out images classified by a linear map fitted to the bank.", {"eval/probe": "linear probe"}),
+)
+
+CHARTS = (
+    Chart("Loss", "The training loss, averaged over the global batch.", {"train/loss": "loss"}),
+    *SCORES,
+    Chart(
+        "Votes",
+        "Entropy in nats of teacher's and student's votes, and the divergence that is left between them. A collapse drives "
+        "the divergence to zero.",
+        {
+            "health/teacher_entropy": "teacher entropy",
+            "health/student_entropy": "student entropy",
+            "health/kl": "KL(teacher ‖ student)",
+        },
+    ),
+    Chart(
+        "Prototypes in use",
+        "Share of all prototypes, counted by the entropy of the mean vote.",
+        {"health/prototype_usage": "share"},
+        zero=True,
+    ),
+    Chart("Feature rank", "Number of directions that the features fill (RankMe).", {"health/rank": "rank"}, zero=True),
+    Chart(
+        "Feature spread",
+        "Std of the features' directions over images: 1 all over the sphere, 0 all the same.",
+        {"health/feature_std": "std"},
+        zero=True,
+    ),
+    Chart("Learning rate", "After warm-up and decay.", {"train/lr": "learning rate"}),
+    Chart(
+        "Throughput",
+        "Training images per second, without compilation and evaluation.",
+        {"perf/images_per_s": "images/s"},
+        zero=True,
+    ),
+)
+
+
+def write_report(
+    workdir: str | os.PathLike,
+    *,
+    title: str,
+    config: str,
+    verdict: Verdict,
+    facts: Mapping[str, str],
+    notes: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes `workdir/report.html` from the run's figures and pictures so far; a reader never meets half a file.
+
+    Args:
+        workdir: holds `metrics.jsonl` and `pictures/*.png`.
+        title: of the page.
+        config: as text, shown as it is.
+        verdict: of `health.verdict`.
+        facts: what else to know, name -> text: data, steps, device, versions.
+        notes: more to say about charts and scores, by the title of the chart (bank and test size, say).
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        OSError: naming the path, when it cannot be written.
+    """
+    workdir = Path(workdir)
+    history = metrics.read(workdir)
+    latest = metrics.latest(workdir)
+    notes = notes or {}
+    scores = "".join(_score(chart, latest, notes.get(chart.title, "")) for chart in SCORES)
+    charts = "".join(_chart(chart, history, latest, notes.get(chart.title, "")) for chart in CHARTS)
+    drawn = {tag for chart in CHARTS for tag in chart.series} | {"step"}
+    others = sorted(tag for tag in latest if tag not in drawn and "_floor_" not in tag)
+    more = "".join(_chart(Chart(tag, "", {tag: tag}), history, latest, "") for tag in others)
+    pictures = "".join(_picture(path) for path in _in_order(workdir / "pictures"))
+    page = PAGE.format(
+        title=escape(title),
+        step=f"{latest.get('step', 0):,}",
+        style=STYLE,
+        status=escape(verdict.status),
+        mood={"healthy": "good", "too early": "calm"}.get(verdict.status, "bad"),
+        sentence=escape(verdict.sentence),
+        scores=f'<section class="scores">{scores}</section>' if scores else "",
+        charts=f'<h2>Curves <small>over the training steps</small></h2><section class="charts">{charts}</section>'
+        if charts
+        else "",
+        more=f'<details><summary>All other figures</summary><section class="charts">{more}</section></details>' if more else "",
+        pictures=f"<h2>Pictures</h2>{pictures}" if pictures else "",
+        facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()),
+        config=escape(config),
+    )
+    path = workdir / FILE
+    draft = path.with_suffix(".tmp")
+    try:
+        draft.write_text(page, encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write the report: {error.strerror}", str(path)) from error
+    return path
+
+
+def number(value: float) -> str:
+    """A figure for people, three digits of it: 0.285, 12.3, 1,465, 5.00e-05."""
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}" if value else "0"
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[tuple[float, str]]:
+    """Round numbers (1, 2, 5 times a power of ten) within [low, high], about `count` of them, and how they are written."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * nice for nice in (1, 2, 5, 10) if power * nice >= rough * 0.999)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    shown = f",.{decimals}f" if decimals <= 4 else "g"
+    values = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    return [(value, format(value, shown)) for value in values]
+
+
+def thin(points: Sequence[tuple[float, float]], count: int = POINTS) -> list[tuple[float, float]]:
+    """At most `count` points: averages of equally many neighbors."""
+    size = math.ceil(len(points) / count) or 1
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def _floors(tags: Sequence[str], latest: Mapping[str, Any]) -> dict[str, float]:
+    found = {name: latest.get(tag + suffix) for tag in tags for suffix, name in FLOORS.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _score(chart: Chart, latest: Mapping[str, Any], note: str) -> str:
+    (tag,) = chart.series
+    value = latest.get(tag)
+    if value is None:
+        return ""
+    floors = _floors([tag], latest)
+    full = max(value, *floors.values(), 0.01) * 1.1 if floors else 1.0
+    marks = "".join(f'<i style="left:{floor / full:.2%}"></i>' for floor in floors.values())
+    beside = "".join(
+        f'<li class="{"above" if value > floor else "below"}"><b>{floor:.3f}</b> {escape(name)}</li>'
+        for name, floor in floors.items()
+    )
+    return (
+        f'<div class="score"><h3>{escape(chart.title)}</h3><p class="value">{value:.3f}</p>'
+        f'<div class="bar"><span style="width:{value / full:.2%}"></span>{marks}</div>'
+        f"<ul>{beside}</ul>{f'<p>{escape(note)}</p>' if note else ''}</div>"
+    )
+
+
+def _chart(chart: Chart, history: Sequence[Mapping[str, Any]], latest: Mapping[str, Any], note: str) -> str:
+    curves = {}
+    for tag, name in chart.series.items():
+        points = [(row["step"], row[tag]) for row in history if row.get(tag) is not None]
+        untrained = latest.get(f"{tag}_floor_untrained")
+        curves[name] = thin(([(0, untrained)] if points and untrained is not None else []) + points)
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return ""
+    floors = _floors(list(chart.series), latest)
+    legend = "".join(
+        f'<li><svg width="18" height="8"><line class="c{i}" x2="18" y1="4" y2="4"/></svg>{escape(name)}'
+        f" <b>{number(points[-1][1])}</b></li>"
+        for i, (name, points) in enumerate(curves.items())
+    ) + "".join(
+        f'<li><svg width="18" height="8"><line class="floor f{i}" x2="18" y1="4" y2="4"/></svg>{escape(name)}'
+        f" <b>{number(value)}</b></li>"
+        for i, (name, value) in enumerate(floors.items())
+    )
+    caption = " ".join(text for text in (chart.caption, note) if text)
+    return (
+        f'<figure class="chart"><h3>{escape(chart.title)}</h3><ul class="legend">{legend}</ul>'
+        f"{_plot(chart, list(curves.values()), list(floors.values()), last_step=max(latest['step'], 1))}"
+        f"{f'<figcaption>{escape(caption)}</figcaption>' if caption else ''}</figure>"
+    )
+
+
+def _plot(chart: Chart, curves: Sequence[Sequence[tuple[float, float]]], floors: Sequence[float], last_step: int) -> str:
+    width, height, left, right, top, bottom = 520, 230, 52, 14, 8, 26
+    ys = [y for curve in curves for _, y in curve] + list(floors)
+    spread = max(ys) - min(ys) or abs(ys[0]) or 1.0
+    y_low, y_high = min(ys) - 0.08 * spread, max(ys) + 0.08 * spread
+    if min(ys) >= 0 and (chart.zero or min(ys) < 0.5 * spread):  # where zero is near, it belongs in the picture
+        y_low = 0.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = left + x / last_step * (width - left - right)
+        return across, height - bottom - (y - y_low) / (y_high - y_low) * (height - top - bottom)
+
+    parts = []
+    for value, written in ticks(y_low, y_high):
+        _, y = place(0, value)
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 7}" y="{y + 3.5:.1f}" text-anchor="end">{written}</text>')
+    for value, written in ticks(0, last_step):
+        x, _ = place(value, y_low)
+        parts.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{written}</text>')
+    for i, floor in enumerate(floors):
+        _, y = place(0, floor)
+        parts.append(f'<line class="floor f{i}" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    for i, curve in enumerate(curves):
+        placed = [place(x, y) for x, y in curve]
+        parts.append(f'<polyline class="c{i}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in placed)}"/>')
+        if len(curve) <= 40:
+            for (x, y), (step, value) in zip(placed, curve, strict=True):
+                tip = f"<title>step {step:,.0f}: {number(value)}</title>"
+                parts.append(f'<circle class="c{i}" cx="{x:.1f}" cy="{y:.1f}" r="2.6">{tip}</circle>')
+    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.title)}">{"".join(parts)}</svg>'
+
+
+def _in_order(folder: Path) -> list[Path]:
+    known = list(CAPTIONS)
+    return sorted(folder.glob("*.png"), key=lambda path: (known.index(path.stem) if path.stem in known else len(known), path))
+
+
+def _picture(path: Path) -> str:
+    heading, caption = CAPTIONS.get(path.stem, (path.stem, ""))
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure class="picture"><h3>{escape(heading)}</h3><div><img alt="{escape(heading)}" '
+        f'src="data:image/png;base64,{data}"></div><figcaption>{escape(caption)}</figcaption></figure>'
+    )
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>{title}</h1><p class="step">step {step}</p></header>
+<p class="verdict {mood}"><strong>{status}</strong><span>{sentence}</span></p>
+{scores}
+{charts}
+{more}
+{pictures}
+<h2>The run</h2>
+<dl>{facts}</dl>
+<details><summary>Config</summary><pre>{config}</pre></details>
+</body>
+</html>
+"""
+
+STYLE = """
+:root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2128; --faint: #667080; --line: #e3e6ea;
+  --c0: #3b6fd4; --c1: #d9792b; --c2: #2f9e73; --good: #1f8a5b; --calm: #667080; --bad: #c93c37; }
+@media (prefers-color-scheme: dark) { :root { --page: #14171c; --card: #1c2027; --ink: #e4e8ee; --faint: #939dab;
+  --line: #2d333c; --c0: #7aa5f7; --c1: #eda35e; --c2: #5cc79c; --good: #4cc38a; --calm: #939dab; --bad: #f0716b; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 1120px; background: var(--page); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif;
+  font-variant-numeric: tabular-nums; }
+header { display: flex; align-items: baseline; justify-content: space-between; gap: 1rem; flex-wrap: wrap; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; font-weight: 650; letter-spacing: -.01em; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .8rem; font-weight: 620; }
+small { font-size: .85rem; font-weight: 400; color: var(--faint); margin-left: .4rem; }
+h3 { font-size: .95rem; margin: 0; font-weight: 600; }
+.step, figcaption, .score p:last-child, dt, .legend { color: var(--faint); }
+.step { margin: 0; }
+.verdict { display: flex; gap: .9rem; align-items: baseline; margin: 1.2rem 0; padding: .8rem 1.1rem; background: var(--card);
+  border: 1px solid var(--line); border-left: 4px solid var(--mood); border-radius: 8px; }
+.verdict strong { color: var(--mood); white-space: nowrap; }
+.good { --mood: var(--good); } .calm { --mood: var(--calm); } .bad { --mood: var(--bad); }
+.scores, .charts { display: grid; gap: 1rem; }
+.scores { grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
+.charts { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
+.score, .chart, .picture, dl, pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.score { padding: 1rem 1.1rem; }
+.score .value { font-size: 2.1rem; line-height: 1.15; font-weight: 640; margin: .25rem 0 .6rem; letter-spacing: -.02em; }
+.score ul, .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
+.score ul { margin: .65rem 0 0; font-size: .85rem; }
+.score li::before { content: "above "; color: var(--good); } .score li.below::before { content: "below "; color: var(--bad); }
+.score p:last-child { margin: .5rem 0 0; font-size: .82rem; }
+.bar { position: relative; height: 8px; border-radius: 4px; background: var(--line); }
+.bar span { display: block; height: 100%; border-radius: 4px; background: var(--c0); }
+.bar i { position: absolute; top: -4px; bottom: -4px; width: 2px; margin-left: -1px; background: var(--ink); opacity: .65; }
+figure { margin: 0; }
+.chart { padding: 1rem 1.1rem .9rem; min-width: 0; }
+.legend { margin: .3rem 0 .4rem; font-size: .82rem; }
+.legend svg { width: 18px; height: 8px; margin-right: .4rem; overflow: visible; }
+.legend b { font-weight: 600; color: var(--ink); }
+.chart > svg { display: block; width: 100%; height: auto; }
+svg text { fill: var(--faint); font-size: 11px; }
+.grid { stroke: var(--line); stroke-width: 1; }
+polyline { fill: none; stroke-linejoin: round; stroke-linecap: round; }
+.c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); }
+.c0, .c1, .c2 { stroke: var(--c); stroke-width: 2; }
+circle { fill: var(--c); stroke: none !important; }
+.floor { stroke: var(--faint); stroke-width: 1.5; stroke-dasharray: 7 4; }
+.f1 { stroke-dasharray: 2 3; } .f2 { stroke-dasharray: 9 3 2 3; }
+figcaption { font-size: .82rem; margin-top: .5rem; max-width: 75ch; }
+.picture { padding: 1rem 1.1rem; margin-bottom: 1rem; }
+.picture div { margin-top: .7rem; padding: .3rem; border-radius: 6px; background: #fff; overflow-x: auto; width: fit-content;
+  max-width: 100%; }
+img { display: block; max-width: 100%; height: auto; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.5rem; padding: 1rem 1.1rem; margin: 0 0 1rem;
+  font-size: .9rem; }
+dd { margin: 0; overflow-wrap: anywhere; }
+details { margin-top: 1rem; } details .charts { margin-top: .8rem; }
+summary { cursor: pointer; color: var(--faint); font-size: .9rem; }
+pre { padding: 1rem 1.1rem; font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; overflow-x: auto; }
+@media print { body { max-width: none; } .chart, .picture, .score { break-inside: avoid; } }
+"""
