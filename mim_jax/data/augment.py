@@ -10,11 +10,11 @@ one image as three planes of levels, (red, green, blue), each `[h, w]` float32, 
 length 3 would waste vector lanes, and XLA's CPU backend computes what is stacked along it up to ten times slower.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -198,10 +198,9 @@ def sample_box(
     drawn = tried[:, jnp.argmax(fits)]
     place = jnp.floor(where * (size - drawn + 1))
 
-    largest = jnp.stack([
-        jnp.where(width / height < ratio[0], jnp.round(width / ratio[0]), height),
-        jnp.where(width / height > ratio[1], jnp.round(height * ratio[1]), width),
-    ])
+    largest_height = jnp.where(width / height < ratio[0], jnp.round(width / ratio[0]), height)
+    largest_width = jnp.where(width / height > ratio[1], jnp.round(height * ratio[1]), width)
+    largest = jnp.stack([largest_height, largest_width])
     centered = jnp.floor((size - largest) / 2)
     box = jnp.where(jnp.any(fits), jnp.concatenate([place, drawn]), jnp.concatenate([centered, largest]))
     return box.astype(jnp.int32)
@@ -287,7 +286,11 @@ def adjust_saturation(image: Planes, factor: Array) -> Planes:
 
 
 def adjust_hue(image: Planes, shift: Array) -> Planes:
-    """torchvision's `adjust_hue` of a Pillow image: `shift` in [-0.5, 0.5] turns, through an HSV image of 8 bits."""
+    """torchvision's `adjust_hue` of a Pillow image: `shift` in [-0.5, 0.5] turns, through an HSV image of 8 bits.
+
+    Equal but for one value in five hundred, where the hue falls on the edge of one of its 256 steps and goes one
+    further: up to 6 levels.
+    """
     red, green, blue = image
     value = jnp.maximum(jnp.maximum(red, green), blue)
     chroma = value - jnp.minimum(jnp.minimum(red, green), blue)
@@ -326,7 +329,7 @@ def sample_jitter(draws: Array, policy: Policy) -> tuple[Array, Array, Array]:
 def color_jitter(image: Planes, order: Array, factors: Array, shift: Array) -> Planes:
     """torchvision's `ColorJitter`: brightness, contrast and saturation by `factors` [3], and hue, in the given `order`.
 
-    `order` [4] is a permutation of (BRIGHTNESS, CONTRAST, SATURATION, HUE). Factors of 1 and a shift of 0 change nothing.
+    `order` [4] is a permutation of (BRIGHTNESS, CONTRAST, SATURATION, HUE). Factors 1 and shift 0 change nothing.
     """
     # Under vmap a branch on the order would compute all its arms. But the first three are one blend with different
     # backgrounds, and hue, the dear one, is computed once: three blends before it, three after, those not wanted with
@@ -349,8 +352,9 @@ def color_jitter(image: Planes, order: Array, factors: Array, shift: Array) -> P
 def gaussian_blur(image: Planes, radius: Array, max_radius: float) -> Planes:
     """Pillow's `GaussianBlur(radius)`, as two matrix products; a radius of 0 changes nothing.
 
-    Pillow approximates the Gaussian by three box filters in each direction and rounds six times; here the three are one
-    matrix and levels are rounded twice, which is at most one level away. `max_radius` bounds `radius` (static).
+    Pillow approximates the Gaussian by three box filters in each direction and rounds after each of the six; here the
+    three are one matrix and levels are rounded twice. White noise comes out less than one level away on average and 3
+    at most, which is Pillow's rounding. `max_radius` bounds `radius` (static).
     """
     rows = blur_weights(radius, image[0].shape[0], max_radius)
     columns = blur_weights(radius, image[0].shape[1], max_radius)
@@ -389,9 +393,7 @@ def solarize(image: Planes, threshold: int = 128) -> Planes:
 
 def _blend(background: Array | float, image: Planes, factor: Array) -> Planes:
     # Pillow's `Image.blend` cuts the fraction off.
-    return jax.tree.map(
-        lambda plane: jnp.floor(jnp.clip(background + factor * (plane - background), 0, 255)), image
-    )
+    return jax.tree.map(lambda plane: jnp.floor(jnp.clip(background + factor * (plane - background), 0, 255)), image)
 
 
 def _where(condition: Array, yes: Planes, no: Planes) -> Planes:
