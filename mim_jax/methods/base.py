@@ -42,6 +42,9 @@ class Method(Protocol):
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         """(params, extra): trained parameters by part, and the state that gets no gradient (centre, queue; or {})."""
 
+    def frozen(self) -> Params:
+        """Parameters of a fixed target network: loaded once, never trained, never saved; {} for most."""
+
     def loss(
         self, params: Params, teacher: Params, frozen: Params, extra: Params, views: Params, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Params, dict[str, jax.Array]]]:
@@ -49,6 +52,9 @@ class Method(Protocol):
 
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
         """Normalised images [B, H, W, C] -> {"cls": [B, D], "patch": [B, N, D]}; for evaluators and users."""
+
+    def attention(self, params: Params, images: jax.Array) -> jax.Array:
+        """What the CLS token of the last block attends to: [B, heads, N] over the patches, row-major."""
 
 
 def make_method(config: ml_collections.ConfigDict) -> Any:

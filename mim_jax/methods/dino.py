@@ -15,7 +15,7 @@ from mim_jax import health, losses, optim
 from mim_jax.data.augment import Crops, Policy
 from mim_jax.methods.base import Params, Schedule
 from mim_jax.models.heads import DinoHead
-from mim_jax.models.vit import ViT
+from mim_jax.models.vit import ViT, last_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,9 @@ class Dino:
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
         out = self.backbone.apply({"params": params["backbone"]}, [images[:, None]])[0]
         return {"cls": out["cls"][:, 0], "patch": out["patch"][:, 0]}
+
+    def attention(self, params: Params, images: jax.Array) -> jax.Array:
+        return last_attention(self.backbone, params["backbone"], images)[:, :, 0, 1:]
 
 
 def make(config: ml_collections.ConfigDict) -> Dino:

@@ -1,0 +1,133 @@
+"""Checkpoints with Orbax: written beside the training, whole or not at all, restored onto any number of devices.
+
+A checkpoint holds the state and a record: the config, and where the data stream stands. Nothing else makes a run.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+
+from mim_jax.sharding import path_name
+
+# What may differ between a checkpoint and the run that goes on from it: it changes no number of the training.
+FREE = ("eval", "checkpoint", "mesh", "init_from", "resume", "log_every_steps", "max_skipped")
+FREE += ("data.dir", "data.workers", "data.eval_split", "model.unroll")
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir/checkpoints`.
+
+    Raises:
+      OSError: naming the folder, where it cannot be written or has no room for another checkpoint.
+      ValueError: where a checkpoint is of another configuration; names the keys that differ.
+    """
+
+    def __init__(self, workdir: str | Path, config: ml_collections.ConfigDict):
+        self.folder = Path(workdir).absolute() / "checkpoints"
+        self.config = config
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, cleanup_tmp_directories=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "record"))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot keep checkpoints: {error.strerror}", str(self.folder)) from error
+
+    def latest(self) -> int | None:
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: Any, **record: Any) -> None:
+        """Begins to write `state` and returns; the copy is safe from later steps. An earlier failure is raised here."""
+        if step == self.latest():
+            return
+        needed = sum(x.nbytes for x in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.folder).free
+        if free < 1.2 * needed:
+            raise OSError(
+                f"no room for a checkpoint in {self.folder}: {free / 2**20:,.0f} MiB are free and "
+                f"{1.2 * needed / 2**20:,.0f} are needed. {self.kept()}"
+            )
+        record |= {"step": step, "config": json.loads(self.config.to_json_best_effort())}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
+        with self.named_errors():
+            self.manager.save(step, args=args, force=True)
+
+    def wait(self) -> None:
+        """Returns when what was saved is on disk; raises what went wrong meanwhile."""
+        with self.named_errors():
+            self.manager.wait_until_finished()
+
+    def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """(state, record) of the latest checkpoint; `abstract` has the shapes and the shardings that are wanted."""
+        step = self.latest()
+        record = self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        differing = differences(record["config"], json.loads(self.config.to_json_best_effort()))
+        if differing:
+            raise ValueError(
+                f"the checkpoint of step {step} in {self.folder} is of another configuration. Then and now:\n  "
+                + "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differing)
+                + "\nGive another workdir, or start a new run from these parameters with --config.init_from."
+            )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self.manager.restore(step, args=args).state, record
+
+    def restore_params(self, abstract: Any) -> Any:
+        """The trained parameters alone, whatever else the configuration was.
+
+        Raises ValueError naming the arrays that are missing, unexpected or of another shape.
+        """
+        step = self.latest()
+        saved = self.manager.item_metadata(step).state["params"]
+        have = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+        want = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
+        wrong = sorted(path for path in have.keys() | want.keys() if have.get(path) != want.get(path))
+        if wrong:
+            raise ValueError(
+                f"the parameters in {self.folder} are of another model. There and here:\n  "
+                + "\n  ".join(f"{path}: {have.get(path, 'missing')} -> {want.get(path, 'missing')}" for path in wrong)
+            )
+        item = {"params": abstract}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item, restore_args, partial_restore=True)
+        return self.manager.restore(step, args=ocp.args.Composite(state=args)).state["params"]
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether any process of the run was told to stop; all must ask at the same steps."""
+        return self.manager.reached_preemption(step)
+
+    def close(self) -> None:
+        self.manager.close()
+
+    def kept(self) -> str:
+        """A sentence for error messages: what is safe."""
+        self.manager.reload()
+        step = self.latest()
+        return "No checkpoint was written yet." if step is None else f"The checkpoint of step {step} is whole."
+
+    @contextlib.contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Whatever Orbax and TensorStore throw when a file cannot be written becomes one OSError that says what to do."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(f"writing a checkpoint to {self.folder} failed: {error}. {self.kept()}") from error
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """(key, old, new) of the entries that make it another run."""
+    out = []
+    for key in sorted(old.keys() | new.keys()):
+        name, a, b = prefix + key, old.get(key), new.get(key)
+        if name in FREE:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            out += differences(a, b, f"{name}.")
+        elif a != b:
+            out.append((name, a, b))
+    return out

@@ -1,0 +1,76 @@
+"""The plan of a run without running it: nothing is allocated and no data is read."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from clu import parameter_overview
+
+from mim_jax import sharding
+from mim_jax.methods.base import make_method
+from mim_jax.optim import steps_per_epoch, total_steps
+from mim_jax.state import abstract_state
+from mim_jax.step import make_train_step
+
+
+def plan(config: ml_collections.ConfigDict) -> str:
+    """Compiles the real train step for the devices that there are and tells what it will need.
+
+    Simulated devices are enough: with `JAX_NUM_CPU_DEVICES=8` a laptop plans for eight.
+    """
+    with jax.set_mesh(sharding.make_mesh(config.mesh.data, config.mesh.fsdp)) as _:
+        mesh = sharding.current_mesh()
+        method = make_method(config)
+        state = abstract_state(method, config)
+        batch = abstract_batch(config)
+        memory = make_train_step(method, config).lower(state, method.frozen(), batch).compile().memory_analysis()
+        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        peak += memory.temp_size_in_bytes
+        flops, total = step_flops(config), total_steps(config)
+        return "\n".join(
+            [
+                parameter_overview.get_parameter_overview(state.params, include_stats=False),
+                sharding.table(state, config.mesh.rules, mesh),
+                "",
+                f"{mesh.size} x {mesh.devices.flat[0].device_kind}, global batch {config.data.batch_size}, {total:,} steps "
+                f"({total / steps_per_epoch(config):,.1f} epochs)",
+                "per device:",
+                f"  parameters      {device_bytes(state.params) / 2**20:>10,.1f} MiB",
+                f"  teacher         {device_bytes(state.teacher) / 2**20:>10,.1f} MiB",
+                f"  optimizer       {device_bytes(state.opt_state) / 2**20:>10,.1f} MiB",
+                f"  peak            {peak / 2**20:>10,.1f} MiB   (as compiled for this machine)",
+                f"  state donated   {memory.alias_size_in_bytes / 2**20:>10,.1f} MiB of {device_bytes(state) / 2**20:,.1f}",
+                f"FLOPs per step: {flops:.3e} in all, {flops / mesh.size:.3e} per device, "
+                f"{flops / config.data.batch_size / 1e9:,.2f} GFLOP per image",
+            ]
+        )
+
+
+def abstract_batch(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what the pipeline yields, over the batch axes of the mesh."""
+    b, canvas = config.data.batch_size, config.data.canvas
+    shapes = {"image": ((b, canvas, canvas, 3), np.uint8), "size": ((b, 2), np.int32)}
+    shapes |= {"label": ((b,), np.int32), "index": ((b,), np.int32)}
+    placed = jax.sharding.NamedSharding(sharding.current_mesh(), sharding.BATCH)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, (shape, dtype) in shapes.items()}
+
+
+def step_flops(config: ml_collections.ConfigDict) -> float:
+    """Floating-point operations of a step over the global batch, as XLA counts them before it optimizes.
+
+    XLA counts the body of a loop once, however often it runs: so the blocks are unrolled first.
+    """
+    config = config.copy_and_resolve_references()
+    config.model.unroll = config.model.depth
+    method = make_method(config)
+    lowered = make_train_step(method, config).lower(abstract_state(method, config), method.frozen(), abstract_batch(config))
+    return lowered.cost_analysis()["flops"]
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of placed shapes."""
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )

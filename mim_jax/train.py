@@ -1,0 +1,267 @@
+"""A run, in order: data, method, state, evaluators, the loop.
+
+One rule of order: what belongs to step s is written to the metrics before the checkpoint of s is begun. So a run that is
+killed and resumed tells each step once, and loses none.
+"""
+
+import signal
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from mim_jax import health, metrics, report, sharding
+from mim_jax.checkpoint import Checkpoints
+from mim_jax.data import pipeline, sources
+from mim_jax.evaluators import Monitor, gallery
+from mim_jax.methods.base import make_method
+from mim_jax.optim import duration, total_steps
+from mim_jax.state import TrainState, abstract_state, init_state
+from mim_jax.step import make_train_step
+
+
+class NotFinite(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that is not finite."""
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
+    """Trains to the end, or to a SIGTERM, and returns the last state. A workdir that holds a run is continued.
+
+    Raises what its parts raise: FileNotFoundError for data, ValueError for a config or a checkpoint that does not fit,
+    OSError for a disk, NotFinite for a run that has blown up. None of them harms a checkpoint.
+    """
+    with jax.set_mesh(sharding.make_mesh(config.mesh.data, config.mesh.fsdp)):
+        source, held_out = open_data(config)
+        method = make_method(config)
+        checkpoints = Checkpoints(workdir, config)
+        state, frozen, record = start(method, config, checkpoints)
+        loop = Loop(config, Path(workdir), method, source, held_out, checkpoints, record)
+        try:
+            return loop.run(state, frozen)
+        finally:
+            loop.close()
+
+
+def open_data(config: ml_collections.ConfigDict) -> tuple[sources.Source, sources.Source]:
+    """(training images, held-out images); puts the number of the first into the config, for its steps per epoch."""
+    data = config.data
+    source = sources.open_source(data.name, data.dir, data.split)
+    data.num_examples = len(source)
+    return source, sources.open_source(data.name, data.dir, data.eval_split)
+
+
+def start(method: Any, config: ml_collections.ConfigDict, checkpoints: Checkpoints) -> tuple[TrainState, Any, dict]:
+    """(state, frozen, record), the record being {} for a new run. The first of these that there is:
+
+    1. the run's own checkpoints; 2. those of the workdir `config.resume`, continued here; 3. a new run with the
+    parameters of the workdir `config.init_from`; 4. a new run.
+    """
+    abstract = abstract_state(method, config)
+    if checkpoints.latest() is not None:
+        state, record = checkpoints.restore(abstract)
+        return state, method.frozen(), record
+    if config.resume:
+        state, record = Checkpoints(config.resume, config).restore(abstract)
+        return state, method.frozen(), record
+    state, frozen = init_state(method, config)
+    if config.init_from:
+        params = Checkpoints(config.init_from, config).restore_params(abstract.params)
+        teacher = {part: jax.tree.map(jnp.copy, params[part]) for part in method.teacher_parts}
+        state = state.replace(params=params, teacher=teacher)
+    return state, frozen, {}
+
+
+def make_monitor(
+    config: ml_collections.ConfigDict, method: Any, source: sources.Source, held_out: sources.Source
+) -> Monitor:
+    """The evaluator. Data that has one split only is divided for it: the images it is measured on do not vote."""
+    e, seed, canvas = config.eval, config.seed, config.data.canvas
+    if held_out.description == source.description:
+        test_share = min(e.test, len(source) // 5)
+        both = pipeline.eval_batch(source, e.bank + test_share, canvas, seed)
+        test = {name: column[:test_share] for name, column in both.items()}
+        bank = {name: column[test_share:] for name, column in both.items()}
+    else:
+        bank, test = pipeline.eval_batch(source, e.bank, canvas, seed), pipeline.eval_batch(held_out, e.test, canvas, seed)
+    return Monitor(
+        method_features=method.features,
+        bank=bank,
+        test=test,
+        num_classes=source.num_classes,
+        crops=method.crops[0],
+        mean=config.data.mean,
+        std=config.data.std,
+        out=config.model.img_size,
+        fraction=e.resize,
+        tokens=e.tokens,
+        batch_size=e.batch_size,
+        seed=seed,
+    )
+
+
+class Loop:
+    """The loop and what it carries besides the state: where the data stream stands, and what is still to be told."""
+
+    def __init__(self, config, workdir, method, source, held_out, checkpoints, record):
+        self.config, self.workdir, self.method, self.source, self.checkpoints = config, workdir, method, source, checkpoints
+        self.total = total_steps(config)
+        self.batches = record.get("batches", 0)  # taken from the stream; more than steps where some were skipped
+        self.bad_images = record.get("bad_images", 0)
+        self.skipped_in_a_row = 0
+        self.terminated = False
+        first_step = record.get("step")
+        workdir.mkdir(parents=True, exist_ok=True)
+        (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
+        self.writer = metrics.Writer(workdir, first_step)
+        self.progress = metrics.Progress(self.total, first_step or 0)
+        self.stopwatch = metrics.Stopwatch()
+        self.monitor = make_monitor(config, method, source, held_out)
+
+    def run(self, state: TrainState, frozen: Any) -> TrainState:
+        config, step = self.config, int(state.step)
+        every = {name: duration(config, config[name], "every") for name in ("eval", "checkpoint")}
+        train_step = make_train_step(self.method, config)
+        self.begin(state)
+        stream = pipeline.train_batches(
+            self.source,
+            seed=config.seed,
+            batch_size=config.data.batch_size,
+            canvas=config.data.canvas,
+            start=self.batches,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=config.data.workers,
+            on_bad=self.count_bad,
+        )
+        pending = None  # the metrics of the last step: fetched while the next one runs
+        while step < self.total and not self.stopping(step):
+            state, latest = train_step(state, frozen, sharding.global_batch(next(stream)))
+            self.batches += 1
+            step += 1 - self.settle(pending)
+            pending = latest
+            due = {name: step % n == 0 or step == self.total for name, n in every.items()}
+            if any(due.values()):
+                skipped = self.settle(pending)
+                step, pending = step - skipped, None
+                if due["eval"] and not skipped:
+                    self.evaluate(state, step)
+                if due["checkpoint"] and not skipped:
+                    self.save(state, step)
+        self.settle(pending)
+        self.save(state, int(state.step))
+        self.checkpoints.wait()
+        self.end(int(state.step))
+        return state
+
+    def settle(self, pending: dict[str, jax.Array] | None) -> int:
+        """Tells what a step has returned. 1 if the step was skipped, else 0; raises NotFinite after too many of those."""
+        if pending is None:
+            return 0
+        step, skipped = int(pending["step"]), int(pending["train/skipped"])
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.stopwatch.count(self.config.data.batch_size)
+        self.progress.advance(step)
+        if skipped:
+            figures = {tag: float(pending[tag]) for tag in ("train/loss", "train/grad_norm", "train/skipped")}
+            self.writer.write(step, figures)
+            self.progress.say(f"step {step + 1} left out: loss {figures['train/loss']}, gradient {figures['train/grad_norm']}")
+        elif step % self.config.log_every_steps == 0 or step == 1:
+            figures = {tag: float(value) for tag, value in pending.items() if tag != "step"}
+            figures |= {"perf/images_per_s": self.stopwatch.lap() or 0.0, "data/bad_images": self.bad_images}
+            self.writer.write(step, figures)
+            self.progress.report(figures)
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            raise NotFinite(
+                f"the loss or the gradient was not finite for {self.skipped_in_a_row} steps in a row after step {step}. "
+                f"The state was not touched by them. Lower optim.lr, or look at the data. {self.checkpoints.kept()}"
+            )
+        return skipped
+
+    def begin(self, state: TrainState) -> None:
+        """What is done once a run, before its first step: floors, and the picture of the crops."""
+        self.handler = signal.signal(signal.SIGTERM, self.terminate)
+        self.progress.say(f"{self.config.method} on {self.source.description}; {jax.device_count()} x {jax.devices()[0].device_kind}")
+        if self.batches:
+            self.progress.say(f"resuming after step {int(state.step)} of {self.total}")
+            return
+        floors = self.monitor.floors(state.params)
+        self.writer.write(0, floors)
+        self.progress.say("floors, before any learning: " + told(floors))
+        mean, std = self.config.data.mean, self.config.data.std
+        self.writer.picture(0, "crops", gallery.crop_picture(self.monitor.bank, self.method, mean, std))
+
+    def evaluate(self, state: TrainState, step: int) -> None:
+        with self.stopwatch.paused():
+            params = state.teacher or state.params
+            figures = dict(self.monitor.run(params))
+            self.writer.write(step, figures)
+            self.progress.report(figures)
+            self.writer.picture(step, "attention", gallery.attention_picture(self.monitor, self.method, params))
+            self.writer.picture(step, "neighbors", gallery.neighbor_picture(self.monitor, params))
+            self.report(step)
+
+    def report(self, step: int) -> health.Verdict:
+        """Rewrites report.html from what the run has told so far."""
+        if jax.process_index():
+            return health.Verdict("", "")
+        figures = {tag: value for row in metrics.read(self.workdir) for tag, value in row.items() if tag != "step"}
+        judged = {tag: value for tag, value in figures.items() if tag.split("/")[0] in ("health", "train", "eval")}
+        prototypes = self.config.get("head", {}).get("out_dim")
+        verdict = health.verdict(judged, prototypes, step / self.total)
+        sizes = f"bank of {len(self.monitor.bank['image']):,}, {len(self.monitor.test['image']):,} held-out images"
+        facts = {
+            "data": self.source.description,
+            "evaluated on": sizes,
+            "steps": f"{step:,} of {self.total:,}, batch {self.config.data.batch_size}",
+            "images skipped as unreadable": f"{self.bad_images:,}",
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "throughput": f"{figures.get('perf/images_per_s') or 0:,.0f} images/s",
+            "versions": ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")),
+        }
+        title = f"{self.config.method} on {self.config.data.name}"
+        report.write_report(self.workdir, title=title, config=str(self.config), verdict=verdict, facts=facts)
+        return verdict
+
+    def save(self, state: TrainState, step: int) -> None:
+        with self.stopwatch.paused():
+            self.checkpoints.save(step, state, batches=self.batches, bad_images=self.bad_images)
+
+    def end(self, step: int) -> None:
+        """The last words of a run, finished or told to stop."""
+        if step < self.total:
+            self.progress.say(f"stopped after step {step} of {self.total}; the same command goes on from there")
+            return
+        verdict = self.report(step)
+        rows = metrics.read(self.workdir)
+        figures = {tag: value for row in rows for tag, value in row.items()}
+        for name in ("knn", "probe", "view_retrieval"):
+            if f"eval/{name}" in figures:
+                floors = {tag.split("_floor_")[1]: v for tag, v in figures.items() if tag.startswith(f"eval/{name}_floor_")}
+                beside = ", ".join(f"{floor} {value:.3f}" for floor, value in floors.items())
+                self.progress.say(f"{name.replace('_', ' '):<15} {figures[f'eval/{name}']:.3f}   (floors: {beside})")
+        self.progress.say(f"{verdict}\nreport: {self.workdir / 'report.html'}")
+
+    def stopping(self, step: int) -> bool:
+        """Whether SIGTERM has come; with several processes, whether it has come to any of them."""
+        return self.checkpoints.reached_preemption(step) if jax.process_count() > 1 else self.terminated
+
+    def terminate(self, *_: Any) -> None:
+        self.terminated = True
+
+    def count_bad(self, row: int, name: str) -> None:
+        self.bad_images += 1
+        self.progress.say(f"bad image, replaced by another: {name}")
+
+    def close(self) -> None:
+        self.writer.close()
+        self.progress.close()
+        self.checkpoints.close()
+        signal.signal(signal.SIGTERM, self.handler)
+
+
+def told(figures: dict[str, float]) -> str:
+    """`k-NN 0.401 whitened`-style lines for people."""
+    return ", ".join(f"{tag.removeprefix('eval/')} {value:.3f}" for tag, value in figures.items())
