@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 Array = jax.Array
 Planes = tuple[Array, Array, Array]
@@ -207,12 +208,12 @@ def sample_box(
 
 
 def resize_weights(
-    start: Array,
-    length: Array,
+    start: ArrayLike,
+    length: ArrayLike,
     out: int,
     canvas: int,
-    flip: Array | bool = False,
-    within: tuple[Array, Array] | None = None,
+    flip: ArrayLike = False,
+    within: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Array:
     """The matrix [out, canvas] that resamples `length` pixels from `start` to `out` pixels, antialiased bicubic.
 
@@ -231,7 +232,7 @@ def resize_weights(
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
-def crop_resize(image: Planes, box: Array, out: int, flip: Array | bool = False) -> Planes:
+def crop_resize(image: Planes, box: Array, out: int, flip: ArrayLike = False) -> Planes:
     """Cut `box` (top, left, height, width) out of planes [S, S], resize to [out, out], mirror where `flip`."""
     top, left, height, width = box
     rows = resize_weights(top, height, out, image[0].shape[0])
@@ -270,22 +271,22 @@ def grayscale(image: Planes) -> Planes:
     return (luma(image),) * 3
 
 
-def adjust_brightness(image: Planes, factor: Array) -> Planes:
+def adjust_brightness(image: Planes, factor: ArrayLike) -> Planes:
     """Pillow's `ImageEnhance.Brightness`: away from black."""
     return _blend(0.0, image, factor)
 
 
-def adjust_contrast(image: Planes, factor: Array) -> Planes:
+def adjust_contrast(image: Planes, factor: ArrayLike) -> Planes:
     """Pillow's `ImageEnhance.Contrast`: away from the mean luma, rounded."""
     return _blend(_mean_level(luma(image)), image, factor)
 
 
-def adjust_saturation(image: Planes, factor: Array) -> Planes:
+def adjust_saturation(image: Planes, factor: ArrayLike) -> Planes:
     """Pillow's `ImageEnhance.Color`: away from each pixel's luma."""
     return _blend(luma(image), image, factor)
 
 
-def adjust_hue(image: Planes, shift: Array) -> Planes:
+def adjust_hue(image: Planes, shift: ArrayLike) -> Planes:
     """torchvision's `adjust_hue` of a Pillow image: `shift` in [-0.5, 0.5] turns, through an HSV image of 8 bits.
 
     Equal but for one value in five hundred, where the hue falls on the edge of one of its 256 steps and goes one
@@ -316,17 +317,16 @@ def sample_jitter(draws: Array, policy: Policy) -> tuple[Array, Array, Array]:
 
     Where the jitter does not happen, factors and shift are those that change nothing.
     """
-    happens, order, shift, *factors = draws
-    happens = happens < policy.jitter
-    order = jnp.asarray(ORDERS)[jnp.floor(order * len(ORDERS)).astype(jnp.int32)]
+    happens = draws[0] < policy.jitter
+    order = jnp.asarray(ORDERS)[jnp.floor(draws[1] * len(ORDERS)).astype(jnp.int32)]
     width = jnp.array([policy.brightness, policy.contrast, policy.saturation], jnp.float32)
     low = jnp.maximum(0.0, 1 - width)
-    factors = low + (1 + width - low) * jnp.stack(factors)
-    shift = policy.hue * (2 * shift - 1)
+    factors = low + (1 + width - low) * draws[2:5]
+    shift = policy.hue * (2 * draws[5] - 1)
     return order, jnp.where(happens, factors, 1.0), jnp.where(happens, shift, 0.0)
 
 
-def color_jitter(image: Planes, order: Array, factors: Array, shift: Array) -> Planes:
+def color_jitter(image: Planes, order: Array, factors: Array, shift: ArrayLike) -> Planes:
     """torchvision's `ColorJitter`: brightness, contrast and saturation by `factors` [3], and hue, in the given `order`.
 
     `order` [4] is a permutation of (BRIGHTNESS, CONTRAST, SATURATION, HUE). Factors 1 and shift 0 change nothing.
@@ -391,12 +391,12 @@ def solarize(image: Planes, threshold: int = 128) -> Planes:
 # Levels and draws
 
 
-def _blend(background: Array | float, image: Planes, factor: Array) -> Planes:
+def _blend(background: ArrayLike, image: Planes, factor: ArrayLike) -> Planes:
     # Pillow's `Image.blend` cuts the fraction off.
     return jax.tree.map(lambda plane: jnp.floor(jnp.clip(background + factor * (plane - background), 0, 255)), image)
 
 
-def _where(condition: Array, yes: Planes, no: Planes) -> Planes:
+def _where(condition: ArrayLike, yes: Planes, no: Planes) -> Planes:
     return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), yes, no)
 
 
@@ -416,5 +416,4 @@ def _planes(images: Array) -> Planes:
 
 def _normalize(levels: Planes, mean: Sequence[float], std: Sequence[float]) -> Array:
     """Three of [..., h, w] -> [..., h, w, 3]."""
-    mean, std = jnp.array(mean, jnp.float32), jnp.array(std, jnp.float32)
-    return (jnp.stack(levels, axis=-1) / 255 - mean) / std
+    return (jnp.stack(levels, axis=-1) / 255 - jnp.array(mean, jnp.float32)) / jnp.array(std, jnp.float32)
