@@ -65,13 +65,15 @@ CHARTS = (
     *SCORES,
     Chart(
         "Votes",
-        "Entropy in nats of teacher's and student's votes, and the divergence that is left between them. A collapse drives "
-        "the divergence to zero.",
-        {
-            "health/teacher_entropy": "teacher entropy",
-            "health/student_entropy": "student entropy",
-            "health/kl": "KL(teacher ‖ student)",
-        },
+        "Mean entropy of the votes for prototypes, in nats.",
+        {"health/teacher_entropy": "teacher entropy", "health/student_entropy": "student entropy"},
+    ),
+    Chart(
+        "What votes tell",
+        "Nats that a teacher's vote tells about its image, and what the student has not matched yet. A collapse drives both "
+        "to zero.",
+        {"health/vote_information": "information", "health/kl": "KL(teacher ‖ student)"},
+        zero=True,
     ),
     Chart(
         "Prototypes in use",

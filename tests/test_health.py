@@ -23,6 +23,7 @@ def test_vote_figures_of_known_votes():
     assert figures["health/student_entropy"] == pytest.approx(math.log(K), rel=1e-5)
     assert figures["health/kl"] == pytest.approx(0, abs=1e-5)
     assert figures["health/prototype_usage"] == pytest.approx(1, rel=1e-5)
+    assert figures["health/vote_information"] == pytest.approx(0, abs=1e-5)
     assert figures["health/center_norm"] == pytest.approx(5)
 
     figures = health.vote_figures(one, jnp.log(uniform))
@@ -32,7 +33,9 @@ def test_vote_figures_of_known_votes():
     assert "health/center_norm" not in figures
 
     different = jax.nn.one_hot(jnp.arange(16), K)  # 16 images, each with a prototype of its own
-    assert health.vote_figures(different, jnp.log(uniform[0, 0]))["health/prototype_usage"] == pytest.approx(16 / K)
+    figures = health.vote_figures(different, jnp.log(uniform[0, 0]))
+    assert figures["health/prototype_usage"] == pytest.approx(16 / K)
+    assert figures["health/vote_information"] == pytest.approx(math.log(16), rel=1e-5)
 
 
 def test_kl_is_that_of_the_pairs():
@@ -81,10 +84,10 @@ def test_votes_that_tell_images_apart_are_healthy():
 
 
 def test_uniform_votes_are_a_collapse_unless_the_run_has_just_begun():
-    flat = figures_of(logits(spread=0.003)) | WELL
+    flat = figures_of(logits(spread=0.001)) | WELL
     verdict = health.verdict(flat, K)
     assert verdict.status == "collapsing"
-    assert "100% of uniform" in verdict.sentence or "99% of uniform" in verdict.sentence
+    assert "teacher entropy 100% of uniform" in verdict.sentence and "same uniform vote" in verdict.sentence
     assert health.verdict(flat, K, progress=0.01).status == "too early"
 
 
@@ -97,6 +100,14 @@ def test_one_prototype_for_all_images_is_a_collapse():
     own = logits(spread=0.01)
     own[np.arange(256), np.arange(256) % K] += 1
     assert health.verdict(figures_of(own) | WELL, K).status == "healthy"
+
+
+def test_one_broad_vote_for_all_images_is_a_collapse():
+    same = np.broadcast_to(logits(images=1), (256, K))
+    figures = figures_of(same)
+    assert 0.2 < figures["health/teacher_entropy"] / math.log(K) < 0.9
+    verdict = health.verdict(figures | WELL, K)
+    assert verdict.status == "collapsing" and "all images get the same vote." in verdict.sentence
 
 
 @pytest.mark.parametrize(
