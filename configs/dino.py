@@ -63,6 +63,7 @@ def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
     config.crops.local_crops_number = 10
     config.crops.local_crops_size = 96
     config.crops.local_crops_scale = (0.05, 0.25)
+    config.crops.blur_radius = (0.1, 2.0)  # range, in pixels of the crop
 
     config.loss = ml_collections.ConfigDict()
     config.loss.student_temp = 0.1

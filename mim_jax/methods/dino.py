@@ -5,6 +5,7 @@ and sharpened distribution over prototypes from every other crop.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -82,12 +83,13 @@ def make(config: ml_collections.ConfigDict) -> Dino:
     dtype = jnp.dtype(m.dtype)
     if c.global_crops_number < 2:
         raise ValueError("DINO compares crops with other crops: crops.global_crops_number must be at least 2")
-    first = Policy(blur=1.0)  # DINO, appendix C: the first global crop is always blurred, the second rarely
-    others = (Policy(blur=0.1, solarize=0.2),) * (c.global_crops_number - 1)
-    crops = [Crops("global", c.global_crops_size, tuple(c.global_crops_scale), (first, *others))]
+    policy = functools.partial(Policy, blur_radius=tuple(c.blur_radius))
+    # DINO, appendix C: the first global crop is always blurred, the second rarely, but it may be solarized
+    policies = (policy(blur=1.0), *(policy(blur=0.1, solarize=0.2),) * (c.global_crops_number - 1))
+    crops = [Crops("global", c.global_crops_size, tuple(c.global_crops_scale), policies)]
     if c.local_crops_number:
-        local = (Policy(blur=0.5),) * c.local_crops_number
-        crops.append(Crops("local", c.local_crops_size, tuple(c.local_crops_scale), local))
+        policies = (policy(blur=0.5),) * c.local_crops_number
+        crops.append(Crops("local", c.local_crops_size, tuple(c.local_crops_scale), policies))
     return Dino(
         backbone=ViT(
             patch_size=m.patch_size,

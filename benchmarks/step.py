@@ -1,0 +1,123 @@
+"""How fast the train step is, where its time goes, and how near to what this machine's matrix products can do.
+
+    python benchmarks/step.py --config=configs/dino.py:demo [--config.data.batch_size=64 ...] [--rounds=20]
+
+All programs are timed in turn in each round, with noise images; medians are printed. The machine's own rate is that of a
+square matrix product in the step's dtype, timed in the same rounds. Nothing is evaluated, logged or read from disk.
+"""
+
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from mim_jax import dry_run, init_state, make_method, make_train_step, sharding
+from mim_jax.data.augment import augment
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/dino.py:demo", "Config file, with a variant after a colon.")
+ROUNDS = flags.DEFINE_integer("rounds", 20, "How often each program is timed.")
+
+
+def main(_: list[str]) -> None:
+    config = CONFIG.value
+    with jax.set_mesh(sharding.make_mesh(config.mesh.data, config.mesh.fsdp)):
+        measure(config)
+
+
+def measure(config) -> None:
+    method, key = make_method(config), jax.random.key(0)
+    state, frozen = init_state(method, config)
+    batch = noise(config)
+
+    start = time.perf_counter()
+    train_step = make_train_step(method, config).lower(state, frozen, batch).compile()
+    compile_s = time.perf_counter() - start
+
+    def loss(params, state, views):
+        return method.loss(params, state.teacher, frozen, state.extra, views, key, state.step)
+
+    views_of = jax.jit(lambda batch: augment(batch, method.crops, key, config.data.mean, config.data.std))
+    forward = jax.jit(lambda state, views: loss(state.params, state, views))
+    gradient = jax.jit(lambda state, views: jax.value_and_grad(loss, has_aux=True)(state.params, state, views))
+    views = views_of(batch)
+    side, dtype = (8192, "bfloat16") if jax.default_backend() != "cpu" else (2048, "float32")
+    square = jax.random.normal(key, (side, side), dtype)
+    product = jax.jit(lambda a: a @ a)
+
+    def step() -> jax.Array:
+        nonlocal state
+        state, metrics = train_step(state, frozen, batch)
+        return metrics["train/loss"]
+
+    times = interleaved(
+        {
+            "step": step,
+            "augmentation": lambda: views_of(batch),
+            "forward": lambda: forward(state, views),
+            "gradient": lambda: gradient(state, views),
+            "product": lambda: product(square),
+        },
+        ROUNDS.value,
+    )
+    images, flops = config.data.batch_size, dry_run.step_flops(config)
+    rate, machine = flops / times["step"], 2 * side**3 / times["product"]
+    parts = {
+        "augmentation": times["augmentation"],
+        "forward": times["forward"],
+        "backward": times["gradient"] - times["forward"],
+        "optimizer, EMA": times["step"] - times["augmentation"] - times["gradient"],
+    }
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}")
+    print(f"step         {times['step'] * 1e3:9.1f} ms   {images / times['step']:,.0f} images/s, batch {images}")
+    print(f"achieved     {rate / 1e9:9.1f} GFLOP/s   {rate / machine:.0%} of this machine's {machine / 1e9:,.1f} ({dtype} {side}^3)")
+    print(f"compilation  {compile_s:9.1f} s")
+    print(f"memory       {peak_memory() / 2**20:9,.0f} MiB at the peak")
+    print("where the time goes (each part compiled alone; the last is what remains):")
+    for name, seconds in parts.items():
+        print(f"  {name:<15} {seconds * 1e3:9.1f} ms   {seconds / times['step']:.0%}")
+
+
+def noise(config) -> dict[str, jax.Array]:
+    """A batch of noise, laid out as the pipeline's."""
+    rng = np.random.default_rng(0)
+    b, canvas = config.data.batch_size, config.data.canvas
+    return sharding.global_batch(
+        {
+            "image": rng.integers(0, 256, (b, canvas, canvas, 3), np.uint8),
+            "size": np.full((b, 2), canvas, np.int32),
+            "label": np.zeros(b, np.int32),
+            "index": np.arange(b, dtype=np.int32),
+        }
+    )
+
+
+def interleaved(programs: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Median seconds of each program, all run in turn in each round after two that do not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for number in range(rounds + 2):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(program())
+            if number > 1:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_memory() -> int:
+    """Bytes: the device's own account where it keeps one, else the process's largest resident set."""
+    stats = jax.devices()[0].memory_stats()
+    if stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    app.run(main)
