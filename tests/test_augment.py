@@ -213,7 +213,7 @@ def test_boxes_keep_scale_and_ratio():
 
 
 @pytest.mark.parametrize(
-    "size, box", [((10, 100), (0, 43, 10, 13)), ((100, 10), (43, 0, 13, 10)), ((1, 50), (0, 24, 1, 1))]
+    "size, box", [((11, 100), (0, 42, 11, 15)), ((100, 11), (42, 0, 15, 11)), ((1, 50), (0, 24, 1, 1))]
 )
 def test_fallback_is_the_largest_centered_box(size, box):
     boxes = sample_boxes(50, size, (0.9, 1.0))
@@ -367,6 +367,24 @@ def test_frequencies(policy, changed):
         np.testing.assert_array_equal(view, image)
     probability = next(iter(policy.values()))
     assert abs(happened.mean() - probability) < 4 * math.sqrt(probability * (1 - probability) / count)
+
+
+def test_what_happens_to_a_crop_is_drawn_independently():
+    image = np.zeros((8, 8, 3), np.uint8)
+    image[:, :4], image[:, 4:] = (240, 200, 210), (200, 140, 150)
+    policy = A.Policy(flip=0.5, jitter=0, gray=0.5, blur=0.5, blur_radius=(0.8, 0.8), solarize=0.5)
+    count = 4000
+    views = run(batch_of([image] * count, 8), one_crop(policy), jax.random.key(0), MEAN, STD)
+    views = levels(views["view"])[:, 0].astype(int)
+    solarized = views[:, 0, 0, 0] < 128
+    bright = np.where(solarized[:, None, None, None], 255 - views, views)
+    left, right = bright[:, 0, 0], bright[:, 0, -1]  # the blur does not reach them
+    flipped = left.sum(axis=1) > right.sum(axis=1)
+    gray = np.ptp(left, axis=1) == 0
+    blurred = np.any(bright[:, 0, 3] != left, axis=1)
+    _, counts = np.unique(np.column_stack([solarized, flipped, gray, blurred]), axis=0, return_counts=True)
+    assert len(counts) == 16
+    assert np.abs(counts / count - 1 / 16).max() < 4 * math.sqrt(1 / 16 / count)
 
 
 def test_a_policy_that_asks_for_nothing_resizes_only():
