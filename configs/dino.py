@@ -138,19 +138,36 @@ def vitb8(config):
 
 
 def demo(config):
-    config.total_epochs = placeholder(float)
-    config.total_steps = 1500
-    config.data.update(name="cifar10", eval_split="test", num_examples=50_000, batch_size=128, canvas=32, workers=0)
-    config.model.update(img_size=32, patch_size=8, dim=96, depth=4, heads=3, drop_path_rate=0.0, dtype="float32", unroll=4)
-    config.head.update(out_dim=1024, hidden_dim=256, bottleneck_dim=64)
-    config.crops.update(global_crops_size=32, local_crops_number=4, local_crops_size=16)
-    config.crops.update(global_crops_scale=(0.3, 1.0), local_crops_scale=(0.1, 0.3))
-    config.loss.warmup_teacher_temp_epochs = 0
-    config.loss.teacher_temp = 0.04
-    config.optim.update(warmup_steps=100, freeze_last_layer_steps=50, momentum_teacher=0.98, weight_decay_end=0.04)
-    config.eval.update(every_steps=300, bank=5000, test=2000, resize=1.0)
-    config.checkpoint.every_steps = 300
-    config.log_every_steps = 10
+    config.total_steps = 3500
+    config.data.update(name="cifar10", eval_split="test", num_examples=50_000, batch_size=64, canvas=32, workers=0)
+    config.model.update(img_size=32, patch_size=8, dim=96, depth=3, heads=3, drop_path_rate=0.0, dtype="float32", unroll=3)
+    config.head.update(out_dim=1024, hidden_dim=256, bottleneck_dim=64, norm_last_layer=True)
+    small_crops(config)
+    config.crops.local_crops_number = 2
+    config.loss.update(warmup_teacher_temp_epochs=0, teacher_temp=0.04)
+    config.optim.update(lr=8e-3, min_lr=2e-5, warmup_steps=100, weight_decay_end=0.04)
+    config.optim.update(freeze_last_layer_steps=50, momentum_teacher=0.98)
+    config.eval.update(every_steps=500, bank=5000, test=2000, resize=1.0)
+    config.checkpoint.every_steps = 500
 
 
-VARIANTS = {"vits16": lambda config: None, "vits8": vits8, "vitb16": vitb16, "vitb8": vitb8, "demo": demo}
+def cifar10(config):
+    demo(config)
+    config.total_steps, config.total_epochs = placeholder(int), 200.0
+    config.data.batch_size = 256
+    config.model.update(patch_size=4, dim=192, depth=6, heads=6, drop_path_rate=0.1, unroll=1)
+    config.head.update(out_dim=4096, hidden_dim=1024, bottleneck_dim=128)
+    config.crops.local_crops_number = 4
+    config.optim.update(lr=5e-4, min_lr=1e-6, warmup_epochs=10.0, warmup_steps=None, weight_decay_end=0.4)
+    config.optim.update(freeze_last_layer_epochs=1.0, freeze_last_layer_steps=None, momentum_teacher=0.99)
+    config.eval.update(every_epochs=5.0, every_steps=None, bank=50_000, test=10_000)
+    config.checkpoint.update(every_epochs=1.0, every_steps=None)
+
+
+def small_crops(config):
+    """Crops of 32 and 16 pixels; the blur is the paper's, scaled down with them."""
+    config.crops.update(global_crops_size=32, global_crops_scale=(0.3, 1.0))
+    config.crops.update(local_crops_size=16, local_crops_scale=(0.1, 0.4), blur_radius=(0.0, 0.3))
+
+
+VARIANTS = {"vits16": lambda config: None, "vits8": vits8, "vitb16": vitb16, "vitb8": vitb8, "cifar10": cifar10, "demo": demo}
