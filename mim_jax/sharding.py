@@ -27,11 +27,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     """
     devices = jax.devices() if devices is None else devices
     n = len(devices)
-    if data == -1:
+    if data == -1 and fsdp > 0:
         data = n // fsdp
-    elif fsdp == -1:
+    elif fsdp == -1 and data > 0:
         fsdp = n // data
-    if data * fsdp != n:
+    if min(data, fsdp) < 1 or data * fsdp != n:
         raise ValueError(f"mesh.data={data} x mesh.fsdp={fsdp} does not make the {n} devices that there are")
     return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mim_jax.models.layers import Dense, gelu, param_dtype
+from mim_jax.sharding import pin_batch
 
 
 class BatchNorm(nn.Module):
@@ -84,4 +85,4 @@ class DinoHead(nn.Module):
         x = Dense(self.bottleneck_dim, self.dtype, name=f"mlp_{self.nlayers - 1}")(x).astype(param_dtype(self.dtype))
         x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
         x = WeightNormDense(self.out_dim, not self.norm_last_layer, self.dtype, name="last_layer")(x)
-        return x.astype(param_dtype(self.dtype)).reshape(*shape, self.out_dim)
+        return pin_batch(x.astype(param_dtype(self.dtype)).reshape(*shape, self.out_dim))
