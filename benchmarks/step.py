@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
@@ -77,7 +76,8 @@ def measure(config) -> None:
     }
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, jax {jax.__version__}, Python {platform.python_version()}")
     print(f"step         {times['step'] * 1e3:9.1f} ms   {images / times['step']:,.0f} images/s, batch {images}")
-    print(f"achieved     {rate / 1e9:9.1f} GFLOP/s   {rate / machine:.0%} of this machine's {machine / 1e9:,.1f} ({dtype} {side}^3)")
+    share = f"{rate / machine:.0%} of this machine's {machine / 1e9:,.1f} ({dtype} product of {side} x {side})"
+    print(f"achieved     {rate / 1e9:9.1f} GFLOP/s   {share}")
     print(f"compilation  {compile_s:9.1f} s")
     print(f"memory       {peak_memory() / 2**20:9,.0f} MiB at the peak")
     print("where the time goes (each part compiled alone; the last is what remains):")

@@ -99,10 +99,11 @@ def make(config: ml_collections.ConfigDict) -> Dino:
             heads=m.heads,
             mlp_ratio=m.mlp_ratio,
             drop_path_rate=m.drop_path_rate,
+            init_std=m.init_std,
             unroll=m.unroll,
             dtype=dtype,
         ),
-        head=DinoHead(**config.head, dtype=dtype),
+        head=DinoHead(**config.head, init_std=m.init_std, dtype=dtype),
         crops=tuple(crops),
         schedules={
             "teacher_temp": optim.warmup_by_epoch(

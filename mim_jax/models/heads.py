@@ -1,5 +1,6 @@
 """The projection heads that the losses see."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -73,16 +74,18 @@ class DinoHead(nn.Module):
     nlayers: int = 3
     use_bn: bool = False
     norm_last_layer: bool = True
+    init_std: float = 0.02
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         shape = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])
+        dense = functools.partial(Dense, dtype=self.dtype, init_std=self.init_std)
         for i in range(self.nlayers - 1):
-            x = Dense(self.hidden_dim, self.dtype, name=f"mlp_{i}")(x)
+            x = dense(self.hidden_dim, name=f"mlp_{i}")(x)
             x = gelu(BatchNorm(name=f"bn_{i}")(x, train).astype(self.dtype) if self.use_bn else x)
-        x = Dense(self.bottleneck_dim, self.dtype, name=f"mlp_{self.nlayers - 1}")(x).astype(param_dtype(self.dtype))
+        x = dense(self.bottleneck_dim, name=f"mlp_{self.nlayers - 1}")(x).astype(param_dtype(self.dtype))
         x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
         x = WeightNormDense(self.out_dim, not self.norm_last_layer, self.dtype, name="last_layer")(x)
         return pin_batch(x.astype(param_dtype(self.dtype)).reshape(*shape, self.out_dim))

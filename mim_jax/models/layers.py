@@ -86,15 +86,16 @@ layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
 
 
 class Dense(nn.Module):
-    """A linear layer on flat tokens: [N, I] -> [N, features]. Weights N(0, 0.02), biases 0."""
+    """A linear layer on flat tokens: [N, I] -> [N, features]. Weights N(0, init_std), biases 0."""
 
     features: int
     dtype: Any = jnp.float32
+    init_std: float = 0.02
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = param_dtype(self.dtype)
-        kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), dtype)
+        kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
         return dense(x.astype(self.dtype), kernel.astype(self.dtype), bias.astype(self.dtype))
 

@@ -4,6 +4,7 @@ It takes crops of several resolutions at once: all tokens of an image lie side b
 layers that treat tokens one by one; attention runs once per resolution. Blocks are stacked along a leading depth axis.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,24 +39,26 @@ class Block(nn.Module):
     mlp_ratio: float
     layout: Layout
     stochastic: bool  # whether stochastic depth is on
+    init_std: float
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array, drop_path_rate: jax.Array) -> tuple[jax.Array, None]:
         batch, tokens, dim = x.shape
+        dense = functools.partial(Dense, dtype=self.dtype, init_std=self.init_std)
 
         def drop(y: jax.Array) -> jax.Array:
             y = pin_batch(y.reshape(batch, tokens, dim))
             return drop_path(y, drop_path_rate, self.layout, self.make_rng("drop_path")) if self.stochastic else y
 
         y = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        qkv = Dense(3 * dim, self.dtype, name="qkv")(y.reshape(-1, dim))
+        qkv = dense(3 * dim, name="qkv")(y.reshape(-1, dim))
         y = pin_batch(self.attend(qkv.reshape(batch, tokens, 3 * dim)))
-        x = x + drop(Dense(dim, self.dtype, name="proj")(y.reshape(-1, dim)))
+        x = x + drop(dense(dim, name="proj")(y.reshape(-1, dim)))
 
         y = LayerNorm(dtype=self.dtype, name="norm2")(x)
-        y = gelu(Dense(int(dim * self.mlp_ratio), self.dtype, name="fc1")(y.reshape(-1, dim)))
-        x = x + drop(Dense(dim, self.dtype, name="fc2")(y))
+        y = gelu(dense(int(dim * self.mlp_ratio), name="fc1")(y.reshape(-1, dim)))
+        x = x + drop(dense(dim, name="fc2")(y))
         self.sow("intermediates", "tokens", x)
         return x, None
 
@@ -128,7 +131,8 @@ class ViT(nn.Module):
     """crops: a sequence of [B, n, H, W, C], one for each resolution -> for each {"cls": [B, n, D], "patch": [B, n, N, D]}.
 
     The outputs are those of the last block after the final norm. H and W need not be `img_size`: positions are
-    interpolated. `dtype` is that of the computation; parameters are float32 (float64 where `dtype` is).
+    interpolated. `init_std` is that of the linear layers' first weights. `dtype` is that of the computation; parameters
+    are float32 (float64 where `dtype` is).
     """
 
     patch_size: int
@@ -138,6 +142,7 @@ class ViT(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     drop_path_rate: float = 0.0
+    init_std: float = 0.02
     unroll: int = 1
     dtype: Any = jnp.float32
 
@@ -167,7 +172,7 @@ class ViT(nn.Module):
             split_rngs={"params": True, "drop_path": True},
             length=self.depth,
             unroll=self.unroll,
-        )(self.heads, self.mlp_ratio, layout, train and self.drop_path_rate > 0, self.dtype, name="blocks")
+        )(self.heads, self.mlp_ratio, layout, train and self.drop_path_rate > 0, self.init_std, self.dtype, name="blocks")
         x, _ = blocks(x, jnp.linspace(0, self.drop_path_rate, self.depth))
 
         norm = LayerNorm(dtype=dtype, name="norm")
