@@ -142,7 +142,7 @@ def demo(config):
     config.total_steps = 3500
     config.data.update(name="cifar10", eval_split="test", num_examples=50_000, batch_size=64, canvas=32, workers=0)
     config.model.update(img_size=32, patch_size=8, dim=96, depth=3, heads=3, drop_path_rate=0.0, dtype="float32", unroll=3)
-    config.model.init_std = 0.1  # about 1 / sqrt(dim): with 0.02 so narrow a network learns half as fast
+    config.model.init_std = 0.1  # about 1 / sqrt(dim): with 0.02 so narrow a network learns more slowly
     config.head.update(out_dim=1024, hidden_dim=256, bottleneck_dim=64, norm_last_layer=True)
     small_crops(config)
     config.crops.local_crops_number = 2
@@ -151,6 +151,7 @@ def demo(config):
     config.optim.update(freeze_last_layer_steps=50, momentum_teacher=0.98)
     config.eval.update(every_steps=500, bank=5000, test=2000, resize=1.0)
     config.checkpoint.every_steps = 500
+    config.log_every_steps = 25
 
 
 def cifar10(config):
@@ -167,9 +168,9 @@ def cifar10(config):
 
 
 def small_crops(config):
-    """Crops of 32 and 16 pixels; the blur is the paper's, scaled down with them."""
-    config.crops.update(global_crops_size=32, global_crops_scale=(0.3, 1.0))
-    config.crops.update(local_crops_size=16, local_crops_scale=(0.1, 0.4), blur_radius=(0.0, 0.3))
+    """Crops of 32 and 16 pixels, of larger shares of the image; the blur is the paper's, scaled down with them."""
+    config.crops.update(global_crops_size=32, global_crops_scale=(0.5, 1.0))
+    config.crops.update(local_crops_size=16, local_crops_scale=(0.2, 0.6), blur_radius=(0.0, 0.3))
 
 
 VARIANTS = {"vits16": lambda config: None, "vits8": vits8, "vitb16": vitb16, "vitb8": vitb8, "cifar10": cifar10, "demo": demo}
