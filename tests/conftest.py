@@ -8,6 +8,8 @@ from typing import Any
 
 # Here and in the processes that tests start. Before jax is imported: an accelerator is slow to start and rarely exact.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the time of the tests goes into compiling, a third of it less if LLVM does not optimize what runs but briefly.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
 import numpy as np

@@ -1,0 +1,112 @@
+"""What every method promises, one row of `METHODS` for each."""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mim_jax
+from mim_jax import sharding
+from mim_jax.sharding import path_name
+from mim_jax.state import TrainState, abstract_state
+
+# Overrides of tests/tiny.py under which a few steps on one batch must lower the loss: targets that are sharp, which the
+# student is not at first, and stand still.
+METHODS = {
+    "dino": {"optim.momentum_teacher": 1.0, "loss.center_momentum": 1.0, "loss.teacher_temp": 0.005},
+}
+STEPS = 10
+
+
+class Case(NamedTuple):
+    method: Any
+    abstract: TrainState  # shapes, dtypes and shardings
+    initial: TrainState  # in numpy
+    second: TrainState  # in numpy, after one step
+    last: TrainState
+    metrics: list[dict[str, float]]  # of each step
+    gradients: tuple[Any, Any]  # with respect to the parameters and to the teacher, at the initial state
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def case(request) -> Case:
+    """Ten steps on one batch of finished views, on a mesh of 2 x 4 devices."""
+    config = mim_jax.load_config("tests/tiny.py")
+    config.update_from_flattened_dict({"method": request.param, **METHODS[request.param]})
+    config.data.num_examples = 64
+    config.optim.update(lr=1e-3 * 256 / config.data.batch_size, warmup_steps=0, freeze_last_layer_steps=0)
+    config.mesh.update(data=2, fsdp=4)
+    with jax.set_mesh(sharding.make_mesh(2, 4)):
+        method = mim_jax.make_method(config)
+        state, frozen = mim_jax.init_state(method, config)
+        batch = sharding.global_batch(views(method, config.data.batch_size))
+        gradient = jax.jit(jax.grad(method.loss, argnums=(0, 1), has_aux=True))
+        gradients, _ = gradient(state.params, state.teacher, frozen, state.extra, batch, jax.random.key(0), state.step)
+        train_step = mim_jax.make_train_step(method, config)
+        states, metrics = [jax.device_get(state)], []
+        for step in range(STEPS):
+            state, figures = train_step(state, frozen, batch)
+            metrics.append({tag: float(value) for tag, value in figures.items()})
+            if step == 0:
+                states.append(jax.device_get(state))
+        return Case(method, abstract_state(method, config), *states, state, metrics, jax.device_get(gradients))
+
+
+def views(method, batch_size, seed=0):
+    """Random finished views of the shapes that the method declares."""
+    rng = np.random.default_rng(seed)
+    shapes = {crops.name: (batch_size, len(crops.policies), crops.size, crops.size, 3) for crops in method.crops}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def tensors(tree):
+    """(path, array) of each tensor as the papers count them: those of stacked blocks one by one."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = path_name(path)
+        yield from ((f"{name}[{i}]", a) for i, a in enumerate(leaf)) if "/blocks/" in name else [(name, leaf)]
+
+
+def test_loss_is_finite(case):
+    assert all(np.isfinite(list(figures.values())).all() for figures in case.metrics)
+
+
+def test_loss_falls_on_one_repeated_batch(case):
+    losses = [figures["train/loss"] for figures in case.metrics]
+    assert losses[-1] < 0.5 * losses[0], losses
+
+
+def test_every_parameter_but_the_fixed_is_trained(case):
+    fixed = re.compile(case.method.fixed or "$^")
+    before, after = (dict(tensors(state.params)) for state in (case.initial, case.second))
+    for name, g in tensors(case.gradients[0]):
+        is_fixed = bool(fixed.search(re.sub(r"\[\d+\]$", "", name)))
+        assert np.any(g) != is_fixed, f"gradient of {name}"
+        assert np.any(after[name] != before[name]) != is_fixed, f"update of {name}"
+    assert not case.method.fixed or any(fixed.search(name) for name in before), "`fixed` matches nothing"
+
+
+def test_no_gradient_reaches_the_teacher(case):
+    assert case.initial.teacher.keys() == set(case.method.teacher_parts)
+    assert not any(np.any(g) for g in jax.tree.leaves(case.gradients[1]))
+
+
+def test_state_keeps_its_structure_dtypes_and_shardings(case):
+    assert jax.tree.structure(case.last) == jax.tree.structure(case.abstract)
+
+    def check(path, leaf, want):
+        assert (leaf.shape, leaf.dtype) == (want.shape, want.dtype), path_name(path)
+        assert leaf.sharding.is_equivalent_to(want.sharding, leaf.ndim), path_name(path)
+
+    jax.tree_util.tree_map_with_path(check, case.last, case.abstract)
+    assert [figures["step"] for figures in case.metrics] == list(range(1, STEPS + 1))
+
+
+def test_features_and_attention(case):
+    images = jnp.zeros((3, 16, 16, 3))
+    cls, patch = (jax.eval_shape(case.method.features, case.initial.params, images)[k] for k in ("cls", "patch"))
+    assert cls.shape == (3, cls.shape[-1]) and patch.shape == (3, *patch.shape[1:2], cls.shape[-1])
+    attention = jax.eval_shape(case.method.attention, case.initial.params, images)
+    assert attention.shape == (3, attention.shape[1], patch.shape[1])
