@@ -13,31 +13,41 @@ from typing import Any
 import jax
 import ml_collections
 import orbax.checkpoint as ocp
+from absl import logging
 
 from mim_jax.sharding import path_name
 
 # What may differ between a checkpoint and the run that goes on from it: it changes no number of the training.
-FREE = ("eval", "checkpoint", "mesh", "init_from", "resume", "log_every_steps", "max_skipped")
-FREE += ("data.dir", "data.workers", "data.eval_split", "model.unroll")
+FREE = {"eval", "checkpoint", "mesh", "init_from", "resume", "log_every_steps", "max_skipped"}
+FREE |= {"data.dir", "data.workers", "data.eval_split", "model.unroll"}
 
 
 class Checkpoints:
     """The checkpoints of one run, in `workdir/checkpoints`.
 
     Raises:
-      OSError: naming the folder, where it cannot be written or has no room for another checkpoint.
+      FileNotFoundError: where checkpoints of another run are to be read, and there are none.
+      OSError: naming the folder, where it cannot be written or has no room for another checkpoint, or where no
+        checkpoint in it can be read.
       ValueError: where a checkpoint is of another configuration; names the keys that differ.
     """
 
-    def __init__(self, workdir: str | Path, config: ml_collections.ConfigDict):
+    def __init__(self, workdir: str | Path, config: ml_collections.ConfigDict, own: bool = True):
+        """`own`: to be written, too. Nothing is changed in another run's workdir."""
         self.folder = Path(workdir).absolute() / "checkpoints"
         self.config = config
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, cleanup_tmp_directories=True)
+        if not own and not self.folder.is_dir():
+            raise FileNotFoundError(f"there is no run in {workdir}: it has no folder {self.folder}")
+        keep = config.checkpoint.keep if own else None
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=own, create=False)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if own:
+                self.folder.mkdir(parents=True, exist_ok=True)
             self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "record"))
         except OSError as error:
             raise OSError(error.errno, f"cannot keep checkpoints: {error.strerror}", str(self.folder)) from error
+        if not own and self.latest() is None:
+            raise FileNotFoundError(f"there is no checkpoint in {self.folder}")
 
     def latest(self) -> int | None:
         return self.manager.latest_step()
@@ -64,26 +74,43 @@ class Checkpoints:
             self.manager.wait_until_finished()
 
     def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, record) of the latest checkpoint; `abstract` has the shapes and the shardings that are wanted."""
-        step = self.latest()
-        record = self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-        differing = differences(record["config"], json.loads(self.config.to_json_best_effort()))
-        if differing:
+        """(state, record) of the latest checkpoint that can be read; one that a crash of the machine has torn cannot.
+
+        `abstract` has the shapes and the shardings that are wanted.
+        """
+        errors = {}
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                record = self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+                differing = differences(record["config"], json.loads(self.config.to_json_best_effort()))
+                if not differing:
+                    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                    return self.manager.restore(step, args=args).state, record
+            except Exception as error:  # whatever Orbax and TensorStore make of broken files
+                logging.warning("The checkpoint of step %d in %s cannot be read: %s", step, self.folder, error)
+                errors[step] = error
+                continue
             raise ValueError(
                 f"the checkpoint of step {step} in {self.folder} is of another configuration. Then and now:\n  "
                 + "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differing)
                 + "\nGive another workdir, or start a new run from these parameters with --config.init_from."
             )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self.manager.restore(step, args=args).state, record
+        raise OSError(f"no checkpoint in {self.folder} can be read: {errors}")
+
+    def forget_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps: those that could not be read."""
+        for later in self.manager.all_steps():
+            if later > step:
+                self.manager.delete(later)
 
     def restore_params(self, abstract: Any) -> Any:
         """The trained parameters alone, whatever else the configuration was.
 
         Raises ValueError naming the arrays that are missing, unexpected or of another shape.
         """
-        step = self.latest()
-        saved = self.manager.item_metadata(step).state["params"]
+        path = self.folder / str(self.latest()) / "state"
+        checkpointer = ocp.PyTreeCheckpointer()
+        saved = checkpointer.metadata(path).item_metadata.tree["params"]
         have = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
         want = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
         wrong = sorted(path for path in have.keys() | want.keys() if have.get(path) != want.get(path))
@@ -95,17 +122,21 @@ class Checkpoints:
         item = {"params": abstract}
         restore_args = ocp.checkpoint_utils.construct_restore_args(item)
         args = ocp.args.PyTreeRestore(item, restore_args, partial_restore=True)
-        return self.manager.restore(step, args=ocp.args.Composite(state=args)).state["params"]
+        return checkpointer.restore(path, args=args)["params"]
 
     def reached_preemption(self, step: int) -> bool:
         """Whether any process of the run was told to stop; all must ask at the same steps."""
         return self.manager.reached_preemption(step)
 
     def close(self) -> None:
-        self.manager.close()
+        """After `wait` there is nothing left to fail; without it, something else has, which is to be told."""
+        with contextlib.suppress(Exception):
+            self.manager.close()
 
     def kept(self) -> str:
         """A sentence for error messages: what is safe."""
+        with contextlib.suppress(Exception):  # of a save under way: the error that is told now is another
+            self.manager.wait_until_finished()
         self.manager.reload()
         step = self.latest()
         return "No checkpoint was written yet." if step is None else f"The checkpoint of step {step} is whole."

@@ -13,6 +13,8 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     """
     path, _, variant = spec.partition(":")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no config file {path}")
-    get_config = runpy.run_path(path)["get_config"]
-    return (get_config(variant) if variant else get_config()).lock()
+        raise FileNotFoundError(f"there is no config file {path}")
+    module = runpy.run_path(path)
+    if variant and "VARIANTS" in module and variant not in module["VARIANTS"]:
+        raise ValueError(f"{path} has no variant {variant!r}, only {', '.join(module['VARIANTS'])}")
+    return (module["get_config"](variant) if variant else module["get_config"]()).lock()

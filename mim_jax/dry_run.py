@@ -20,12 +20,12 @@ def plan(config: ml_collections.ConfigDict) -> str:
 
     Simulated devices are enough: with `JAX_NUM_CPU_DEVICES=8` a laptop plans for eight.
     """
-    with jax.set_mesh(sharding.make_mesh(config.mesh.data, config.mesh.fsdp)) as _:
-        mesh = sharding.current_mesh()
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    with jax.set_mesh(mesh):
         method = make_method(config)
         state = abstract_state(method, config)
         batch = abstract_batch(config)
-        memory = make_train_step(method, config).lower(state, method.frozen(), batch).compile().memory_analysis()
+        memory: Any = make_train_step(method, config).lower(state, method.frozen(), batch).compile().memory_analysis()
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak += memory.temp_size_in_bytes
         flops, total = step_flops(config), total_steps(config)
@@ -49,11 +49,12 @@ def plan(config: ml_collections.ConfigDict) -> str:
 
 
 def abstract_batch(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of what the pipeline yields, over the batch axes of the mesh."""
+    """The shapes of what the pipeline yields, over the batch axes of the mesh if there is one."""
     b, canvas = config.data.batch_size, config.data.canvas
     shapes = {"image": ((b, canvas, canvas, 3), np.uint8), "size": ((b, 2), np.int32)}
     shapes |= {"label": ((b,), np.int32), "index": ((b,), np.int32)}
-    placed = jax.sharding.NamedSharding(sharding.current_mesh(), sharding.BATCH)
+    mesh = sharding.current_mesh()
+    placed = None if mesh is None else jax.sharding.NamedSharding(mesh, sharding.BATCH)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, (shape, dtype) in shapes.items()}
 
 
@@ -66,7 +67,8 @@ def step_flops(config: ml_collections.ConfigDict) -> float:
     config.model.unroll = config.model.depth
     method = make_method(config)
     lowered = make_train_step(method, config).lower(abstract_state(method, config), method.frozen(), abstract_batch(config))
-    return lowered.cost_analysis()["flops"]
+    cost: Any = lowered.cost_analysis()
+    return cost["flops"]
 
 
 def device_bytes(tree: Any) -> int:

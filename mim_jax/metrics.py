@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -89,6 +90,13 @@ class Writer:
             )
             self._event(step, summary=summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, image=image)]))
 
+    def text(self, name: str, text: str) -> None:
+        """Keeps a text as `workdir/{name}`."""
+        if self._lines is None:
+            return
+        with _named_errors(self.path.parent / name):
+            (self.path.parent / name).write_text(text)
+
     def close(self) -> None:
         if self._lines is not None:
             with _named_errors(self.path):
@@ -123,6 +131,15 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 def latest(workdir: str | os.PathLike) -> dict[str, Any]:
     """The last value of every tag, and of `step`, in `workdir/metrics.jsonl`; None where that was not finite."""
     return {tag: value for row in read(workdir) for tag, value in row.items()}
+
+
+def inherit(old: str | os.PathLike, new: str | os.PathLike) -> None:
+    """Copies what the run in one workdir has told to another workdir, where it goes on. First process only."""
+    if jax.process_index() != 0:
+        return
+    with _named_errors(Path(new)):
+        shutil.copy(Path(old) / FILE, Path(new) / FILE)
+        shutil.copytree(Path(old) / "pictures", Path(new) / "pictures", dirs_exist_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The one train step that there is."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from mim_jax.state import TrainState, abstract_state
 AUGMENT, LOSS = range(2)  # streams of randomness; each is a function of (seed, step, stream) and the example's index
 
 
-def make_train_step(method: Any, config: ml_collections.ConfigDict) -> Callable:
+def make_train_step(method: Any, config: ml_collections.ConfigDict) -> jax.stages.Wrapped:
     """`train_step(state, frozen, batch) -> (state, metrics)`, jitted; the state given is donated.
 
     `batch` is what the pipeline yields, or finished views (no key `image`): then nothing is augmented. Where the loss or

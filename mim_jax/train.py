@@ -4,6 +4,7 @@ One rule of order: what belongs to step s is written to the metrics before the c
 killed and resumed tells each step once, and loses none.
 """
 
+import dataclasses
 import signal
 from importlib.metadata import version
 from pathlib import Path
@@ -62,21 +63,21 @@ def start(method: Any, config: ml_collections.ConfigDict, checkpoints: Checkpoin
     abstract = abstract_state(method, config)
     if checkpoints.latest() is not None:
         state, record = checkpoints.restore(abstract)
+        checkpoints.forget_after(record["step"])
         return state, method.frozen(), record
     if config.resume:
-        state, record = Checkpoints(config.resume, config).restore(abstract)
+        state, record = Checkpoints(config.resume, config, own=False).restore(abstract)
+        metrics.inherit(config.resume, checkpoints.folder.parent)
         return state, method.frozen(), record
     state, frozen = init_state(method, config)
     if config.init_from:
-        params = Checkpoints(config.init_from, config).restore_params(abstract.params)
+        params = Checkpoints(config.init_from, config, own=False).restore_params(abstract.params)
         teacher = {part: jax.tree.map(jnp.copy, params[part]) for part in method.teacher_parts}
-        state = state.replace(params=params, teacher=teacher)
+        state = dataclasses.replace(state, params=params, teacher=teacher)
     return state, frozen, {}
 
 
-def make_monitor(
-    config: ml_collections.ConfigDict, method: Any, source: sources.Source, held_out: sources.Source
-) -> Monitor:
+def make_monitor(config: ml_collections.ConfigDict, method: Any, source: sources.Source, held_out: sources.Source) -> Monitor:
     """The evaluator. Data that has one split only is divided for it: the images it is measured on do not vote."""
     e, seed, canvas = config.eval, config.seed, config.data.canvas
     if held_out.description == source.description:
@@ -108,17 +109,20 @@ class Loop:
     def __init__(self, config, workdir, method, source, held_out, checkpoints, record):
         self.config, self.workdir, self.method, self.source, self.checkpoints = config, workdir, method, source, checkpoints
         self.total = total_steps(config)
-        self.batches = record.get("batches", 0)  # taken from the stream; more than steps where some were skipped
-        self.bad_images = record.get("bad_images", 0)
+        # Where the data stream stood when the last step was made. What came after it, batches that led to no step, is
+        # met again by a run that resumes.
+        self.record = {name: record.get(name, 0) for name in ("batches", "bad_images")}
+        self.bad_images, self.bad_names = self.record["bad_images"], set[str]()
+        self.skipped = self.record["batches"] - record.get("step", 0)
         self.skipped_in_a_row = 0
         self.terminated = False
-        first_step = record.get("step")
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(config.to_json_best_effort(indent=2))
-        self.writer = metrics.Writer(workdir, first_step)
-        self.progress = metrics.Progress(self.total, first_step or 0)
+        self.resumed_from = record.get("step")
+        self.writer = metrics.Writer(workdir, self.resumed_from)
+        self.progress = metrics.Progress(self.total, self.resumed_from or 0)
         self.stopwatch = metrics.Stopwatch()
+        self.writer.text("config.json", config.to_json_best_effort(indent=2))
         self.monitor = make_monitor(config, method, source, held_out)
+        self.handler = signal.signal(signal.SIGTERM, self.terminate)
 
     def run(self, state: TrainState, frozen: Any) -> TrainState:
         config, step = self.config, int(state.step)
@@ -130,18 +134,19 @@ class Loop:
             seed=config.seed,
             batch_size=config.data.batch_size,
             canvas=config.data.canvas,
-            start=self.batches,
+            start=self.record["batches"],
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=config.data.workers,
             on_bad=self.count_bad,
         )
+        batches = self.record["batches"]  # taken from the stream: more than there are steps where some were skipped
         pending = None  # the metrics of the last step: fetched while the next one runs
         while step < self.total and not self.stopping(step):
             state, latest = train_step(state, frozen, sharding.global_batch(next(stream)))
-            self.batches += 1
+            batches += 1
             step += 1 - self.settle(pending)
-            pending = latest
+            pending = latest | {"batches": batches, "bad_images": self.bad_images}
             due = {name: step % n == 0 or step == self.total for name, n in every.items()}
             if any(due.values()):
                 skipped = self.settle(pending)
@@ -156,7 +161,7 @@ class Loop:
         self.end(int(state.step))
         return state
 
-    def settle(self, pending: dict[str, jax.Array] | None) -> int:
+    def settle(self, pending: dict[str, Any] | None) -> int:
         """Tells what a step has returned. 1 if the step was skipped, else 0; raises NotFinite after too many of those."""
         if pending is None:
             return 0
@@ -164,13 +169,15 @@ class Loop:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         self.stopwatch.count(self.config.data.batch_size)
         self.progress.advance(step)
+        if not skipped:
+            self.record = {name: int(pending[name]) for name in self.record}
         if skipped:
             figures = {tag: float(pending[tag]) for tag in ("train/loss", "train/grad_norm", "train/skipped")}
-            self.writer.write(step, figures)
+            self.writer.write(step + 1, figures)
             self.progress.say(f"step {step + 1} left out: loss {figures['train/loss']}, gradient {figures['train/grad_norm']}")
         elif step % self.config.log_every_steps == 0 or step == 1:
-            figures = {tag: float(value) for tag, value in pending.items() if tag != "step"}
-            figures |= {"perf/images_per_s": self.stopwatch.lap() or 0.0, "data/bad_images": self.bad_images}
+            figures = {tag: float(value) for tag, value in pending.items() if "/" in tag}
+            figures |= {"perf/images_per_s": self.stopwatch.lap() or 0.0, "data/bad_images": int(pending["bad_images"])}
             self.writer.write(step, figures)
             self.progress.report(figures)
         if self.skipped_in_a_row >= self.config.max_skipped:
@@ -182,9 +189,9 @@ class Loop:
 
     def begin(self, state: TrainState) -> None:
         """What is done once a run, before its first step: floors, and the picture of the crops."""
-        self.handler = signal.signal(signal.SIGTERM, self.terminate)
-        self.progress.say(f"{self.config.method} on {self.source.description}; {jax.device_count()} x {jax.devices()[0].device_kind}")
-        if self.batches:
+        devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        self.progress.say(f"{self.config.method} on {self.source.description}; {devices}")
+        if self.resumed_from is not None:
             self.progress.say(f"resuming after step {int(state.step)} of {self.total}")
             return
         floors = self.monitor.floors(state.params)
@@ -227,7 +234,7 @@ class Loop:
 
     def save(self, state: TrainState, step: int) -> None:
         with self.stopwatch.paused():
-            self.checkpoints.save(step, state, batches=self.batches, bad_images=self.bad_images)
+            self.checkpoints.save(step, state, **self.record)
 
     def end(self, step: int) -> None:
         """The last words of a run, finished or told to stop."""
@@ -253,13 +260,15 @@ class Loop:
 
     def count_bad(self, row: int, name: str) -> None:
         self.bad_images += 1
-        self.progress.say(f"bad image, replaced by another: {name}")
+        if name not in self.bad_names:
+            self.bad_names.add(name)
+            self.progress.say(f"bad image, replaced by another: {name}")
 
     def close(self) -> None:
-        self.writer.close()
+        signal.signal(signal.SIGTERM, self.handler)
         self.progress.close()
         self.checkpoints.close()
-        signal.signal(signal.SIGTERM, self.handler)
+        self.writer.close()
 
 
 def told(figures: dict[str, float]) -> str:

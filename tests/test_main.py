@@ -1,0 +1,234 @@
+"""The command line: what it refuses and how it says so, what it derives from the config, and one whole run."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mim_jax import dry_run, load_config, make_method, make_train_step, metrics, optim
+from mim_jax.sharding import make_mesh
+from mim_jax.state import abstract_state
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "tests/tiny.py")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mim_jax.main", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=configs/none.py"], "error: there is no config file configs/none.py\n"),
+        (["--config", "configs/dino.py:dem"], "error: configs/dino.py has no variant 'dem', only vits16, "),
+        (["--config=configs/dino.py:demo", "--config.optim.lrr=1"], """'lrr' Did you mean "lr" instead of "lrr"?\n"""),
+        (["--config=configs/dino.py:demo", "--config.method=dinoo", "--dry_run"], "no mim_jax/methods/dinoo.py\n"),
+        (["--config=configs/dino.py:demo"], "--workdir is missing"),
+        (["--config=configs/dino.py:demo", "--workdir={}", "--config.data.name=folder", "--config.data.dir=no/such"],
+         "error: There is no folder no/such: set data.dir to a folder of images.\n"),
+        (["--config=configs/dino.py", "--workdir={}", "--config.data.dir={}"],
+         "Prepare it where TensorFlow is installed with `tfds build imagenet2012 --data_dir={}"),
+    ],
+    ids=["file", "variant", "key", "method", "workdir", "folder", "data set"],
+)  # fmt: skip
+def test_what_is_wrong_is_told_in_one_message(tmp_path, arguments, message):
+    result = run(*(argument.format(tmp_path) for argument in arguments))
+    assert result.returncode == 1
+    assert message.format(tmp_path) in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_the_code_itself_keep_their_traceback(tmp_path):
+    (tmp_path / "broken.py").write_text("import nothing_of_that_name")
+    result = run(f"--config={tmp_path}/broken.py", "--dry_run")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+
+
+def test_overriding_the_batch_size_moves_steps_and_learning_rate():
+    def recipe(batch_size):
+        config = load_config(f"{ROOT}/configs/dino.py:vits16")
+        config.data.batch_size = batch_size
+        total, warmup = optim.total_steps(config), optim.duration(config, config.optim, "warmup")
+        return config, total, warmup, float(optim.schedules(config)["lr"](warmup)), make_method(config).schedules
+
+    config, total, warmup, peak, schedules = recipe(1024)
+    assert (total, warmup) == (800 * (1_281_167 // 1024), 10 * (1_281_167 // 1024))
+    assert peak == pytest.approx(5e-4 * 1024 / 256)
+    _, smaller_total, smaller_warmup, smaller_peak, smaller_schedules = recipe(256)
+    assert (smaller_total, smaller_warmup) == (800 * (1_281_167 // 256), 10 * (1_281_167 // 256))
+    assert smaller_peak == pytest.approx(peak / 4)
+    for name, schedule in schedules.items():  # the same course over the epochs
+        for step, smaller_step in ((0, 0), (total // 2, smaller_total // 2), (total, smaller_total)):
+            assert float(smaller_schedules[name](smaller_step)) == pytest.approx(float(schedule(step)), rel=1e-3)
+
+
+@pytest.fixture
+def one_device():
+    with jax.set_mesh(make_mesh(1, 1, jax.devices()[:1])):
+        yield
+
+
+VARIANTS = [
+    f"{path.relative_to(ROOT)}:{variant}"
+    for path in sorted((ROOT / "configs").glob("*.py"))
+    for variant in runpy.run_path(str(path))["VARIANTS"]
+]
+
+
+@pytest.mark.parametrize("spec", VARIANTS)
+def test_every_variant_makes_a_step(one_device, spec):
+    config = load_config(f"{ROOT}/{spec}")
+    method = make_method(config)
+    state = abstract_state(method, config)
+    new, figures = jax.eval_shape(make_train_step(method, config), state, method.frozen(), dry_run.abstract_batch(config))
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), new, state))
+    assert {"train/loss", "train/lr", "train/grad_norm", "train/skipped", "step"} <= figures.keys()
+    assert figures["train/loss"].shape == ()
+
+
+# Plans.
+
+
+def test_plan_of_a_run_on_8_devices():
+    config = load_config(TINY)
+    config.mesh.update(data=1, fsdp=8)
+    text = dry_run.plan(config)
+    method = make_method(config)
+    params = jax.tree.leaves(jax.eval_shape(method.init, jax.random.key(0))[0])
+    count = sum(leaf.size for leaf in params)
+    assert f"Total: {count:,} -- {4 * count:,} bytes" in text
+    assert "backbone/blocks/qkv/kernel" in text
+    assert "mesh: data=1 x fsdp=8" in text
+    assert "(None, None, 'fsdp')" in text
+    assert "8 x cpu, global batch 8, 6 steps" in text
+    for name in ("parameters", "teacher", "optimizer", "peak", "state donated", "FLOPs per step"):
+        assert name in text
+
+
+def test_bytes_of_a_device_are_those_of_its_shards():
+    config = load_config(TINY)
+    for data, fsdp in ((8, 1), (1, 8)):
+        with jax.set_mesh(make_mesh(data, fsdp)):
+            state = abstract_state(make_method(config), config)
+            kernel = state.params["backbone"]["blocks"]["fc1"]["kernel"]
+            array = jax.device_put(np.zeros(kernel.shape, kernel.dtype), kernel.sharding)
+            assert dry_run.device_bytes([kernel]) == array.addressable_shards[0].data.nbytes == array.nbytes // fsdp
+
+
+def test_flops_are_those_of_the_closed_formula(one_device):
+    config = load_config(f"{ROOT}/configs/dino.py:vits16")
+    dim, depth = config.model.dim, config.model.depth
+
+    def forward(tokens):
+        return 2 * depth * (tokens * 12 * dim**2 + 2 * tokens**2 * dim) + 2 * (tokens - 1) * 16 * 16 * 3 * dim
+
+    head = 2 * (dim * 2048 + 2048 * 2048 + 2048 * 256 + 256 * 65536)
+    crops = 2 * forward(197) + 10 * forward(37) + 12 * head  # of the student: forward, and twice that backward
+    want = 3 * crops + 2 * (forward(197) + head)
+    assert want == pytest.approx(123.8e9, rel=0.002)
+    assert dry_run.step_flops(config) / config.data.batch_size == pytest.approx(want, rel=0.05)
+
+
+def test_flops_of_a_scanned_model_are_those_of_the_unrolled_one(one_device):
+    config = load_config(TINY)
+    config.crops.local_crops_number = 0
+    config.model.update(depth=3, unroll=3)
+    method = make_method(config)
+    step, state = make_train_step(method, config), abstract_state(method, config)
+    unrolled = step.lower(state, method.frozen(), dry_run.abstract_batch(config)).cost_analysis()["flops"]
+    config.model.unroll = 1
+    assert dry_run.step_flops(config) == unrolled
+
+
+# A whole run, as its user sees it.
+
+BAD = ("cut.jpg", "text.png", "empty.jpg")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """(workdir, what it printed) of a run on folders with labels that hold grey, transparent and bad files."""
+    data, workdir = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("runs") / "first"
+    rng = np.random.default_rng(0)
+    modes = {"RGB": (20, 24, 3), "L": (16, 16), "RGBA": (30, 17, 4)}
+    for split, count in (("train", 12), ("val", 6)):
+        for label, name in enumerate(("ant", "bee")):
+            folder = data / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                mode, shape = list(modes.items())[i % 3]
+                pixels = rng.integers(100 * label, 156 + 100 * label, shape, np.uint8)
+                Image.fromarray(pixels, mode=None).save(folder / f"{i}.png")
+    ant = data / "train/ant"
+    Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(ant / BAD[0])
+    os.truncate(ant / BAD[0], 700)
+    (ant / BAD[1]).write_text("no image")
+    (ant / BAD[2]).touch()
+    result = run(f"--config={TINY}", f"--workdir={workdir}", f"--config.data.dir={data}", "--config.data.eval_split=val")
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+
+def test_figures_of_a_run(finished):
+    workdir, _ = finished
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "train/loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if "eval/knn" in row] == [3, 6]
+    assert [row["step"] for row in rows if "eval/knn_floor_whitened" in row] == [0]
+    figures = metrics.latest(workdir)
+    scores = {
+        "eval/knn", "eval/knn_floor_untrained", "eval/knn_floor_pixels", "eval/knn_floor_whitened",
+        "eval/view_retrieval", "eval/view_retrieval_floor_untrained", "eval/view_retrieval_floor_pixels",
+        "eval/probe", "eval/probe_floor_untrained", "eval/probe_floor_whitened",
+    }  # fmt: skip
+    assert {tag for tag in figures if tag.startswith("eval/")} == scores
+    assert all(0 <= figures[tag] <= 1 for tag in scores)
+    others = {"train/loss", "train/lr", "train/momentum_teacher", "perf/images_per_s", "data/bad_images", "health/rank"}
+    assert others <= figures.keys()
+    assert {"health/teacher_entropy", "health/kl", "health/prototype_usage", "health/center_norm"} <= figures.keys()
+    assert figures["perf/images_per_s"] > 0
+    assert figures["data/bad_images"] >= len(BAD)  # 48 images were drawn, of 27
+
+
+def test_words_of_a_run(finished):
+    workdir, result = finished
+    assert "Traceback" not in result.stderr
+    for name in BAD:
+        assert f"/{name}" in result.stderr
+    assert "/0.png" not in result.stderr
+    lines = result.stderr.splitlines()
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line.split()[1] for line in steps] == ["1/6", "2/6", "3/6", "3/6", "4/6", "5/6", "6/6", "6/6"]
+    assert all("loss" in line and "images/s" in line and "ETA" in line for line in steps)
+    assert "k-NN" in steps[-1]
+    figures = metrics.latest(workdir)
+    floors = ", ".join(f"{name} {figures[f'eval/knn_floor_{name}']:.3f}" for name in ("untrained", "pixels", "whitened"))
+    assert f"knn             {figures['eval/knn']:.3f}   (floors: {floors})" in lines
+    assert any(line.startswith("view retrieval") for line in lines)
+    assert lines[-1] == f"report: {workdir}/report.html"
+
+
+def test_report_and_pictures_of_a_run(finished):
+    workdir, _ = finished
+    page = (workdir / "report.html").read_text()
+    bad = int(metrics.latest(workdir)["data/bad_images"])
+    for text in ("27 image files, 2 classes", "6 of 6", "out_dim: 32", f"jax {jax.__version__}"):
+        assert text in page
+    assert page.count("data:image/png;base64") == 3
+    assert bad and f">{bad}<" in page
+    for name in ("crops", "attention", "neighbors"):
+        with Image.open(workdir / f"pictures/{name}.png") as picture:
+            assert picture.width > 100
+    assert list((workdir / "tensorboard").iterdir())
+    assert json.loads((workdir / "config.json").read_text())["data"]["num_examples"] == 27

@@ -1,0 +1,540 @@
+"""Runs that are killed, stopped, moved or refused, and go on as if nothing had happened."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from PIL import Image
+
+from mim_jax import load_config, main, metrics, state, step, train
+from mim_jax.checkpoint import FREE, Checkpoints
+from mim_jax.data import augment, pipeline, sources
+from mim_jax.methods.base import make_method
+from mim_jax.sharding import make_mesh
+from mim_jax.state import abstract_state
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "tests/tiny.py")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """A folder of 42 images, two of which are bad."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for i in range(40):
+        Image.fromarray(rng.integers(0, 256, (16, 16 + i % 5, 3), np.uint8)).save(folder / f"{i}.png")
+    for i in (5, 25):
+        (folder / f"{i}_bad.png").write_bytes(b"no image")
+    return folder
+
+
+def told(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl, which must all be whole, without the tags that measure time."""
+    rows = [json.loads(line) for line in (workdir / metrics.FILE).read_text().splitlines()]
+    return [{tag: value for tag, value in row.items() if not tag.startswith("perf/")} for row in rows]
+
+
+def saved_state(workdir: Path, step: int | None = None) -> dict:
+    """The state in a checkpoint, the latest by default, read without the code under test."""
+    with ocp.CheckpointManager(workdir / "checkpoints", item_names=("state",)) as manager:
+        step = manager.latest_step() if step is None else step
+        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore())).state
+
+
+def saved_record(workdir: Path) -> dict:
+    newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    return json.loads((newest / "record/metadata").read_text())
+
+
+def assert_same_bits(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)):
+        a, b = np.asarray(a), np.asarray(b)
+        assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()), jax.tree_util.keystr(path)
+
+
+def assert_same_run(workdir: Path, uninterrupted: Path, last_step: int):
+    rows = told(workdir)
+    assert rows == told(uninterrupted)
+    assert [row["step"] for row in rows if row.get("train/skipped") == 0] == list(range(1, last_step + 1))
+    got = saved_state(workdir)
+    assert got["step"] == last_step
+    assert {"params", "teacher", "opt_state", "extra"} < got.keys()
+    assert_same_bits(got, saved_state(uninterrupted))
+
+
+# Runs as they are started, in processes of their own.
+
+STEPS = 60
+
+
+class Runs:
+    """Starts the same run in any workdir, with what was compiled before."""
+
+    def __init__(self, images: Path, folder: Path):
+        self.images, self.folder = images, folder
+        self.environment = os.environ | {
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+
+    def start(self, workdir: Path, *overrides: str, **kwargs) -> subprocess.Popen:
+        command = [sys.executable, "-m", "mim_jax.main", f"--config={TINY}", f"--workdir={workdir}"]
+        command += [f"--config.data.dir={self.images}", f"--config.total_steps={STEPS}", "--config.crops.local_crops_number=0"]
+        command += ["--config.eval.every_steps=20", *overrides]
+        return subprocess.Popen(command, cwd=ROOT, env=self.environment, stderr=subprocess.PIPE, text=True, **kwargs)
+
+    def finish(self, run: subprocess.Popen) -> str:
+        _, output = run.communicate(timeout=300)
+        assert run.returncode == 0, output
+        return output
+
+
+@pytest.fixture(scope="module")
+def runs(images, tmp_path_factory) -> Runs:
+    return Runs(images, tmp_path_factory.mktemp("runs"))
+
+
+def last_step(workdir: Path) -> int:
+    return max((row["step"] for row in metrics.read(workdir)), default=0)
+
+
+def wait(run: subprocess.Popen, until: Callable[[], bool]) -> None:
+    """Looks every few milliseconds, for minutes."""
+    for _ in range(60_000):
+        if until() or run.poll() is not None:
+            return
+        time.sleep(0.005)
+    raise TimeoutError
+
+
+@pytest.fixture(scope="module")
+def stopped(runs) -> Path:
+    """The workdir of the first run of all, which got SIGTERM while its first step was compiled."""
+    workdir = runs.folder / "stopped"
+    run = runs.start(workdir)
+    wait(run, (workdir / "pictures/crops.png").exists)
+    time.sleep(0.5)
+    run.send_signal(signal.SIGTERM)
+    assert f"stopped after step 1 of {STEPS}" in runs.finish(run)
+    assert saved_state(workdir)["step"] == 1
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(runs, stopped) -> Path:
+    workdir = runs.folder / "uninterrupted"
+    output = runs.finish(runs.start(workdir))
+    assert output.count("bad image") == 2 and "25_bad.png" in output  # each is named once
+    return workdir
+
+
+def test_images_without_labels_are_measured_by_view_retrieval(uninterrupted):
+    tags = set().union(*told(uninterrupted))
+    assert {"eval/view_retrieval", "eval/view_retrieval_floor_untrained", "eval/view_retrieval_floor_pixels"} <= tags
+    assert not any("knn" in tag or "probe" in tag for tag in tags)
+    report = (uninterrupted / "report.html").read_text()
+    assert "no labels" in report and "View retrieval" in report
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_run_stopped_and_killed_ends_as_one_left_alone(runs, stopped, uninterrupted, kills):
+    workdir = shutil.copytree(stopped, runs.folder / f"killed_{kills}")
+    for _ in range(kills):  # one in five while it starts, the others at any moment of a step, a checkpoint or an evaluation
+        run = runs.start(workdir)
+        if random.random() < 0.2:
+            time.sleep(random.uniform(0, 10))
+        else:
+            steps = last_step(workdir) + random.randint(0, STEPS // kills)
+            wait(run, lambda steps=steps: last_step(workdir) > steps)
+            time.sleep(random.uniform(0, 0.1))
+        run.kill()
+        output = run.communicate()[1]
+        assert run.returncode == -signal.SIGKILL, output
+    runs.finish(runs.start(workdir))
+    assert_same_run(workdir, uninterrupted, last_step=STEPS)
+
+
+def test_a_full_disk_is_one_message_and_exit_code_1(runs, stopped):
+    workdir = shutil.copytree(stopped, runs.folder / "full")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # noqa: E731
+    run = runs.start(workdir, preexec_fn=limit)
+    output = run.communicate(timeout=300)[1]
+    assert run.returncode == 1
+    assert "Traceback" not in output
+    *_, last = output.splitlines()
+    assert re.match(f"error: writing a checkpoint to {workdir}/checkpoints failed: .*The checkpoint of step 1 is whole", last)
+    assert_same_bits(saved_state(workdir), saved_state(stopped))
+
+
+# The same loop in this process, compiled once and without real evaluators. Half of the batches are poisoned.
+
+QUICK_STEPS = 12
+POISON = 4  # of a batch that holds one of the first so many images, every view is NaN
+
+
+@pytest.fixture(scope="module")
+def patched():
+    """Lets `train.run` take a moment."""
+    steps, states = {}, {}
+
+    def poisoned_augment(batch, *args):
+        poisoned = jnp.min(batch["index"]) < POISON
+        return {name: jnp.where(poisoned, jnp.nan, view) for name, view in augment.augment(batch, *args).items()}
+
+    def training(config):
+        """What of the config the step is made of."""
+        keys = json.loads(config.to_json_best_effort())
+        keys["data"]["dir"] = None
+        return json.dumps({key: value for key, value in keys.items() if key not in FREE})
+
+    def make_train_step(method, config):
+        if training(config) not in steps:
+            steps[training(config)] = step.make_train_step(method, config)
+        return steps[training(config)]
+
+    def init_state(method, config):
+        if training(config) not in states:
+            states[training(config)] = state.init_state(method, config)
+        return jax.tree.map(jnp.copy, states[training(config)])
+
+    blank = Image.new("RGB", (8, 8))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "augment", poisoned_augment)
+        patch.setattr(train, "make_train_step", make_train_step)
+        patch.setattr(train, "init_state", init_state)
+        patch.setattr(train, "make_monitor", lambda *args: StubMonitor())
+        patch.setattr(train.sharding, "make_mesh", lambda *args: make_mesh(1, 1, jax.devices()[:1]))
+        for picture in ("crop_picture", "attention_picture", "neighbor_picture"):
+            patch.setattr(train.gallery, picture, lambda *args: blank)
+        yield
+
+
+@pytest.fixture
+def quick(images, patched) -> ml_collections.ConfigDict:
+    return quick_config(images)
+
+
+def quick_config(images: Path) -> ml_collections.ConfigDict:
+    config = load_config(TINY).unlock()
+    config.data.dir = str(images)
+    config.total_steps = QUICK_STEPS
+    config.crops.local_crops_number = 0
+    config.eval.every_steps = 5
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(images, patched, tmp_path_factory) -> Path:
+    """The workdir of a quick run that nothing has interrupted."""
+    workdir = tmp_path_factory.mktemp("whole")
+    train.run(quick_config(images), workdir)
+    return workdir
+
+
+class StubMonitor:
+    bank = test = {"image": np.zeros((1, 8, 8, 3), np.uint8)}
+
+    def floors(self, params):
+        return {"eval/view_retrieval_floor_untrained": 0.0}
+
+    def run(self, params):
+        return {"eval/view_retrieval": float(params["backbone"]["cls_token"].sum())}
+
+
+def interrupt(monkeypatch, where: str, action: Callable[[], None]) -> None:
+    """Does `action` once: before the batch of that number, or when `floors` or an evaluation (`run`) is called."""
+    owner, name = (train.sharding, "global_batch") if where.isdigit() else (StubMonitor, where)
+    original, calls = getattr(owner, name), itertools.count()
+
+    def wrapper(*args):
+        if next(calls) == (int(where) if where.isdigit() else 0):
+            action()
+        return original(*args)
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def crash():
+    raise ZeroDivisionError
+
+
+@pytest.fixture(scope="module")
+def poisoned(images) -> list[bool]:
+    """Which of the first batches are."""
+    source = sources.open_source("folder", images)
+    stream = pipeline.train_batches(source, seed=0, batch_size=8, canvas=16, on_bad=lambda *_: None)
+    return [batch["index"].min() < POISON for batch in itertools.islice(stream, 60)]
+
+
+def test_skipped_steps_take_a_batch_and_nothing_else(whole, poisoned):
+    rows = [row for row in told(whole) if "train/skipped" in row]
+    taken = 1 + next(i for i in range(60) if i + 1 - sum(poisoned[: i + 1]) == QUICK_STEPS)
+    assert taken > QUICK_STEPS  # or this would test nothing
+    assert [row["train/skipped"] for row in rows] == poisoned[:taken]
+    assert [row["step"] for row in rows] == list(1 + np.cumsum([0, *np.logical_not(poisoned[: taken - 1])]))
+    assert all((row["train/loss"] is None) == row["train/skipped"] for row in rows)
+    leaves = jax.tree.leaves(saved_state(whole))
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    assert saved_record(whole)["batches"] == taken
+
+
+@pytest.mark.parametrize(
+    ("where", "action"),
+    [(where, terminate) for where in ("floors", "0", "3", "6", "run")] + [(where, crash) for where in ("floors", "8", "run")],
+)
+def test_a_run_interrupted_anywhere_ends_as_one_left_alone(quick, whole, tmp_path, where, action):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, where, action)
+        if action is terminate:
+            stopped = train.run(quick, tmp_path)
+            assert saved_state(tmp_path)["step"] == stopped.step < QUICK_STEPS
+        else:
+            with pytest.raises(ZeroDivisionError):
+                train.run(quick, tmp_path)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    train.run(quick, tmp_path)
+    assert_same_run(tmp_path, whole, QUICK_STEPS)
+
+
+def test_a_finished_run_started_again_only_tells_how_it_ended(quick, whole, tmp_path, capfd):
+    workdir = shutil.copytree(whole, tmp_path / "copy")
+    assert_same_bits(train.run(quick, workdir).params, saved_state(whole)["params"])
+    assert told(workdir) == told(whole)
+    assert str(workdir / "report.html") in capfd.readouterr().err
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(quick, whole, tmp_path, poisoned, monkeypatch):
+    limit = 3
+    taken = next(i for i in range(limit, 60) if all(poisoned[i - limit : i]))
+    done = taken - sum(poisoned[:taken])
+    assert 2 <= done < QUICK_STEPS
+    quick.max_skipped = limit
+    kept = done // 2 * 2
+    for _ in range(2):  # the same again when it is started again
+        with pytest.raises(train.NotFinite, match=f"{limit} steps in a row after step {done}.*step {kept} is whole"):
+            train.run(quick, tmp_path)
+        assert saved_state(tmp_path)["step"] == kept
+    monkeypatch.setattr(main, "CONFIG", SimpleNamespace(value=quick))
+    monkeypatch.setattr(main, "WORKDIR", SimpleNamespace(value=tmp_path))
+    monkeypatch.setattr(main, "DRY_RUN", SimpleNamespace(value=False))
+    with pytest.raises(SystemExit, match=f"^error: .* not finite for {limit} steps in a row"):  # a text is exit code 1
+        main.main([""])
+    quick.max_skipped = 20
+    train.run(quick, tmp_path)
+    assert_same_run(tmp_path, whole, QUICK_STEPS)
+
+
+# What a run goes on from.
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(quick, whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "copy")
+    quick.optim.lr = 1.0
+    quick.model.heads = 1
+    with pytest.raises(ValueError, match=r"another configuration.*\n  model.heads: 2 -> 1\n  optim.lr: \S+ -> 1.0\n"):
+        train.run(quick, workdir)
+    assert told(workdir) == told(whole)
+
+
+def test_keys_that_change_no_number_may_differ(quick, whole, images, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "6", terminate)
+        train.run(quick, tmp_path / "run")
+    quick.data.dir = str(shutil.copytree(images, tmp_path / "elsewhere"))
+    quick.eval.every_steps = 4
+    quick.checkpoint.every_steps = 3
+    quick.log_every_steps = 2
+    quick.mesh.fsdp, quick.mesh.data = -1, 1
+    train.run(quick, tmp_path / "run")
+    assert_same_bits(saved_state(tmp_path / "run"), saved_state(whole))
+
+
+def test_a_run_goes_on_in_another_workdir(quick, whole, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "6", terminate)
+        train.run(quick, tmp_path / "old")
+    before = told(tmp_path / "old")
+    quick.resume = str(tmp_path / "old")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "2", terminate)
+        train.run(quick, tmp_path / "new")
+    train.run(quick, tmp_path / "new")  # from its own checkpoint now
+    assert_same_run(tmp_path / "new", whole, QUICK_STEPS)
+    assert (tmp_path / "new/pictures/crops.png").exists()
+    assert told(tmp_path / "old") == before
+
+
+def test_a_new_run_starts_from_the_parameters_of_another(quick, whole, tmp_path):
+    quick.init_from = str(whole)
+    quick.optim.lr = 1.0  # another run altogether
+    with jax.set_mesh(make_mesh(1, 1, jax.devices()[:1])):
+        state, _, record = train.start(make_method(quick), quick, Checkpoints(tmp_path, quick))
+    assert record == {} and state.step == 0
+    saved = saved_state(whole)
+    assert_same_bits(state.params, saved["params"])
+    assert_same_bits(state.teacher, saved["params"])
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+
+
+def test_parameters_of_another_model_are_refused_with_the_arrays_named(quick, whole, tmp_path):
+    quick.init_from = str(whole)
+    quick.head.out_dim = 48
+    quick.head.nlayers = 2
+    with pytest.raises(ValueError, match="of another model") as error:
+        train.run(quick, tmp_path)
+    lines = str(error.value).splitlines()[1:]
+    assert "  head/last_layer/weight_v: (8, 32) -> (8, 48)" in lines
+    assert "  head/mlp_2/kernel: (16, 8) -> missing" in lines
+    assert not any("backbone" in line for line in lines)
+
+
+@pytest.mark.parametrize("key", ["resume", "init_from"])
+def test_a_run_that_is_not_there_is_named_and_not_made(quick, tmp_path, key):
+    quick[key] = str(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train.run(quick, tmp_path / "run")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_saved_on_8_devices_restored_on_4_and_on_1(quick, tmp_path):
+    quick.model.dim = quick.head.hidden_dim = 32
+    method = make_method(quick)
+    with jax.set_mesh(make_mesh(1, 8)):
+        rng = np.random.default_rng(0)
+        state = jax.tree.map(
+            lambda leaf: jax.device_put(rng.integers(0, 99, leaf.shape).astype(leaf.dtype), leaf.sharding),
+            abstract_state(method, quick),
+        )
+        assert not state.teacher["backbone"]["blocks"]["fc1"]["kernel"].is_fully_replicated
+        checkpoints = Checkpoints(tmp_path, quick)
+        checkpoints.save(3, state, batches=5)
+        checkpoints.wait()
+    for devices, data, fsdp in ((8, 8, 1), (4, 1, 4), (4, 2, 2), (1, 1, 1)):
+        with jax.set_mesh(make_mesh(data, fsdp, jax.devices()[:devices])):
+            abstract = abstract_state(method, quick)
+            restored, record = Checkpoints(tmp_path, quick).restore(abstract)
+        assert record["batches"] == 5
+        assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        assert_same_bits(restored, state)
+
+
+# Disks.
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of what Orbax leaves behind when it fails
+def test_a_torn_checkpoint_gives_way_to_the_one_before(quick, whole, tmp_path):
+    """A file of the newest checkpoint, each in turn, is cut or missing: either all is still read, or the one before is."""
+    good = {step: saved_state(whole, step) for step in (QUICK_STEPS - 2, QUICK_STEPS)}
+    newest = whole / f"checkpoints/{QUICK_STEPS}"
+    files = [path.relative_to(newest) for path in newest.rglob("*") if path.is_file()]
+    method, fell_back = make_method(quick), 0
+    with jax.set_mesh(make_mesh(1, 1, jax.devices()[:1])):
+        abstract = abstract_state(method, quick)
+        quick.data.num_examples = saved_record(whole)["config"]["data"]["num_examples"]
+        for number, file in enumerate(files):
+            workdir = shutil.copytree(whole, tmp_path / str(number))
+            torn = workdir / "checkpoints" / newest.name / file
+            if number % 2:
+                torn.unlink()
+            else:
+                os.truncate(torn, torn.stat().st_size // 2)
+            state, record = Checkpoints(workdir, quick).restore(abstract)
+            assert record["step"] == state.step
+            assert_same_bits(state.params, good[int(state.step)]["params"])
+            fell_back += state.step < QUICK_STEPS
+            shutil.rmtree(workdir)
+    assert 0 < fell_back < len(files)  # commit markers, say, are not needed
+
+
+def test_a_run_goes_on_past_a_torn_checkpoint(quick, whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    (workdir / f"checkpoints/{QUICK_STEPS + 2}.orbax-checkpoint-tmp-5").mkdir()
+    shutil.rmtree(workdir / f"checkpoints/{QUICK_STEPS}/state/d")
+    shutil.rmtree(workdir / f"checkpoints/{QUICK_STEPS}/state/ocdbt.process_0")
+    train.run(quick, workdir)
+    assert_same_run(workdir, whole, QUICK_STEPS)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {str(QUICK_STEPS - 2), str(QUICK_STEPS)}
+
+
+def test_no_checkpoint_that_can_be_read_is_an_error(quick, whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    for path in (workdir / "checkpoints").glob("*/record/metadata"):
+        path.unlink()
+    with pytest.raises(OSError, match=f"no checkpoint in {workdir}/checkpoints can be read"):
+        train.run(quick, workdir)
+    assert len(list((workdir / "checkpoints").iterdir())) == 2  # nothing is deleted where nothing can replace it
+
+
+def test_a_workdir_that_cannot_be_written_is_named(quick, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=f"cannot keep checkpoints.*{tmp_path}/file/run"):
+        train.run(quick, tmp_path / "file/run")
+    with pytest.raises(OSError, match="cannot keep checkpoints.*/proc/run"):
+        train.run(quick, "/proc/run")
+
+
+def test_too_little_room_for_a_checkpoint_is_told_before_it_is_begun(quick, whole, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    interrupt(monkeypatch, "7", lambda: monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000)))
+    with pytest.raises(OSError, match=f"no room for a checkpoint in {tmp_path}.*step [24] is whole"):
+        train.run(quick, tmp_path)
+    monkeypatch.undo()
+    train.run(quick, tmp_path)
+    assert_same_run(tmp_path, whole, QUICK_STEPS)
+
+
+@contextlib.contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """Longer files cannot be written, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [(4000, "writing a checkpoint to {}/checkpoints failed"), (500, "cannot write the run's figures: .*{}/metrics.jsonl")],
+    ids=["checkpoint", "figures"],
+)
+def test_a_full_disk_is_named_and_harms_no_checkpoint(quick, whole, tmp_path, size, message):
+    quick.eval.every_steps = 100
+    quick.log_every_steps = 100 if size == 4000 else 1
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "6", terminate)
+        train.run(quick, tmp_path)
+    before = saved_state(tmp_path)
+    with files_limited_to(size), pytest.raises(OSError, match=message.format(tmp_path)) as error:
+        train.run(quick, tmp_path)
+    if size == 4000:
+        assert f"The checkpoint of step {before['step']} is whole" in str(error.value)
+    assert_same_bits(saved_state(tmp_path), before)
+    quick.log_every_steps = 1
+    train.run(quick, tmp_path)
+    assert_same_bits(saved_state(tmp_path), saved_state(whole))
