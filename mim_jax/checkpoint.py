@@ -97,11 +97,12 @@ class Checkpoints:
             )
         raise OSError(f"no checkpoint in {self.folder} can be read: {errors}")
 
-    def forget_after(self, step: int) -> None:
-        """Deletes the checkpoints of later steps: those that could not be read."""
+    def set_aside_after(self, step: int) -> None:
+        """Renames the checkpoints of later steps, those that could not be read: the run will save these steps again."""
         for later in self.manager.all_steps():
-            if later > step:
-                self.manager.delete(later)
+            if later > step and jax.process_index() == 0:
+                (self.folder / str(later)).rename(self.folder / f"unreadable_{later}")
+        self.manager.reload()
 
     def restore_params(self, abstract: Any) -> Any:
         """The trained parameters alone, whatever else the configuration was.

@@ -63,7 +63,7 @@ def start(method: Any, config: ml_collections.ConfigDict, checkpoints: Checkpoin
     abstract = abstract_state(method, config)
     if checkpoints.latest() is not None:
         state, record = checkpoints.restore(abstract)
-        checkpoints.forget_after(record["step"])
+        checkpoints.set_aside_after(record["step"])
         return state, method.frozen(), record
     if config.resume:
         state, record = Checkpoints(config.resume, config, own=False).restore(abstract)
@@ -113,16 +113,16 @@ class Loop:
         # met again by a run that resumes.
         self.record = {name: record.get(name, 0) for name in ("batches", "bad_images")}
         self.bad_images, self.bad_names = self.record["bad_images"], set[str]()
-        self.skipped = self.record["batches"] - record.get("step", 0)
         self.skipped_in_a_row = 0
-        self.terminated = False
+        self.terminated = self.compiled = False
         self.resumed_from = record.get("step")
         self.writer = metrics.Writer(workdir, self.resumed_from)
         self.progress = metrics.Progress(self.total, self.resumed_from or 0)
         self.stopwatch = metrics.Stopwatch()
         self.writer.text("config.json", config.to_json_best_effort(indent=2))
         self.monitor = make_monitor(config, method, source, held_out)
-        self.handler = signal.signal(signal.SIGTERM, self.terminate)
+        # Of several processes any may be told to stop, and all must: jax's preemption service, which has its own handler.
+        self.handler = signal.signal(signal.SIGTERM, self.terminate) if jax.process_count() == 1 else None
 
     def run(self, state: TrainState, frozen: Any) -> TrainState:
         config, step = self.config, int(state.step)
@@ -167,17 +167,23 @@ class Loop:
             return 0
         step, skipped = int(pending["step"]), int(pending["train/skipped"])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
-        self.stopwatch.count(self.config.data.batch_size)
         self.progress.advance(step)
+        if self.compiled:
+            self.stopwatch.count(self.config.data.batch_size)
+        else:  # the first step of this process was compilation
+            self.stopwatch.lap()
+            self.compiled = True
         if not skipped:
             self.record = {name: int(pending[name]) for name in self.record}
         if skipped:
             figures = {tag: float(pending[tag]) for tag in ("train/loss", "train/grad_norm", "train/skipped")}
             self.writer.write(step + 1, figures)
             self.progress.say(f"step {step + 1} left out: loss {figures['train/loss']}, gradient {figures['train/grad_norm']}")
-        elif step % self.config.log_every_steps == 0 or step == 1:
+        elif step % self.config.log_every_steps == 0:
             figures = {tag: float(value) for tag, value in pending.items() if "/" in tag}
-            figures |= {"perf/images_per_s": self.stopwatch.lap() or 0.0, "data/bad_images": int(pending["bad_images"])}
+            figures |= {"data/bad_images": int(pending["bad_images"])}
+            if (images_per_s := self.stopwatch.lap()) is not None:
+                figures["perf/images_per_s"] = images_per_s
             self.writer.write(step, figures)
             self.progress.report(figures)
         if self.skipped_in_a_row >= self.config.max_skipped:
@@ -194,9 +200,10 @@ class Loop:
         if self.resumed_from is not None:
             self.progress.say(f"resuming after step {int(state.step)} of {self.total}")
             return
+        self.progress.say("measuring what no learning scores, then compiling the step")
         floors = self.monitor.floors(state.params)
         self.writer.write(0, floors)
-        self.progress.say("floors, before any learning: " + told(floors))
+        self.progress.say(scores(floors))
         mean, std = self.config.data.mean, self.config.data.std
         self.writer.picture(0, "crops", gallery.crop_picture(self.monitor.bank, self.method, mean, std))
 
@@ -208,13 +215,12 @@ class Loop:
             self.progress.report(figures)
             self.writer.picture(step, "attention", gallery.attention_picture(self.monitor, self.method, params))
             self.writer.picture(step, "neighbors", gallery.neighbor_picture(self.monitor, params))
-            self.report(step)
+            if jax.process_index() == 0:
+                self.report(step)
 
     def report(self, step: int) -> health.Verdict:
         """Rewrites report.html from what the run has told so far."""
-        if jax.process_index():
-            return health.Verdict("", "")
-        figures = {tag: value for row in metrics.read(self.workdir) for tag, value in row.items() if tag != "step"}
+        figures = metrics.latest(self.workdir)
         judged = {tag: value for tag, value in figures.items() if tag.split("/")[0] in ("health", "train", "eval")}
         prototypes = self.config.get("head", {}).get("out_dim")
         verdict = health.verdict(judged, prototypes, step / self.total)
@@ -241,15 +247,9 @@ class Loop:
         if step < self.total:
             self.progress.say(f"stopped after step {step} of {self.total}; the same command goes on from there")
             return
-        verdict = self.report(step)
-        rows = metrics.read(self.workdir)
-        figures = {tag: value for row in rows for tag, value in row.items()}
-        for name in ("knn", "probe", "view_retrieval"):
-            if f"eval/{name}" in figures:
-                floors = {tag.split("_floor_")[1]: v for tag, v in figures.items() if tag.startswith(f"eval/{name}_floor_")}
-                beside = ", ".join(f"{floor} {value:.3f}" for floor, value in floors.items())
-                self.progress.say(f"{name.replace('_', ' '):<15} {figures[f'eval/{name}']:.3f}   (floors: {beside})")
-        self.progress.say(f"{verdict}\nreport: {self.workdir / 'report.html'}")
+        if jax.process_index() == 0:
+            verdict = self.report(step)
+            self.progress.say(f"{scores(metrics.latest(self.workdir))}\n{verdict}\nreport: {self.workdir / 'report.html'}")
 
     def stopping(self, step: int) -> bool:
         """Whether SIGTERM has come; with several processes, whether it has come to any of them."""
@@ -265,12 +265,19 @@ class Loop:
             self.progress.say(f"bad image, replaced by another: {name}")
 
     def close(self) -> None:
-        signal.signal(signal.SIGTERM, self.handler)
+        if self.handler is not None:
+            signal.signal(signal.SIGTERM, self.handler)
         self.progress.close()
         self.checkpoints.close()
         self.writer.close()
 
 
-def told(figures: dict[str, float]) -> str:
-    """`k-NN 0.401 whitened`-style lines for people."""
-    return ", ".join(f"{tag.removeprefix('eval/')} {value:.3f}" for tag, value in figures.items())
+def scores(figures: dict[str, Any]) -> str:
+    """A line for each score: its value, if there is one yet, and its floors."""
+    lines = []
+    for tag, name in (("knn", "k-NN"), ("probe", "linear probe"), ("view_retrieval", "view retrieval")):
+        floors = {key.split("_floor_")[1]: value for key, value in figures.items() if key.startswith(f"eval/{tag}_floor_")}
+        value = f"{figures[f'eval/{tag}']:.3f}" if f"eval/{tag}" in figures else ""
+        if floors:
+            lines.append(f"{name:<15} {value:<6} floors: {', '.join(f'{k} {v:.3f}' for k, v in floors.items())}")
+    return "\n".join(lines)

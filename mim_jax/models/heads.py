@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.layers import Dense, gelu, param_dtype
+from mim_jax.models.layers import dense, gelu, param_dtype
 from mim_jax.sharding import pin_batch
 
 
@@ -81,11 +81,11 @@ class DinoHead(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         shape = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])
-        dense = functools.partial(Dense, dtype=self.dtype, init_std=self.init_std)
+        linear = functools.partial(dense, dtype=self.dtype, init_std=self.init_std)
         for i in range(self.nlayers - 1):
-            x = dense(self.hidden_dim, name=f"mlp_{i}")(x)
+            x = linear(self.hidden_dim, name=f"mlp_{i}")(x)
             x = gelu(BatchNorm(name=f"bn_{i}")(x, train).astype(self.dtype) if self.use_bn else x)
-        x = dense(self.bottleneck_dim, name=f"mlp_{self.nlayers - 1}")(x).astype(param_dtype(self.dtype))
+        x = linear(self.bottleneck_dim, name=f"mlp_{self.nlayers - 1}")(x).astype(param_dtype(self.dtype))
         x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
         x = WeightNormDense(self.out_dim, not self.norm_last_layer, self.dtype, name="last_layer")(x)
         return pin_batch(x.astype(param_dtype(self.dtype)).reshape(*shape, self.out_dim))

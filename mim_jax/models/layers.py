@@ -1,10 +1,9 @@
-"""The layers of a transformer on flat tokens [N, D], with the gradients written out.
+"""The layers of a transformer.
 
-Dense layers see [tokens, D] and not [B, T, D], and bias gradients are a product with a row of ones: XLA's CPU backend
-is about 1.5x faster so (`benchmarks/step.py`), and other backends lose nothing. The values are the textbook ones.
+Dense layers are given flat tokens [N, D], not [B, T, D]: XLA's CPU backend contracts one axis faster than two in the weight
+gradient, and to other backends it is the same.
 """
 
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -15,12 +14,6 @@ import jax.numpy as jnp
 def param_dtype(dtype: Any) -> Any:
     """Parameters, norms and losses are float32 whatever computes between them, and float64 when all is float64."""
     return jnp.promote_types(jnp.float32, dtype)
-
-
-def column_sum(x: jax.Array) -> jax.Array:
-    """[N, D] -> [D], accumulated in float32 at least. A product with ones forces XLA to make `x` only once."""
-    ones = jnp.ones((1, x.shape[0]), x.dtype)
-    return jnp.matmul(ones, x, preferred_element_type=param_dtype(x.dtype))[0]
 
 
 @jax.custom_vjp
@@ -42,77 +35,15 @@ def _gelu_bwd(residuals, dy):
 gelu.defvjp(_gelu_fwd, _gelu_bwd)
 
 
-@jax.custom_vjp
-def dense(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """x [N, I] @ kernel [I, O] + bias [O]."""
-    return x @ kernel + bias
+def dense(features: int, dtype: Any, init_std: float = 0.02, name: str | None = None) -> nn.Dense:
+    """A linear layer for flat tokens, [N, I] -> [N, features]: weights N(0, init_std), biases 0."""
+    kernel_init = nn.initializers.normal(init_std)
+    return nn.Dense(features, dtype=dtype, param_dtype=param_dtype(dtype), kernel_init=kernel_init, name=name)
 
 
-def _dense_fwd(x, kernel, bias):
-    return dense(x, kernel, bias), (x, kernel)
-
-
-def _dense_bwd(residuals, dy):
-    x, kernel = residuals
-    return dy @ kernel.T, x.T @ dy, column_sum(dy).astype(dy.dtype)
-
-
-dense.defvjp(_dense_fwd, _dense_bwd)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """Layer normalisation of x [N, D], computed in the dtype of `scale` and returned in it."""
-    return _layer_norm_fwd(x, scale, bias, eps)[0]
-
-
-def _layer_norm_fwd(x, scale, bias, eps):
-    y = x.astype(scale.dtype)
-    y = y - y.mean(-1, keepdims=True)
-    rstd = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
-    return y * rstd * scale + bias, (x, rstd, scale)
-
-
-def _layer_norm_bwd(eps, residuals, dy):
-    x, rstd, scale = residuals
-    y = x.astype(scale.dtype)
-    normed = (y - y.mean(-1, keepdims=True)) * rstd
-    d = dy * scale
-    dx = rstd * (d - d.mean(-1, keepdims=True) - normed * jnp.mean(d * normed, -1, keepdims=True))
-    return dx.astype(x.dtype), column_sum(dy * normed), column_sum(dy)
-
-
-layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
-
-
-class Dense(nn.Module):
-    """A linear layer on flat tokens: [N, I] -> [N, features]. Weights N(0, init_std), biases 0."""
-
-    features: int
-    dtype: Any = jnp.float32
-    init_std: float = 0.02
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        dtype = param_dtype(self.dtype)
-        kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features), dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), dtype)
-        return dense(x.astype(self.dtype), kernel.astype(self.dtype), bias.astype(self.dtype))
-
-
-class LayerNorm(nn.Module):
-    """Layer normalisation of [..., D], statistics in float32; the output has `dtype`."""
-
-    eps: float = 1e-6
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        dtype = param_dtype(self.dtype)
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], dtype)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], dtype)
-        flat = layer_norm(x.reshape(-1, x.shape[-1]), scale, bias, self.eps)
-        return flat.reshape(x.shape).astype(self.dtype)
+def layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
+    """Layer normalisation with the ViTs' eps, statistics in float32 at least; the output has `dtype`."""
+    return nn.LayerNorm(1e-6, dtype=dtype, param_dtype=param_dtype(dtype), use_fast_variance=False, name=name)
 
 
 def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mim_jax.models.layers import Dense, LayerNorm, attention, attention_weights, gelu, param_dtype
+from mim_jax.models.layers import attention, attention_weights, dense, gelu, layer_norm, param_dtype
 from mim_jax.sharding import pin_batch
 
 Layout = tuple[tuple[int, int], ...]  # (crops, tokens per crop) of each resolution
@@ -45,20 +45,20 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, drop_path_rate: jax.Array) -> tuple[jax.Array, None]:
         batch, tokens, dim = x.shape
-        dense = functools.partial(Dense, dtype=self.dtype, init_std=self.init_std)
+        linear = functools.partial(dense, dtype=self.dtype, init_std=self.init_std)
 
         def drop(y: jax.Array) -> jax.Array:
             y = pin_batch(y.reshape(batch, tokens, dim))
             return drop_path(y, drop_path_rate, self.layout, self.make_rng("drop_path")) if self.stochastic else y
 
-        y = LayerNorm(dtype=self.dtype, name="norm1")(x)
-        qkv = dense(3 * dim, name="qkv")(y.reshape(-1, dim))
+        y = layer_norm(self.dtype, name="norm1")(x)
+        qkv = linear(3 * dim, name="qkv")(y.reshape(-1, dim))
         y = pin_batch(self.attend(qkv.reshape(batch, tokens, 3 * dim)))
-        x = x + drop(dense(dim, name="proj")(y.reshape(-1, dim)))
+        x = x + drop(linear(dim, name="proj")(y.reshape(-1, dim)))
 
-        y = LayerNorm(dtype=self.dtype, name="norm2")(x)
-        y = gelu(dense(int(dim * self.mlp_ratio), name="fc1")(y.reshape(-1, dim)))
-        x = x + drop(dense(dim, name="fc2")(y))
+        y = layer_norm(self.dtype, name="norm2")(x)
+        y = gelu(linear(int(dim * self.mlp_ratio), name="fc1")(y.reshape(-1, dim)))
+        x = x + drop(linear(dim, name="fc2")(y))
         self.sow("intermediates", "tokens", x)
         return x, None
 
@@ -175,7 +175,7 @@ class ViT(nn.Module):
         )(self.heads, self.mlp_ratio, layout, train and self.drop_path_rate > 0, self.init_std, self.dtype, name="blocks")
         x, _ = blocks(x, jnp.linspace(0, self.drop_path_rate, self.depth))
 
-        norm = LayerNorm(dtype=dtype, name="norm")
+        norm = layer_norm(dtype, name="norm")
         out, start = [], 0
         for n, length in layout:
             part = x[:, start : start + n * length].reshape(-1, n, length, self.dim)
@@ -193,7 +193,7 @@ def all_tokens(vit: ViT, params: Any, images: jax.Array) -> jax.Array:
 
 def intermediate_layers(vit: ViT, params: Any, images: jax.Array, n: int = 1) -> jax.Array:
     """The outputs of the last `n` blocks after the final norm, oldest first: [n, B, 1 + N, D]."""
-    norm = LayerNorm(dtype=param_dtype(vit.dtype))
+    norm = layer_norm(param_dtype(vit.dtype))
     return norm.apply({"params": params["norm"]}, all_tokens(vit, params, images)[-n:])
 
 
@@ -201,7 +201,7 @@ def last_attention(vit: ViT, params: Any, images: jax.Array) -> jax.Array:
     """The attention of the last block, from each token (row) to each: [B, heads, 1 + N, 1 + N]."""
     x = all_tokens(vit, params, images)[-2]
     block = jax.tree.map(lambda p: p[-1], params["blocks"])
-    y = LayerNorm(dtype=vit.dtype).apply({"params": block["norm1"]}, x)
-    qkv = Dense(3 * vit.dim, vit.dtype).apply({"params": block["qkv"]}, y.reshape(-1, vit.dim))
+    y = layer_norm(vit.dtype).apply({"params": block["norm1"]}, x)
+    qkv = dense(3 * vit.dim, vit.dtype).apply({"params": block["qkv"]}, y.reshape(-1, vit.dim))
     q, k, _ = split_heads(qkv.reshape(*x.shape[:2], -1), vit.heads).transpose(0, 1, 3, 2, 4)
     return attention_weights(q, k)
