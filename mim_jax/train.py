@@ -214,7 +214,7 @@ class Loop:
             self.writer.write(step, figures)
             self.progress.report(figures)
             self.writer.picture(step, "attention", gallery.attention_picture(self.monitor, self.method, params))
-            self.writer.picture(step, "neighbors", gallery.neighbor_picture(self.monitor, params))
+            self.writer.picture(step, "neighbors", gallery.neighbor_picture(self.monitor, params, self.source.classes))
             if jax.process_index() == 0:
                 self.report(step)
 

@@ -29,6 +29,10 @@ class Source(Protocol):
         ...
 
     @property
+    def classes(self) -> Sequence[str]:
+        """Names of the labels; empty when they have none."""
+
+    @property
     def description(self) -> str:
         """Which data this really is, for people."""
         ...
@@ -74,6 +78,7 @@ class ArraySource:
     labels: np.ndarray  # int [N]
     num_classes: int
     description: str = "arrays in memory"
+    classes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -110,6 +115,7 @@ def _open_cifar10(cache: pathlib.Path, split: str) -> Source:
         labels=np.array([row["label"] for row in rows], np.int32),
         num_classes=len(cifar10.CLASSES),
         description=f"CIFAR-10 {split} ({len(rows):,} images of 32 x 32), {folder}",
+        classes=cifar10.CLASSES,
     )
 
 
@@ -210,7 +216,11 @@ class TfdsSource:
     data: Any  # tfds data source: random access to dicts of features.
     dataset: str
     split: str
-    num_classes: int
+    classes: Sequence[str]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
 
     @property
     def description(self) -> str:
@@ -253,5 +263,5 @@ def _open_tfds(name: str, data_dir: str | os.PathLike | None, split: str) -> Sou
         data = builder.as_data_source(split, decoders=decoders)
     except NotImplementedError as error:
         raise ValueError(f"TFDS {name!r} in {builder.data_dir} is not in a random-access format. {how}") from error
-    num_classes = getattr(features["label"], "num_classes", 0) if "label" in features else 0
-    return TfdsSource(data, builder.info.full_name, split, num_classes)
+    classes = getattr(features["label"], "names", ()) if "label" in features else ()
+    return TfdsSource(data, builder.info.full_name, split, classes)
