@@ -180,7 +180,7 @@ def test_a_full_disk_is_one_message_and_exit_code_1(runs, stopped):
     run = runs.start(workdir, preexec_fn=limit)
     output = run.communicate(timeout=300)[1]
     assert run.returncode == 1
-    assert "Traceback" not in output
+    assert "mim_jax/train.py" not in output  # no traceback of ours; Orbax's threads may print one of their event loop
     *_, last = output.splitlines()
     assert re.match(f"error: writing a checkpoint to {workdir}/checkpoints failed: .*The checkpoint of step 1 is whole", last)
     assert_same_bits(saved_state(workdir), saved_state(stopped))
@@ -477,7 +477,8 @@ def test_a_run_goes_on_past_a_torn_checkpoint(quick, whole, tmp_path):
     shutil.rmtree(workdir / f"checkpoints/{QUICK_STEPS}/state/ocdbt.process_0")
     train.run(quick, workdir)
     assert_same_run(workdir, whole, QUICK_STEPS)
-    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {str(QUICK_STEPS - 2), str(QUICK_STEPS)}
+    left = {str(QUICK_STEPS - 2), str(QUICK_STEPS), f"unreadable_{QUICK_STEPS}"}
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == left
 
 
 def test_no_checkpoint_that_can_be_read_is_an_error(quick, whole, tmp_path):
