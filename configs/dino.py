@@ -9,7 +9,11 @@ Variants and what the paper and the official repository report on ImageNet-1k (k
 
     python -m mim_jax.main --config=configs/dino.py:vits16 --config.data.dir=/data/tensorflow_datasets --workdir=runs/vits16
 
-None of these four has been trained with this code yet; `--dry_run` prints their plan.
+None of these four has been trained with this code yet; `--dry_run` prints their plan. Two more are on CIFAR-10:
+
+    demo     a ViT of 3 blocks, 8 1/2 minutes on 2 CPU cores from nothing: k-NN 0.369 (pixels 0.346, whitened
+             0.435, untrained 0.275), view retrieval 0.168 (0.125, -, 0.024), 2026-11-23, jax 0.10.2
+    cifar10  a ViT of 6 blocks, patches of 4 pixels, 200 epochs. Not trained yet: hours on a CPU, for a GPU to measure
 """
 
 import ml_collections
