@@ -1,6 +1,7 @@
 """Everything that follows from the config once the command line has changed it: durations, schedules, the optimizer."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,8 +9,9 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from mim_jax.methods.base import Schedule
 from mim_jax.sharding import path_name
+
+Schedule = Callable[[jax.Array], jax.Array]  # step -> scalar
 
 STACKED = re.compile("(^|/)blocks/")  # parameters with a leading depth axis: one tensor a block, as the papers count
 

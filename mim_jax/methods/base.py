@@ -10,16 +10,16 @@ only sharded axis:
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
 import ml_collections
 
 from mim_jax.data.augment import Crops
+from mim_jax.optim import Schedule
 
 Params = dict[str, Any]  # part name -> pytree
-Schedule = Callable[[jax.Array], jax.Array]  # step -> scalar
 
 
 class Method(Protocol):

@@ -14,7 +14,7 @@ import ml_collections
 
 from mim_jax import health, losses, optim
 from mim_jax.data.augment import Crops, Policy
-from mim_jax.methods.base import Params, Schedule
+from mim_jax.methods.base import Params
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.vit import ViT, last_attention
 
@@ -24,7 +24,7 @@ class Dino:
     backbone: ViT
     head: DinoHead
     crops: tuple[Crops, ...]
-    schedules: Mapping[str, Schedule]
+    schedules: Mapping[str, optim.Schedule]
     student_temp: float
     center_momentum: float
     teacher_parts: tuple[str, ...] = ("backbone", "head")
