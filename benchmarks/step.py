@@ -19,7 +19,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from mim_jax import dry_run, init_state, make_method, make_train_step, sharding
-from mim_jax.data.augment import augment
+from mim_jax.methods.base import make_views
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/dino.py:demo", "Config file, with a variant after a colon.")
 ROUNDS = flags.DEFINE_integer("rounds", 20, "How often each program is timed.")
@@ -43,7 +43,7 @@ def measure(config) -> None:
     def loss(params, state, views):
         return method.loss(params, state.teacher, frozen, state.extra, views, key, state.step)
 
-    views_of = jax.jit(lambda batch: augment(batch, method.crops, key, config.data.mean, config.data.std))
+    views_of = jax.jit(lambda batch: make_views(method, batch, key, config.data))
     forward = jax.jit(lambda state, views: loss(state.params, state, views))
     gradient = jax.jit(lambda state, views: jax.value_and_grad(loss, has_aux=True)(state.params, state, views))
     views = views_of(batch)

@@ -19,39 +19,20 @@ None of these four has been trained with this code yet; `--dry_run` prints their
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from mim_jax.config import on_cifar10, skeleton
+
 
 def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
-    config = ml_collections.ConfigDict()
+    config = skeleton()
     config.method = "dino"
-    config.seed = 0
-    # A duration may be given as *_steps, *_examples or *_epochs; the first that is set wins.
-    config.total_steps = placeholder(int)
-    config.total_examples = placeholder(int)
     config.total_epochs = 800.0
 
-    config.data = ml_collections.ConfigDict()
-    config.data.name = "imagenet2012"  # "cifar10", "folder", or any data set that TFDS has prepared
-    config.data.dir = placeholder(str)  # TFDS directory, or the folder
-    config.data.split = "train"
-    config.data.eval_split = "validation"
-    config.data.num_examples = 1_281_167  # main.py puts in what the source really has
-    config.data.batch_size = 1024  # global
-    config.data.canvas = 320  # images are decoded to fit a square of this size, in pixels
-    config.data.workers = 8  # decoding processes on each host
-    config.data.mean = (0.485, 0.456, 0.406)
-    config.data.std = (0.229, 0.224, 0.225)
-
-    config.model = ml_collections.ConfigDict()
-    config.model.img_size = 224
     config.model.patch_size = 16
     config.model.dim = 384
     config.model.depth = 12
     config.model.heads = 6
-    config.model.mlp_ratio = 4.0
     config.model.drop_path_rate = 0.1
     config.model.init_std = 0.02  # of linear layers; the paper's widths are 384 and more
-    config.model.dtype = "bfloat16"
-    config.model.unroll = 1  # blocks a loop iteration holds: larger compiles longer
 
     config.head = ml_collections.ConfigDict()
     config.head.out_dim = 65536
@@ -61,7 +42,6 @@ def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
     config.head.use_bn = False
     config.head.norm_last_layer = False
 
-    config.crops = ml_collections.ConfigDict()
     config.crops.global_crops_number = 2
     config.crops.global_crops_size = 224
     config.crops.global_crops_scale = (0.25, 1.0)
@@ -77,50 +57,19 @@ def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
     config.loss.warmup_teacher_temp_epochs = 30
     config.loss.center_momentum = 0.9
 
-    config.optim = ml_collections.ConfigDict()
-    config.optim.lr = 5e-4  # for a batch of 256; scaled linearly with data.batch_size
+    config.optim.lr = 5e-4
     config.optim.min_lr = 1e-6
-    config.optim.warmup_epochs = 10.0
-    config.optim.warmup_steps = placeholder(int)
     config.optim.weight_decay = 0.04
     config.optim.weight_decay_end = 0.4
-    config.optim.beta1 = 0.9
-    config.optim.beta2 = 0.999
-    config.optim.eps = 1e-8
-    config.optim.clip_grad = 3.0  # L2 norm of each parameter tensor; 0: never
+    config.optim.clip_grad = 3.0
+    config.optim.clip_per = "parameter"
     config.optim.freeze_last_layer_epochs = 1.0
-    config.optim.freeze_last_layer_steps = placeholder(int)
     config.optim.momentum_teacher = 0.996
 
-    config.eval = ml_collections.ConfigDict()
-    config.eval.every_steps = placeholder(int)
-    config.eval.every_epochs = 10.0
-    config.eval.bank = 50_000  # images of the training split that vote
-    config.eval.test = 10_000
-    config.eval.batch_size = 256
-    config.eval.resize = 0.875  # side of the central square, as a share of the image's short side
-    config.eval.tokens = "cls"  # or "patch": the mean of the patch tokens
-
-    config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every_steps = placeholder(int)
-    config.checkpoint.every_epochs = 1.0
-    config.checkpoint.keep = 2
-
-    config.log_every_steps = 50
-    config.max_skipped = 20  # stop after so many steps in a row whose loss or gradient is not finite
-
-    config.mesh = ml_collections.ConfigDict()
-    config.mesh.data = -1
-    config.mesh.fsdp = 1
-    config.mesh.rules = (  # the first regex found in an array's path says which of its axes are cut, and how
-        (r"blocks/.*/kernel$", (None, None, "fsdp")),
-        (r"patch_embed/kernel$", (None, None, None, "fsdp")),
+    config.mesh.rules += (
         (r"head/mlp_\d/kernel$", (None, "fsdp")),
         (r"last_layer/weight_[gv]$", (None, "fsdp")),
     )
-
-    config.init_from = placeholder(str)  # a run's workdir: start from its parameters
-    config.resume = placeholder(str)  # a run's workdir: continue it here
 
     VARIANTS[variant](config)
     return config
@@ -143,9 +92,9 @@ def vitb8(config):
 
 
 def demo(config):
-    config.total_steps = 3500
-    config.data.update(name="cifar10", eval_split="test", num_examples=50_000, batch_size=64, canvas=32, workers=0)
-    config.model.update(img_size=32, patch_size=8, dim=96, depth=3, heads=3, drop_path_rate=0.0, dtype="float32", unroll=3)
+    on_cifar10(config)
+    config.total_steps, config.data.batch_size = 3500, 64
+    config.model.update(depth=3, unroll=3)
     config.model.init_std = 0.1  # about 1 / sqrt(dim): with 0.02 so narrow a network learns more slowly
     config.head.update(out_dim=1024, hidden_dim=256, bottleneck_dim=64, norm_last_layer=True)
     small_crops(config)
@@ -153,21 +102,16 @@ def demo(config):
     config.loss.update(warmup_teacher_temp_epochs=0, teacher_temp=0.04)
     config.optim.update(lr=8e-3, min_lr=2e-5, warmup_steps=100, weight_decay_end=0.04)
     config.optim.update(freeze_last_layer_steps=50, momentum_teacher=0.98)
-    config.eval.update(every_steps=500, bank=5000, test=2000, resize=1.0)
-    config.checkpoint.every_steps = 500
-    config.log_every_steps = 25
 
 
 def cifar10(config):
     demo(config)
-    config.total_steps, config.total_epochs = placeholder(int), 200.0
-    config.data.batch_size = 256
-    config.model.update(patch_size=4, dim=192, depth=6, heads=6, drop_path_rate=0.1, init_std=0.07, unroll=1)
-    config.head.update(out_dim=4096, hidden_dim=1024, bottleneck_dim=128)
-    config.crops.local_crops_number = 4
-    config.optim.update(lr=5e-4, min_lr=1e-6, warmup_epochs=10.0, warmup_steps=None, weight_decay_end=0.4)
-    config.optim.update(freeze_last_layer_epochs=1.0, freeze_last_layer_steps=None, momentum_teacher=0.99)
-    config.eval.update(every_epochs=5.0, every_steps=None, bank=50_000, test=10_000)
+    config.total_steps, config.total_epochs = placeholder(int), 25.0
+    config.data.batch_size = 128
+    config.model.update(dim=128, heads=4, init_std=0.09)
+    config.head.update(out_dim=2048, hidden_dim=512)
+    config.optim.update(lr=4e-3, warmup_steps=500, freeze_last_layer_steps=200, momentum_teacher=0.99)
+    config.eval.update(every_epochs=1.0, every_steps=None, test=10_000)
     config.checkpoint.update(every_epochs=1.0, every_steps=None)
 
 

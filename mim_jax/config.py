@@ -1,9 +1,10 @@
-"""Configs: a Python file with `get_config(variant)`, the same skeleton for every method."""
+"""Configs: a Python file with `get_config(variant)`, on the same skeleton for every method."""
 
 import runpy
 from pathlib import Path
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
@@ -18,3 +19,92 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     if variant and "VARIANTS" in module and variant not in module["VARIANTS"]:
         raise ValueError(f"{path} has no variant {variant!r}, only {', '.join(module['VARIANTS'])}")
     return (module["get_config"](variant) if variant else module["get_config"]()).lock()
+
+
+def skeleton() -> ml_collections.ConfigDict:
+    """What the configs of all methods have: data (ImageNet-1k), optimizer, evaluation, checkpoints, mesh."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0
+    # A duration may be given as *_steps, *_examples or *_epochs; the first that is set wins.
+    config.total_steps = placeholder(int)
+    config.total_examples = placeholder(int)
+    config.total_epochs = placeholder(float)
+
+    config.data = ml_collections.ConfigDict()
+    config.data.name = "imagenet2012"  # "cifar10", "folder", or any data set that TFDS has prepared
+    config.data.dir = placeholder(str)  # TFDS directory, or the folder
+    config.data.split = "train"
+    config.data.eval_split = "validation"
+    config.data.num_examples = 1_281_167  # main.py puts in what the source really has
+    config.data.batch_size = 1024  # global
+    config.data.canvas = 320  # images are decoded to fit a square of this size, in pixels
+    config.data.workers = 8  # decoding processes on each host
+    config.data.mean = (0.485, 0.456, 0.406)
+    config.data.std = (0.229, 0.224, 0.225)
+
+    config.model = ml_collections.ConfigDict()
+    config.model.img_size = 224
+    config.model.mlp_ratio = 4.0
+    config.model.drop_path_rate = 0.0
+    config.model.dtype = "bfloat16"
+    config.model.unroll = 1  # blocks a loop iteration holds: larger compiles longer
+
+    config.crops = ml_collections.ConfigDict()
+    config.crops.global_crops_number = 1
+
+    config.optim = ml_collections.ConfigDict()
+    config.optim.schedule = "dino"  # of the learning rate: see mim_jax/optim.py
+    config.optim.lr_batch_size = 256  # that lr is for; scaled linearly with data.batch_size
+    config.optim.min_lr = 0.0
+    config.optim.warmup_epochs = 10.0
+    config.optim.warmup_steps = placeholder(int)
+    config.optim.weight_decay = 0.05
+    config.optim.weight_decay_end = 0.05
+    config.optim.not_decayed = r"(bias|scale|gamma_\d)$"  # a regex over parameter paths
+    config.optim.beta1 = 0.9
+    config.optim.beta2 = 0.999
+    config.optim.eps = 1e-8
+    config.optim.clip_grad = 0.0  # L2 norm; 0: never
+    config.optim.clip_per = "model"  # or "parameter"
+    config.optim.layer_decay = 1.0
+    config.optim.freeze_last_layer_epochs = 0.0
+    config.optim.freeze_last_layer_steps = placeholder(int)
+
+    config.eval = ml_collections.ConfigDict()
+    config.eval.every_steps = placeholder(int)
+    config.eval.every_epochs = 10.0
+    config.eval.bank = 50_000  # images of the training split that vote
+    config.eval.test = 10_000
+    config.eval.batch_size = 256
+    config.eval.resize = 0.875  # side of the central square, as a share of the image's short side
+    config.eval.tokens = "cls"  # or "patch": the mean of the patch tokens
+
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every_steps = placeholder(int)
+    config.checkpoint.every_epochs = 1.0
+    config.checkpoint.keep = 2
+
+    config.log_every_steps = 50
+    config.max_skipped = 20  # stop after so many steps in a row whose loss or gradient is not finite
+
+    config.mesh = ml_collections.ConfigDict()
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.rules = (  # the first regex found in an array's path says which of its axes are cut, and how
+        (r"blocks/.*/kernel$", (None, None, "fsdp")),
+        (r"patch_embed/kernel$", (None, None, None, "fsdp")),
+    )
+
+    config.init_from = placeholder(str)  # a run's workdir: start from its parameters
+    config.resume = placeholder(str)  # a run's workdir: continue it here
+    return config
+
+
+def on_cifar10(config: ml_collections.ConfigDict) -> None:
+    """Turns a recipe into one for CIFAR-10, a small ViT and a laptop."""
+    config.total_epochs = None
+    config.data.update(name="cifar10", eval_split="test", num_examples=50_000, canvas=32, workers=0)
+    config.model.update(img_size=32, patch_size=8, dim=96, heads=3, drop_path_rate=0.0, dtype="float32")
+    config.eval.update(every_steps=500, bank=5000, test=2000, resize=1.0)
+    config.checkpoint.every_steps = 500
+    config.log_every_steps = 25

@@ -26,3 +26,19 @@ def update_center(center: jax.Array, teacher_logits: jax.Array, momentum: float)
     """The moving average of the teacher's logits over images and global crops (DINO, equation 4). center: [1, K]."""
     mean = teacher_logits.reshape(-1, center.shape[-1]).mean(0, keepdims=True)
     return momentum * center + (1 - momentum) * jax.lax.stop_gradient(mean)
+
+
+def normalized_patches(patches: jax.Array, eps: float = 1e-6) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(patches less their mean over their std, mean, std), each patch [..., P] by itself (MAE, section 3.3).
+
+    The variance is the unbiased one and eps is added to it, as in the official code.
+    """
+    mean = patches.mean(-1, keepdims=True)
+    std = jnp.sqrt(patches.var(-1, keepdims=True, ddof=1) + eps)
+    return (patches - mean) / std, mean, std
+
+
+def mae_loss(pred: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
+    """The mean squared error of the masked patches: pred and target [..., N, P], mask bool [..., N] (MAE, section 3.3)."""
+    error = jnp.mean((pred - target) ** 2, axis=-1)
+    return jnp.sum(error * mask) / jnp.sum(mask)

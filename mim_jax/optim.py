@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from mim_jax.sharding import path_name
@@ -41,16 +42,19 @@ def total_steps(config: ml_collections.ConfigDict) -> int:
     return duration(config, config, "total")
 
 
-def cosine_schedule(base: float, final: float, total: int, warmup: int = 0, start: float = 0.0) -> Schedule:
+def cosine_schedule(
+    base: float, final: float, total: int, warmup: int = 0, start: float = 0.0, endpoint: bool = True
+) -> Schedule:
     """DINO's schedule: linear from `start` to `base`, both included, over `warmup` steps, then a cosine to `final`.
 
-    As in the official code the peak is reached at step `warmup - 1` and again at `warmup`, and the cosine divides by its
-    own length, so that `final` is approached at step `total - 1` and kept from `total` on.
+    As in the official code the peak is reached at step `warmup - 1` and again at `warmup` (without `endpoint`, as in
+    MAE's, at `warmup` alone), and the cosine divides by its own length, so that `final` is approached at step
+    `total - 1` and kept from `total` on.
     """
 
     def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.result_type(float))
-        linear = start + (base - start) * step / max(warmup - 1, 1)
+        linear = start + (base - start) * step / max(warmup - endpoint, 1)
         progress = jnp.minimum((step - warmup) / max(total - warmup, 1), 1.0)
         cosine = final + 0.5 * (base - final) * (1 + jnp.cos(jnp.pi * progress))
         return jnp.where(step < warmup, linear, cosine)
@@ -69,36 +73,93 @@ def warmup_by_epoch(start: float, final: float, epochs: int, epoch_steps: int) -
     return schedule
 
 
-def schedules(config: ml_collections.ConfigDict) -> dict[str, Schedule]:
-    """`lr` (scaled linearly with the batch, the recipe's value being for 256 images) and `weight_decay`."""
+def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
+    """`optim.schedule`, named after the code that it is the schedule of. The recipe's rate is for a batch of
+    `optim.lr_batch_size` and scaled linearly; 0 there: it is absolute.
+
+    "dino" (and BEiT, iBOT, DINOv2): `cosine_schedule`. "mae" (and MoCo v3): the same, but the warm-up's last step is one
+    short of the peak. "timm_cosine" and "timm_multistep" (SimMIM): step s has the value for step s - 1, warm-up starts at
+    `warmup_lr`, the cosine runs from step 0 whatever the warm-up (so that the rate drops where they meet), and the steps
+    divide the rate by 1 / `decay_rate` at each of `decay_epochs`; `warmup_lr` and `min_lr` are scaled with the batch.
+    """
     o, total = config.optim, total_steps(config)
-    warmup = min(duration(config, o, "warmup"), total)
-    return {
-        "lr": cosine_schedule(o.lr * config.data.batch_size / 256, o.min_lr, total, warmup),
-        "weight_decay": cosine_schedule(o.weight_decay, o.weight_decay_end, total),
-    }
+    scale = config.data.batch_size / o.lr_batch_size if o.lr_batch_size else 1.0
+    base, warmup = o.lr * scale, min(duration(config, o, "warmup"), total)
+    if o.schedule == "dino":
+        return cosine_schedule(base, o.min_lr, total, warmup)
+    if o.schedule == "mae":
+        return cosine_schedule(base, o.min_lr, total, warmup, endpoint=False)
+    if not o.schedule.startswith("timm_"):
+        raise ValueError(f'optim.schedule is {o.schedule!r}, but must be "dino", "mae", "timm_cosine" or "timm_multistep"')
+    warm = cosine_schedule(base, 0.0, total, warmup, start=o.warmup_lr * scale, endpoint=False)
+    if o.schedule == "timm_cosine":
+        after = cosine_schedule(base, o.min_lr * scale, total)
+    else:
+        decays = [round(epoch * steps_per_epoch(config)) for epoch in o.decay_epochs]
+        after = lambda step: base * o.decay_rate ** sum(step >= at for at in decays)  # noqa: E731
+
+    def shifted(step: jax.Array) -> jax.Array:
+        step = jnp.maximum(step - 1, 0)
+        return jnp.where(step < warmup, warm(step), after(step))
+
+    return shifted
 
 
-def clip_per_parameter(limit: float) -> optax.GradientTransformation:
-    """Scale each tensor's gradient down to an L2 norm of `limit` (0: never), as DINO does; blocks are tensors apart."""
+def schedules(config: ml_collections.ConfigDict) -> dict[str, Schedule]:
+    """The optimizer's: `lr` and `weight_decay`."""
+    o = config.optim
+    decay = cosine_schedule(o.weight_decay, o.weight_decay_end, total_steps(config))
+    return {"lr": learning_rate(config), "weight_decay": decay}
 
-    def clip(path: tuple, g: jax.Array) -> jax.Array:
+
+def clip(limit: float, per: str) -> optax.GradientTransformation:
+    """Scale gradients down to an L2 norm of `limit` (0: never): of each tensor apart (`per` "parameter", as DINO does;
+    blocks are tensors apart), or of all together ("model")."""
+
+    def factor(norm: jax.Array) -> jax.Array:
+        return jnp.minimum(limit / (norm + 1e-6), 1.0)
+
+    def one(path: tuple, g: jax.Array) -> jax.Array:
         axes = tuple(range(1 if STACKED.search(path_name(path)) else 0, g.ndim))
-        norm = jnp.sqrt(jnp.sum(g * g, axes, keepdims=True))
-        return g * jnp.minimum(limit / (norm + 1e-6), 1.0)
+        return g * factor(jnp.sqrt(jnp.sum(g * g, axes, keepdims=True)))
 
+    def all_alike(grads: Any) -> Any:
+        scale = factor(optax.tree.norm(grads))
+        return jax.tree.map(lambda g: g * scale, grads)
+
+    if per not in ("parameter", "model"):
+        raise ValueError(f'optim.clip_per is {per!r}, but must be "parameter" or "model"')
     if not limit:
         return optax.identity()
-    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(clip, updates))
+    each = lambda grads: jax.tree_util.tree_map_with_path(one, grads)  # noqa: E731
+    return optax.stateless(lambda grads, _: each(grads) if per == "parameter" else all_alike(grads))
 
 
-def decayed(params: Any) -> Any:
-    """True for the parameters that weight decay applies to: all but biases and the scales of norms."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path[-1:]) not in ("bias", "scale"), params)
+def decayed(params: Any, not_decayed: str) -> Any:
+    """True for the parameters that weight decay applies to: those in whose path the regex `not_decayed` is not found."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not re.search(not_decayed, path_name(path)), params)
+
+
+def layer_scales(params: Any, decay: float) -> Any:
+    """Layer-wise learning-rate decay (BEiT, MAE): a factor for each tensor, that of stacked blocks [depth, 1, ...].
+
+    It is decay ** (depth + 1 - id): id 0 is what comes before the blocks (patch embedding, CLS, mask token, absolute
+    positions), block k is id k + 1, all that comes after is depth + 1.
+    """
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    depth = next(len(leaf) for path, leaf in paths if STACKED.search(path_name(path)))
+
+    def scale(path: tuple, leaf: Any) -> Any:
+        name = path_name(path)
+        if STACKED.search(name):
+            return (decay ** (depth - np.arange(depth))).reshape(depth, *[1] * (leaf.ndim - 1))
+        return decay ** (depth + 1 if re.search("patch_embed/|(cls_token|mask_token|pos_embed)$", name) else 0)
+
+    return jax.tree_util.tree_map_with_path(scale, params)
 
 
 def make_optimizer(config: ml_collections.ConfigDict, fixed: str) -> optax.GradientTransformation:
-    """AdamW with per-parameter clipping. `fixed`: a regex of parameters that are never updated nor decayed.
+    """AdamW after clipping. `fixed`: a regex of parameters that are never updated nor decayed.
 
     For `freeze_last_layer` steps the heads' last layers get no update, no decay and no moments, and their bias
     correction starts when they do.
@@ -109,7 +170,7 @@ def make_optimizer(config: ml_collections.ConfigDict, fixed: str) -> optax.Gradi
     def adamw(start: int) -> optax.GradientTransformation:
         return optax.chain(
             optax.scale_by_adam(o.beta1, o.beta2, o.eps),
-            optax.add_decayed_weights(lambda count: s["weight_decay"](count + start), mask=decayed),
+            optax.add_decayed_weights(lambda count: s["weight_decay"](count + start), lambda p: decayed(p, o.not_decayed)),
             optax.scale_by_learning_rate(lambda count: s["lr"](count + start)),
         )
 
@@ -117,12 +178,14 @@ def make_optimizer(config: ml_collections.ConfigDict, fixed: str) -> optax.Gradi
         name = path_name(path)
         if fixed and re.search(fixed, name):
             return "fixed"
-        return "last_layer" if "/last_layer/" in name else "trained"
+        return "last_layer" if freeze and "/last_layer/" in name else "trained"
 
-    groups = {
-        "trained": adamw(0),
-        "last_layer": optax.conditionally_mask(adamw(freeze), lambda step: step >= freeze),
-        "fixed": optax.set_to_zero(),
-    }
+    def by_layer(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda u, scale: (u * scale).astype(u.dtype), updates, layer_scales(params, o.layer_decay))
+
+    groups = {"trained": adamw(0), "fixed": optax.set_to_zero()}
+    if freeze:
+        groups["last_layer"] = optax.conditionally_mask(adamw(freeze), lambda step: step >= freeze)
     labels = lambda params: jax.tree_util.tree_map_with_path(label, params)  # noqa: E731
-    return optax.chain(clip_per_parameter(o.clip_grad), optax.partition(groups, labels))
+    scaled = optax.stateless(by_layer) if o.layer_decay != 1 else optax.identity()
+    return optax.chain(clip(o.clip_grad, o.clip_per), optax.partition(groups, labels), scaled)

@@ -23,6 +23,11 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
         "What the model sees",
         "Images as the host decoded them, and all the crops that the device made of them, at their relative sizes.",
     ),
+    "reconstruction": (
+        "What it paints",
+        "Held-out images, what the mask leaves of them, and what the model makes of that: its hidden patches pasted in, and "
+        "all that it predicts, the patches it has seen too.",
+    ),
     "attention": (
         "Where the heads look",
         "Attention of the last block's CLS token over the patches, one column for each head: the heat, and below it the "

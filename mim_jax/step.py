@@ -8,10 +8,8 @@ import ml_collections
 import optax
 
 from mim_jax import optim
-from mim_jax.data.augment import augment
+from mim_jax.methods.base import LOSS, make_views
 from mim_jax.state import TrainState, abstract_state
-
-AUGMENT, LOSS = range(2)  # streams of randomness; each is a function of (seed, step, stream) and the example's index
 
 
 def make_train_step(method: Any, config: ml_collections.ConfigDict) -> jax.stages.Wrapped:
@@ -27,9 +25,7 @@ def make_train_step(method: Any, config: ml_collections.ConfigDict) -> jax.stage
         # (1) randomness
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         # (2) views
-        views = batch
-        if "image" in batch:
-            views = augment(batch, method.crops, jax.random.fold_in(key, AUGMENT), config.data.mean, config.data.std)
+        views = make_views(method, batch, key, config.data) if "image" in batch else batch
         # (3) loss and gradient
         (loss, (extra, metrics)), grads = jax.value_and_grad(method.loss, has_aux=True)(
             state.params, state.teacher, frozen, state.extra, views, jax.random.fold_in(key, LOSS), state.step

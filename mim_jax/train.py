@@ -204,8 +204,7 @@ class Loop:
         floors = self.monitor.floors(state.params)
         self.writer.write(0, floors)
         self.progress.say(scores(floors))
-        mean, std = self.config.data.mean, self.config.data.std
-        self.writer.picture(0, "crops", gallery.crop_picture(self.monitor.bank, self.method, mean, std))
+        self.writer.picture(0, "crops", gallery.crop_picture(self.monitor.bank, self.method, self.config.data))
 
     def evaluate(self, state: TrainState, step: int) -> None:
         with self.stopwatch.paused():
@@ -213,8 +212,8 @@ class Loop:
             figures = dict(self.monitor.run(params))
             self.writer.write(step, figures)
             self.progress.report(figures)
-            self.writer.picture(step, "attention", gallery.attention_picture(self.monitor, self.method, params))
-            self.writer.picture(step, "neighbors", gallery.neighbor_picture(self.monitor, params, self.source.classes))
+            for name, picture in gallery.evaluation_pictures(self.monitor, self.method, params, self.source.classes):
+                self.writer.picture(step, name, picture)
             if jax.process_index() == 0:
                 self.report(step)
 

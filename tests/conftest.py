@@ -41,3 +41,11 @@ def golden() -> Golden:
             return dict(arrays), meta
 
     return load
+
+
+@pytest.fixture
+def x64():
+    """Double precision, for one test."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)

@@ -6,33 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import channels_last, prefixed, relative_error
 
 import mim_jax
 from mim_jax import convert, losses, optim
 from mim_jax.models.heads import DinoHead
-from mim_jax.models.vit import ViT, intermediate_layers, interpolate_positions, last_attention
+from mim_jax.models.positions import interpolate_positions
+from mim_jax.models.vit import ViT, intermediate_layers, last_attention
 from mim_jax.sharding import tree_paths
 
 SIZES = ("16x16", "24x24", "8x8", "12x20", "28x16")
-
-
-@pytest.fixture
-def x64():
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", False)
-
-
-def prefixed(arrays, prefix):
-    return {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
-
-
-def channels_last(images):
-    return jnp.asarray(np.moveaxis(images, -3, -1))
-
-
-def relative_error(got, want):
-    return np.max(np.abs(np.asarray(got) - want)) / np.max(np.abs(want))
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -178,7 +161,7 @@ def test_schedules(golden, x64):
 def test_clipping_is_per_tensor_and_per_block(golden):
     arrays, meta = golden("dino_schedules_clip")
     grads = {"a": {"kernel": arrays["clip_in_0"]}, "b": {"bias": arrays["clip_in_1"]}}
-    clip = optim.clip_per_parameter(meta["clip"])
+    clip = optim.clip(meta["clip"], per="parameter")
     got, _ = clip.update(grads, clip.init(grads))
     np.testing.assert_allclose(got["a"]["kernel"], arrays["clip_out_0"], rtol=1e-6)
     np.testing.assert_allclose(got["b"]["bias"], arrays["clip_out_1"], rtol=1e-6)
@@ -205,7 +188,7 @@ def test_parameter_groups(golden, norm_last_layer):
             p.shape, "not_in_optimizer" if is_fixed else "regularized" if is_decayed else "not_regularized"
         ),
         fixed,
-        optim.decayed(params),
+        optim.decayed(params, config.optim.not_decayed),
         params,
     )
     got = {f"module.{key}": value.flat[0] for key, value in convert.to_torch(ours, "dino").items()}

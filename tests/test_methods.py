@@ -13,10 +13,11 @@ from mim_jax import sharding
 from mim_jax.sharding import path_name
 from mim_jax.state import TrainState, abstract_state
 
-# Overrides of tests/tiny.py under which a few steps on one batch must lower the loss: targets that are sharp, which the
-# student is not at first, and stand still.
+# Overrides of tests/tiny.py under which a few steps on one batch must halve the loss.
 METHODS = {
+    # targets that are sharp, which the student is not at first, and stand still
     "dino": {"optim.momentum_teacher": 1.0, "loss.center_momentum": 1.0, "loss.teacher_temp": 0.005},
+    "mae": {"loss.norm_pix_loss": False, "optim.lr": 1.0},
 }
 STEPS = 10
 
@@ -34,10 +35,10 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module", params=METHODS)
 def case(request) -> Case:
     """Ten steps on one batch of finished views, on a mesh of 2 x 4 devices."""
-    config = mim_jax.load_config("tests/tiny.py")
-    config.update_from_flattened_dict({"method": request.param, **METHODS[request.param]})
-    config.data.num_examples = 64
+    config = mim_jax.load_config(f"tests/tiny.py:{request.param}")
+    config.data.num_examples, config.total_steps = 64, 2 * STEPS
     config.optim.update(lr=1e-3 * 256 / config.data.batch_size, warmup_steps=0, freeze_last_layer_steps=0)
+    config.update_from_flattened_dict(METHODS[request.param])
     config.mesh.update(data=2, fsdp=4)
     with jax.set_mesh(sharding.make_mesh(2, 4)):
         method = mim_jax.make_method(config)
@@ -56,10 +57,14 @@ def case(request) -> Case:
 
 
 def views(method, batch_size, seed=0):
-    """Random finished views of the shapes that the method declares."""
+    """Random finished views of the shapes that the method declares: a color for each image, and noise."""
     rng = np.random.default_rng(seed)
+    colors = 2 * rng.normal(size=(batch_size, 1, 1, 1, 3))
     shapes = {crops.name: (batch_size, len(crops.policies), crops.size, crops.size, 3) for crops in method.crops}
-    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    views = {name: (colors + 0.5 * rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
+    for mask in method.masks:
+        views["mask"] = np.asarray(mask.draw(jax.random.key(seed), jnp.arange(batch_size), len(method.crops[0].policies)))
+    return views
 
 
 def tensors(tree):
@@ -104,9 +109,14 @@ def test_state_keeps_its_structure_dtypes_and_shardings(case):
     assert [figures["step"] for figures in case.metrics] == list(range(1, STEPS + 1))
 
 
-def test_features_and_attention(case):
+def test_features_and_pictures(case):
     images = jnp.zeros((3, 16, 16, 3))
     cls, patch = (jax.eval_shape(case.method.features, case.initial.params, images)[k] for k in ("cls", "patch"))
     assert cls.shape == (3, cls.shape[-1]) and patch.shape == (3, *patch.shape[1:2], cls.shape[-1])
-    attention = jax.eval_shape(case.method.attention, case.initial.params, images)
-    assert attention.shape == (3, attention.shape[1], patch.shape[1])
+    if "attention" in case.method.pictures:
+        attention = jax.eval_shape(case.method.attention, case.initial.params, images)
+        assert attention.shape == (3, attention.shape[1], patch.shape[1])
+    if "reconstruction" in case.method.pictures:
+        seen = views(case.method, 3)
+        painted = jax.eval_shape(case.method.reconstruction, case.initial.params, seen)
+        assert painted.shape == seen["global"].shape and painted.dtype == jnp.float32

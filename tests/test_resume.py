@@ -26,8 +26,8 @@ from PIL import Image
 
 from mim_jax import load_config, main, metrics, state, step, train
 from mim_jax.checkpoint import FREE, Checkpoints
-from mim_jax.data import augment, pipeline, sources
-from mim_jax.methods.base import make_method
+from mim_jax.data import pipeline, sources
+from mim_jax.methods.base import make_method, make_views
 from mim_jax.sharding import make_mesh
 from mim_jax.state import abstract_state
 
@@ -197,9 +197,9 @@ def patched():
     """Lets `train.run` take a moment."""
     steps, states = {}, {}
 
-    def poisoned_augment(batch, *args):
+    def poisoned_views(method, batch, *args):
         poisoned = jnp.min(batch["index"]) < POISON
-        return {name: jnp.where(poisoned, jnp.nan, view) for name, view in augment.augment(batch, *args).items()}
+        return {name: jnp.where(poisoned, jnp.nan, view) for name, view in make_views(method, batch, *args).items()}
 
     def training(config):
         """What of the config the step is made of."""
@@ -219,13 +219,13 @@ def patched():
 
     blank = Image.new("RGB", (8, 8))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "augment", poisoned_augment)
+        patch.setattr(step, "make_views", poisoned_views)
         patch.setattr(train, "make_train_step", make_train_step)
         patch.setattr(train, "init_state", init_state)
         patch.setattr(train, "make_monitor", lambda *args: StubMonitor())
         patch.setattr(train.sharding, "make_mesh", lambda *args: make_mesh(1, 1, jax.devices()[:1]))
-        for picture in ("crop_picture", "attention_picture", "neighbor_picture"):
-            patch.setattr(train.gallery, picture, lambda *args: blank)
+        patch.setattr(train.gallery, "crop_picture", lambda *args: blank)
+        patch.setattr(train.gallery, "evaluation_pictures", lambda *args: [("neighbors", blank)])
         yield
 
 

@@ -11,10 +11,9 @@ from ml_collections import ConfigDict
 
 import mim_jax
 from mim_jax import TrainState, health
-from mim_jax.data.augment import augment
+from mim_jax.methods.base import make_views
 from mim_jax.methods.dino import Dino
 from mim_jax.models.vit import ViT, drop_path
-from mim_jax.step import AUGMENT
 
 BATCH = 8
 
@@ -84,8 +83,8 @@ def test_raw_batches_are_augmented_in_the_step(tiny, compilations):
     """Raw images give what their finished views give, and other views at another step."""
     config, method, train_step = tiny.config, tiny.method, tiny.train_step
     batch = raw_batch()
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 3), AUGMENT)
-    finished = jax.jit(lambda b: augment(b, method.crops, key, config.data.mean, config.data.std))(batch)
+    key = jax.random.fold_in(jax.random.key(config.seed), 3)
+    finished = jax.jit(lambda b: make_views(method, b, key, config.data))(batch)
     _, of_views = train_step(tiny.start().replace(step=jnp.int32(3)), {}, {k: finished[k] for k in ("global", "local")})
 
     before = len(tiny.traces), compilations()

@@ -27,24 +27,25 @@ def family_module(family: str) -> Any:
 def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
     """{official state-dict key: array} -> parameters by part, as `method.init` lays them out.
 
-    A backbone alone comes without a prefix in its keys, a full model with `backbone.` and `head.`; a leading `module.` is
-    dropped. Raises ValueError that names every tensor which is missing, unexpected or misshapen.
+    Families: "dino" (a backbone alone comes without a prefix in its keys, a full model with `backbone.` and `head.`) and
+    "mae" (encoder, with or without decoder, or with a classifier). A leading `module.` is dropped. Raises ValueError that
+    names every tensor which is missing, unexpected or misshapen.
     """
     arrays = {key.removeprefix("module."): np.asarray(value) for key, value in arrays.items()}
     problems: list[str] = []
     sizes: dict[str, int] = {}
     params: dict[str, Any] = {}
     rows = family_module(family).rows_for_keys(arrays)
-    depth = number_of_blocks(arrays)
+    known: set[str] = set()
     for row in rows:
-        keys = [row.key.format(i) for i in range(depth)] if "{}" in row.key else [row.key]
+        keys = [row.key.format(i) for i in range(number_of_blocks(arrays, row.key))] if "{}" in row.key else [row.key]
+        known |= set(keys)
         problems += [f"missing: {key}" for key in keys if key not in arrays]
         for key in keys:
             problems += misshapen(key, arrays[key], row.shape, sizes) if key in arrays else []
         if not problems:
             values = [row.layout.to_flax(arrays[key]) for key in keys]
             put(params, row.path, np.stack(values) if "{}" in row.key else np.array(values[0]))
-    known = {row.key.format(i) for row in rows for i in range(depth)}
     problems += [f"unexpected: {key}" for key in arrays if key not in known]
     if problems:
         raise ValueError(f"this is not a {family} state dict:\n  " + "\n  ".join(problems))
@@ -69,9 +70,13 @@ def to_torch(params: Mapping[str, Any], family: str) -> dict[str, np.ndarray]:
     return out
 
 
-def number_of_blocks(keys: Any) -> int:
-    """One more than the largest number after `blocks.`; at least 1, so that a state dict without blocks names them."""
-    numbers = [key.split("blocks.")[1].split(".")[0] for key in keys if "blocks." in key]
+def number_of_blocks(keys: Any, row_key: str) -> int:
+    """One more than the largest number that stands in a key where `row_key` has `{}`, whatever follows it.
+
+    At least 1, so that a state dict without blocks names them.
+    """
+    before = row_key.partition("{}")[0]
+    numbers = [key.removeprefix(before).split(".")[0] for key in keys if key.startswith(before)]
     return max((int(n) + 1 for n in numbers if n.isdigit()), default=1)
 
 

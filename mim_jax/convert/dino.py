@@ -3,28 +3,9 @@
 import re
 from collections.abc import Iterable
 
-from mim_jax.convert.table import CONV, TRANSPOSED, Row
+from mim_jax.convert.table import EMBEDDING, NORM, POSITIONS, TRANSPOSED, Row, block_rows
 
-BACKBONE = (
-    Row("cls_token", "cls_token", (1, 1, "D")),
-    Row("pos_embed", "pos_embed", (1, "1+N", "D")),
-    Row("patch_embed.proj.weight", "patch_embed/kernel", ("D", "C", "P", "P"), CONV),
-    Row("patch_embed.proj.bias", "patch_embed/bias", ("D",)),
-    Row("blocks.{}.norm1.weight", "blocks/norm1/scale", ("D",)),
-    Row("blocks.{}.norm1.bias", "blocks/norm1/bias", ("D",)),
-    Row("blocks.{}.attn.qkv.weight", "blocks/qkv/kernel", ("3*D", "D"), TRANSPOSED),
-    Row("blocks.{}.attn.qkv.bias", "blocks/qkv/bias", ("3*D",)),
-    Row("blocks.{}.attn.proj.weight", "blocks/proj/kernel", ("D", "D"), TRANSPOSED),
-    Row("blocks.{}.attn.proj.bias", "blocks/proj/bias", ("D",)),
-    Row("blocks.{}.norm2.weight", "blocks/norm2/scale", ("D",)),
-    Row("blocks.{}.norm2.bias", "blocks/norm2/bias", ("D",)),
-    Row("blocks.{}.mlp.fc1.weight", "blocks/fc1/kernel", ("MLP", "D"), TRANSPOSED),
-    Row("blocks.{}.mlp.fc1.bias", "blocks/fc1/bias", ("MLP",)),
-    Row("blocks.{}.mlp.fc2.weight", "blocks/fc2/kernel", ("D", "MLP"), TRANSPOSED),
-    Row("blocks.{}.mlp.fc2.bias", "blocks/fc2/bias", ("D",)),
-    Row("norm.weight", "norm/scale", ("D",)),
-    Row("norm.bias", "norm/bias", ("D",)),
-)
+BACKBONE = (*EMBEDDING, *POSITIONS, *block_rows(), *NORM)
 
 
 def head(nlayers: int, use_bn: bool) -> list[Row]:

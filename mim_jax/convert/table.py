@@ -1,6 +1,6 @@
 """The rows of a converter's table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -25,3 +25,35 @@ class Row(NamedTuple):
     path: str  # slash-joined; with "{}" in `key`, blocks are stacked on a leading axis
     shape: tuple[Dim, ...]
     layout: Layout = SAME
+
+
+def under(part: str, rows: Iterable[Row]) -> list[Row]:
+    """The rows with `part/` before their paths."""
+    return [row._replace(path=f"{part}/{row.path}") for row in rows]
+
+
+def block_rows(blocks: str = "blocks", dim: str = "D", mlp: str = "MLP") -> tuple[Row, ...]:
+    """The transformer blocks of timm's ViT, official keys `<blocks>.<number>. ...`, under our path `blocks`."""
+    return (
+        Row(f"{blocks}.{{}}.norm1.weight", "blocks/norm1/scale", (dim,)),
+        Row(f"{blocks}.{{}}.norm1.bias", "blocks/norm1/bias", (dim,)),
+        Row(f"{blocks}.{{}}.attn.qkv.weight", "blocks/qkv/kernel", (f"3*{dim}", dim), TRANSPOSED),
+        Row(f"{blocks}.{{}}.attn.qkv.bias", "blocks/qkv/bias", (f"3*{dim}",)),
+        Row(f"{blocks}.{{}}.attn.proj.weight", "blocks/proj/kernel", (dim, dim), TRANSPOSED),
+        Row(f"{blocks}.{{}}.attn.proj.bias", "blocks/proj/bias", (dim,)),
+        Row(f"{blocks}.{{}}.norm2.weight", "blocks/norm2/scale", (dim,)),
+        Row(f"{blocks}.{{}}.norm2.bias", "blocks/norm2/bias", (dim,)),
+        Row(f"{blocks}.{{}}.mlp.fc1.weight", "blocks/fc1/kernel", (mlp, dim), TRANSPOSED),
+        Row(f"{blocks}.{{}}.mlp.fc1.bias", "blocks/fc1/bias", (mlp,)),
+        Row(f"{blocks}.{{}}.mlp.fc2.weight", "blocks/fc2/kernel", (dim, mlp), TRANSPOSED),
+        Row(f"{blocks}.{{}}.mlp.fc2.bias", "blocks/fc2/bias", (dim,)),
+    )
+
+
+EMBEDDING = (
+    Row("cls_token", "cls_token", (1, 1, "D")),
+    Row("patch_embed.proj.weight", "patch_embed/kernel", ("D", "C", "P", "P"), CONV),
+    Row("patch_embed.proj.bias", "patch_embed/bias", ("D",)),
+)
+POSITIONS = (Row("pos_embed", "pos_embed", (1, "1+N", "D")),)
+NORM = (Row("norm.weight", "norm/scale", ("D",)), Row("norm.bias", "norm/bias", ("D",)))

@@ -1,25 +1,57 @@
 """The pictures of a run: its crops, what its heads attend to, and which images it finds alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from PIL import Image
 
-from mim_jax.data.augment import augment, center_crop, denormalize
+from mim_jax.data.augment import center_crop, denormalize
 from mim_jax.evaluators import Monitor, pictures
+from mim_jax.methods.base import make_views
 
-QUERIES, NEIGHBORS = 8, 8
+QUERIES, NEIGHBORS, RECONSTRUCTED = 8, 8, 16
 
 
-def crop_picture(batch: Mapping[str, np.ndarray], method: Any, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """The first images of a host batch beside all crops that the step makes of them."""
+def crop_picture(batch: Mapping[str, np.ndarray], method: Any, data: ml_collections.ConfigDict) -> Image.Image:
+    """The first images of a host batch beside all crops that the step makes of them, and the masks on them."""
     rows = {name: column[:6] for name, column in batch.items()}
-    views = jax.jit(lambda rows: augment(rows, method.crops, jax.random.key(0), mean, std))(rows)
-    crops = {group.name: np.asarray(denormalize(views[group.name], mean, std)) for group in method.crops}
+    views = jax.jit(lambda rows: make_views(method, rows, jax.random.key(0), data))(rows)
+    crops = {group.name: np.asarray(denormalize(views[group.name], data.mean, data.std)) for group in method.crops}
+    if "mask" in views:
+        crops["masked"] = pictures.darkened(crops["global"], np.asarray(views["mask"]))
     images = [image[:height, :width] for image, (height, width) in zip(rows["image"], rows["size"])]
     return pictures.crop_grid(images, crops)
+
+
+def evaluation_pictures(
+    monitor: Monitor, method: Any, params: Any, class_names: Sequence[str]
+) -> Iterator[tuple[str, Image.Image]]:
+    """(name, picture) of all that there is to see of an encoder: what the method declares, and its neighbors."""
+    if "reconstruction" in method.pictures:
+        yield "reconstruction", reconstruction_picture(monitor, method, params)
+    if "attention" in method.pictures:
+        yield "attention", attention_picture(monitor, method, params)
+    yield "neighbors", neighbor_picture(monitor, params, class_names)
+
+
+def reconstruction_picture(monitor: Monitor, method: Any, params: Any) -> Image.Image:
+    """Held-out images, what the masks leave of them, and what the model makes of that; the same images and masks always."""
+    rows = {name: column[:RECONSTRUCTED] for name, column in monitor.test.items()}
+
+    @jax.jit
+    def reconstruct(params: Any, image: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        picture = center_crop(image, size, monitor.out, monitor.fraction, monitor.mean, monitor.std)[:, None]
+        mask = method.masks[0].draw(jax.random.key(0), jnp.arange(len(image)), 1)
+        painted = method.reconstruction(params, {"global": picture, "mask": mask})
+        images, painted = (denormalize(x, monitor.mean, monitor.std)[:, 0] for x in (picture, painted))
+        return images, painted, mask[:, 0]
+
+    images, painted, mask = jax.device_get(reconstruct(params, rows["image"], rows["size"]))
+    return pictures.reconstructions(images, painted, mask)
 
 
 def attention_picture(monitor: Monitor, method: Any, params: Any) -> Image.Image:

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 PAPER, INK, FAINT = (255, 255, 255), (40, 44, 52), (122, 128, 138)
 RIGHT, WRONG = (38, 150, 90), (214, 69, 65)
+HIDDEN = 128  # level of a masked patch
 GAP = 6  # pixels between tiles
 TILE = 112  # side of a tile, about
 
@@ -111,6 +112,32 @@ def crop_grid(images: Sequence[np.ndarray], crops: Mapping[str, np.ndarray], sid
             cells += [enlarge(crop, side * group.shape[2] // largest) for crop in group[number]]
         rows.append(cells)
     return table(rows, headings=headings)
+
+
+def masked_pixels(mask: np.ndarray, side: int) -> np.ndarray:
+    """Masks bool [..., N] of a square grid of patches as bool [..., side, side]."""
+    grid = round(mask.shape[-1] ** 0.5)
+    return mask.reshape(*mask.shape[:-1], grid, grid).repeat(side // grid, axis=-1).repeat(side // grid, axis=-2)
+
+
+def darkened(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Images uint8 [..., H, H, 3] with their masked patches, bool [..., N], painted over in gray."""
+    return np.where(masked_pixels(mask, images.shape[-2])[..., None], np.uint8(HIDDEN), images)
+
+
+def reconstructions(images: np.ndarray, painted: np.ndarray, mask: np.ndarray, side: int = TILE) -> Image.Image:
+    """Two images a row, each as four pictures: itself, what its mask leaves, with the hidden patches painted in, and all
+    that the model paints.
+
+    Args:
+        images, painted: uint8 [B, H, H, 3].
+        mask: bool [B, N].
+    """
+    pasted = np.where(masked_pixels(mask, images.shape[1])[..., None], painted, images)
+    four = [[enlarge(one, side) for one in tiles] for tiles in zip(images, darkened(images, mask), pasted, painted)]
+    rows = [[*four[i], None, *(four[i + 1] if i + 1 < len(four) else ())] for i in range(0, len(four), 2)]
+    names = ["image", "masked", "painted in", "all painted"]
+    return table(rows, headings=[*names, "", *names][: max(map(len, rows))])
 
 
 def attention_threshold(attention: np.ndarray, keep: float = 0.6) -> np.ndarray:

@@ -6,7 +6,8 @@ sharding, checkpoints, logging and evaluation are shared, and none of them knows
 `views` has one layout for all methods, with the keys that the method declared. B, the batch, is always axis 0 and the
 only sharded axis:
 
-    global [B, G, H, W, C] float, local [B, L, h, w, C] float, label [B] int32, index [B] int32
+    global [B, G, H, W, C] float, local [B, L, h, w, C] float, label [B] int32, index [B] int32,
+    mask [B, G, N] bool, True where masked, patches of the global crops row-major
 """
 
 import importlib
@@ -16,7 +17,8 @@ from typing import Any, Protocol
 import jax
 import ml_collections
 
-from mim_jax.data.augment import Crops
+from mim_jax.data.augment import Crops, augment
+from mim_jax.masking import RandomMask
 from mim_jax.optim import Schedule
 
 Params = dict[str, Any]  # part name -> pytree
@@ -26,6 +28,10 @@ class Method(Protocol):
     @property
     def crops(self) -> tuple[Crops, ...]:
         """The crops that the device makes of each image. Fixes every static shape."""
+
+    @property
+    def masks(self) -> tuple[RandomMask, ...]:
+        """The masks of the global crops that the device draws; () for a method without."""
 
     @property
     def teacher_parts(self) -> tuple[str, ...]:
@@ -53,8 +59,27 @@ class Method(Protocol):
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
         """Normalised images [B, H, W, C] -> {"cls": [B, D], "patch": [B, N, D]}; for evaluators and users."""
 
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """What can be drawn of this method: names of the members below that it has."""
+
     def attention(self, params: Params, images: jax.Array) -> jax.Array:
         """What the CLS token of the last block attends to: [B, heads, N] over the patches, row-major."""
+
+    def reconstruction(self, params: Params, views: Params) -> jax.Array:
+        """The global crops as the model paints them, visible patches too: normalised pixels [B, G, H, W, C]."""
+
+
+AUGMENT, LOSS, MASK = range(3)  # streams of randomness; each is a function of (seed, step, stream) and the example's index
+
+
+def make_views(method: Any, batch: Params, key: jax.Array, data: ml_collections.ConfigDict) -> Params:
+    """A host batch -> the views that `method` declares. `data`: the config's section. See `augment` for the batch."""
+    views = augment(batch, method.crops, jax.random.fold_in(key, AUGMENT), data.mean, data.std)
+    for mask in method.masks:
+        crops = len(method.crops[0].policies)
+        views["mask"] = mask.draw(jax.random.fold_in(key, MASK), batch["index"], crops)
+    return views
 
 
 def make_method(config: ml_collections.ConfigDict) -> Any:

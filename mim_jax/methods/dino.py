@@ -14,6 +14,7 @@ import ml_collections
 
 from mim_jax import health, losses, optim
 from mim_jax.data.augment import Crops, Policy
+from mim_jax.masking import RandomMask
 from mim_jax.methods.base import Params
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.vit import ViT, last_attention
@@ -27,7 +28,9 @@ class Dino:
     schedules: Mapping[str, optim.Schedule]
     student_temp: float
     center_momentum: float
+    masks: tuple[RandomMask, ...] = ()
     teacher_parts: tuple[str, ...] = ("backbone", "head")
+    pictures: tuple[str, ...] = ("attention",)
 
     @property
     def fixed(self) -> str:
@@ -99,7 +102,7 @@ def make(config: ml_collections.ConfigDict) -> Dino:
             heads=m.heads,
             mlp_ratio=m.mlp_ratio,
             drop_path_rate=m.drop_path_rate,
-            init_std=m.init_std,
+            kernel_init=jax.nn.initializers.normal(m.init_std),
             unroll=m.unroll,
             dtype=dtype,
         ),

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.layers import dense, gelu, param_dtype
+from mim_jax.models.layers import TORCH_UNIFORM, dense, gelu, layer_norm, param_dtype
 from mim_jax.sharding import pin_batch
 
 
@@ -16,12 +16,11 @@ class BatchNorm(nn.Module):
 
     momentum: float = 0.1
     eps: float = 1e-5
+    affine: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         dtype, shape = param_dtype(x.dtype), x.shape[-1:]
-        scale = self.param("scale", nn.initializers.ones, shape, dtype)
-        bias = self.param("bias", nn.initializers.zeros, shape, dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
         batches = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, (), jnp.int32)
@@ -34,7 +33,11 @@ class BatchNorm(nn.Module):
                 running_mean.value += self.momentum * (mean - running_mean.value)
                 running_var.value += self.momentum * (unbiased - running_var.value)
                 batches.value += 1
-        return (x - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias
+        x = (x - mean) * jax.lax.rsqrt(var + self.eps)
+        if not self.affine:
+            return x
+        scale = self.param("scale", nn.initializers.ones, shape, dtype)
+        return x * scale + self.param("bias", nn.initializers.zeros, shape, dtype)
 
 
 class WeightNormDense(nn.Module):
@@ -49,13 +52,9 @@ class WeightNormDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        dtype, bound = param_dtype(self.dtype), x.shape[-1] ** -0.5
-
-        def uniform(key, shape, dtype):
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+        dtype = param_dtype(self.dtype)
         g = self.param("weight_g", nn.initializers.ones, (1, self.features), dtype)
-        v = self.param("weight_v", uniform, (x.shape[-1], self.features), dtype)
+        v = self.param("weight_v", TORCH_UNIFORM, (x.shape[-1], self.features), dtype)
         g = g if self.train_norm else jax.lax.stop_gradient(g)
         kernel = v * (g * jax.lax.rsqrt(jnp.sum(v * v, axis=0, keepdims=True)))
         return x.astype(self.dtype) @ kernel.astype(self.dtype)
@@ -81,7 +80,7 @@ class DinoHead(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         shape = x.shape[:-1]
         x = x.reshape(-1, x.shape[-1])
-        linear = functools.partial(dense, dtype=self.dtype, init_std=self.init_std)
+        linear = functools.partial(dense, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std))
         for i in range(self.nlayers - 1):
             x = linear(self.hidden_dim, name=f"mlp_{i}")(x)
             x = gelu(BatchNorm(name=f"bn_{i}")(x, train).astype(self.dtype) if self.use_bn else x)
@@ -89,3 +88,24 @@ class DinoHead(nn.Module):
         x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
         x = WeightNormDense(self.out_dim, not self.norm_last_layer, self.dtype, name="last_layer")(x)
         return pin_batch(x.astype(param_dtype(self.dtype)).reshape(*shape, self.out_dim))
+
+
+class Classifier(nn.Module):
+    """Features [B, D] -> class scores [B, num_classes], after a normalisation of the features or none.
+
+    `norm`: "layer" is MAE's fine-tuning after mean pooling (`fc_norm`), "batch" its linear probe (batch normalisation
+    without scale and bias, eps 1e-6), "" none.
+    """
+
+    num_classes: int
+    norm: str = ""
+    init_std: float = 2e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        if self.norm == "layer":
+            x = layer_norm(self.dtype, name="fc_norm")(x)
+        elif self.norm == "batch":
+            x = BatchNorm(eps=1e-6, affine=False, name="bn")(x, train)
+        return dense(self.num_classes, self.dtype, nn.initializers.normal(self.init_std), name="linear")(x)

@@ -4,6 +4,7 @@ Dense layers are given flat tokens [N, D], not [B, T, D]: XLA's CPU backend cont
 gradient, and to other backends it is the same.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -35,25 +36,50 @@ def _gelu_bwd(residuals, dy):
 gelu.defvjp(_gelu_fwd, _gelu_bwd)
 
 
-def dense(features: int, dtype: Any, init_std: float = 0.02, name: str | None = None) -> nn.Dense:
-    """A linear layer for flat tokens, [N, I] -> [N, features]: weights N(0, init_std), biases 0."""
-    kernel_init = nn.initializers.normal(init_std)
-    return nn.Dense(features, dtype=dtype, param_dtype=param_dtype(dtype), kernel_init=kernel_init, name=name)
+TORCH_UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default, within 1 / sqrt(fan_in)
+
+Initializer = Callable[..., jax.Array]
 
 
-def layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """Layer normalisation with the ViTs' eps, statistics in float32 at least; the output has `dtype`."""
-    return nn.LayerNorm(1e-6, dtype=dtype, param_dtype=param_dtype(dtype), use_fast_variance=False, name=name)
+def dense(
+    features: int, dtype: Any, kernel_init: Initializer, name: str | None = None, use_bias: bool = True
+) -> nn.Dense:
+    """A linear layer for flat tokens, [N, I] -> [N, features], biases 0 at first."""
+    return nn.Dense(
+        features, dtype=dtype, param_dtype=param_dtype(dtype), kernel_init=kernel_init, use_bias=use_bias, name=name
+    )
 
 
-def attention_weights(q: jax.Array, k: jax.Array) -> jax.Array:
-    """softmax(q k^T / sqrt(d)) in float32 at least: [..., T, d] -> [..., T, T]."""
+def patchify(images: jax.Array, size: int) -> jax.Array:
+    """[..., H, W, C] -> [..., N, size * size * C]: patches row-major, in each (row, column, channel). MAE's order."""
+    *batch, height, width, channels = images.shape
+    rows, columns = height // size, width // size
+    patches = images.reshape(*batch, rows, size, columns, size, channels)
+    return jnp.moveaxis(patches, -4, -3).reshape(*batch, rows * columns, size * size * channels)
+
+
+def unpatchify(patches: jax.Array, size: int) -> jax.Array:
+    """The inverse of `patchify` for square images: [..., N, size * size * C] -> [..., H, W, C]."""
+    *batch, count, _ = patches.shape
+    side = round(count**0.5)
+    images = jnp.moveaxis(patches.reshape(*batch, side, side, size, size, -1), -4, -3)
+    return images.reshape(*batch, side * size, side * size, -1)
+
+
+def layer_norm(dtype: Any, name: str | None = None, eps: float = 1e-6) -> nn.LayerNorm:
+    """Layer normalisation, by default with the ViTs' eps, statistics in float32 at least; the output has `dtype`."""
+    return nn.LayerNorm(eps, dtype=dtype, param_dtype=param_dtype(dtype), use_fast_variance=False, name=name)
+
+
+def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """softmax(q k^T / sqrt(d) + bias) in float32 at least: [..., T, d] -> [..., T, T]."""
     dtype = param_dtype(q.dtype)
-    return jax.nn.softmax(jnp.einsum("...td,...sd->...ts", q, k, preferred_element_type=dtype) * q.shape[-1] ** -0.5)
+    logits = jnp.einsum("...td,...sd->...ts", q, k, preferred_element_type=dtype) * q.shape[-1] ** -0.5
+    return jax.nn.softmax(logits if bias is None else logits + bias.astype(dtype))
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Softmax attention, q, k, v [B, T, H, d] -> [B, T, H, d].
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Softmax attention, q, k, v [B, T, H, d] -> [B, T, H, d]; `bias` [1 or B, H, T, T] is added to the logits.
 
     On a GPU in half precision cuDNN's fused kernel, which in training refuses odd T: one zero token is added, hidden
     from the softmax, and dropped again. Elsewhere the plain product over [B * H, T, d].
@@ -62,11 +88,15 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         odd = length % 2
         q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
+        if bias is not None:
+            bias = jnp.pad(bias.astype(q.dtype), ((0, 0), (0, 0), (0, odd), (0, odd)))
         lengths = jnp.full((batch,), length, jnp.int32)
         out = jax.nn.dot_product_attention(
-            q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+            q, k, v, bias, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
         )
         return out[:, :length]
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, length, depth) for x in (q, k, v))
-    out = attention_weights(q, k).astype(v.dtype) @ v
+    if bias is not None:
+        bias = jnp.broadcast_to(bias, (batch, heads, length, length)).reshape(batch * heads, length, length)
+    out = attention_weights(q, k, bias).astype(v.dtype) @ v
     return out.reshape(batch, heads, length, depth).transpose(0, 2, 1, 3)

@@ -13,7 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mim_jax.models.layers import attention, attention_weights, dense, gelu, layer_norm, param_dtype
+from mim_jax.models.layers import (
+    TORCH_UNIFORM,
+    Initializer,
+    attention,
+    attention_weights,
+    dense,
+    gelu,
+    layer_norm,
+    param_dtype,
+    patchify,
+)
+from mim_jax.models.positions import (
+    interpolate_bias_table,
+    interpolate_positions,
+    relative_position_index,
+    sincos_positions,
+)
 from mim_jax.sharding import pin_batch
 
 Layout = tuple[tuple[int, int], ...]  # (crops, tokens per crop) of each resolution
@@ -33,106 +49,133 @@ def split_heads(qkv: jax.Array, heads: int) -> jax.Array:
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    `layerscale` (0: none) is the first value of the factors gamma on both branches (Touvron et al. 2021, CaiT). Without
+    `k_bias`, queries and values have a bias of their own and keys have none (BEiT).
+    """
 
     heads: int
     mlp_ratio: float
     layout: Layout
     stochastic: bool  # whether stochastic depth is on
-    init_std: float
+    kernel_init: Initializer
     dtype: Any
+    layerscale: float = 0.0
+    k_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, drop_path_rate: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, drop_path_rate: jax.Array, biases: Sequence[jax.Array | None]
+    ) -> tuple[jax.Array, None]:
+        """x [B, T, D]; `biases`: for each resolution of the layout, [heads, tokens, tokens] or None."""
         batch, tokens, dim = x.shape
-        linear = functools.partial(dense, dtype=self.dtype, init_std=self.init_std)
+        linear = functools.partial(dense, dtype=self.dtype, kernel_init=self.kernel_init)
 
-        def drop(y: jax.Array) -> jax.Array:
+        def branch(y: jax.Array, name: str) -> jax.Array:
             y = pin_batch(y.reshape(batch, tokens, dim))
+            if self.layerscale:
+                gamma = self.param(name, nn.initializers.constant(self.layerscale), (dim,), param_dtype(self.dtype))
+                y = y * gamma.astype(self.dtype)
             return drop_path(y, drop_path_rate, self.layout, self.make_rng("drop_path")) if self.stochastic else y
 
         y = layer_norm(self.dtype, name="norm1")(x)
-        qkv = linear(3 * dim, name="qkv")(y.reshape(-1, dim))
-        y = pin_batch(self.attend(qkv.reshape(batch, tokens, 3 * dim)))
-        x = x + drop(linear(dim, name="proj")(y.reshape(-1, dim)))
+        qkv = linear(3 * dim, name="qkv", use_bias=self.k_bias)(y.reshape(-1, dim))
+        if not self.k_bias:
+            q_bias, v_bias = (
+                self.param(name, nn.initializers.zeros, (dim,), param_dtype(self.dtype)) for name in ("q_bias", "v_bias")
+            )
+            qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
+        y = pin_batch(self.attend(qkv.reshape(batch, tokens, 3 * dim), biases))
+        x = x + branch(linear(dim, name="proj")(y.reshape(-1, dim)), "gamma_1")
 
         y = layer_norm(self.dtype, name="norm2")(x)
         y = gelu(linear(int(dim * self.mlp_ratio), name="fc1")(y.reshape(-1, dim)))
-        x = x + drop(linear(dim, name="fc2")(y))
+        x = x + branch(linear(dim, name="fc2")(y), "gamma_2")
         self.sow("intermediates", "tokens", x)
         return x, None
 
-    def attend(self, qkv: jax.Array) -> jax.Array:
+    def attend(self, qkv: jax.Array, biases: Sequence[jax.Array | None]) -> jax.Array:
         """qkv [B, T, 3 * D] -> [B, T, D], each crop attending to itself alone."""
         out, start = [], 0
-        for crops, tokens in self.layout:
+        for (crops, tokens), bias in zip(self.layout, biases):
             part = qkv[:, start : start + crops * tokens].reshape(-1, tokens, qkv.shape[-1])
-            out.append(attention(*split_heads(part, self.heads)).reshape(qkv.shape[0], crops * tokens, -1))
+            q, k, v = split_heads(part, self.heads)
+            bias = None if bias is None else bias[None]
+            out.append(attention(q, k, v, bias).reshape(qkv.shape[0], crops * tokens, -1))
+            if self.is_mutable_collection("attention"):
+                self.sow("attention", "weights", attention_weights(q.swapaxes(1, 2), k.swapaxes(1, 2), bias))
             start += crops * tokens
         return jnp.concatenate(out, axis=1)
+
+
+def stack(depth: int, unroll: int, **block: Any) -> nn.Module:
+    """`depth` blocks, their parameters stacked under `blocks`: called with (x, [depth] drop-path rates, biases)."""
+    return nn.scan(
+        Block,
+        variable_axes={"params": 0, "intermediates": 0, "attention": 0},
+        split_rngs={"params": True, "drop_path": True},
+        in_axes=(0, nn.broadcast),
+        length=depth,
+        unroll=unroll,
+    )(**block, name="blocks")
+
+
+def rescale_residual(blocks: dict[str, Any]) -> dict[str, Any]:
+    """Stacked blocks with what each adds to the tokens divided by sqrt(2 * layer), counted from 1 (BEiT's first values)."""
+    depth = len(blocks["proj"]["kernel"])
+    scale = (2.0 * np.arange(1, depth + 1)[:, None, None]) ** -0.5
+    rescaled = {
+        name: blocks[name] | {"kernel": (blocks[name]["kernel"] * scale).astype(blocks[name]["kernel"].dtype)}
+        for name in ("proj", "fc2")
+    }
+    return blocks | rescaled
 
 
 class PatchEmbed(nn.Module):
     """Non-overlapping patches, each mapped linearly: [N, H, W, C] -> [N, H // p, W // p, dim]; a remainder is cut off.
 
-    The initial values are those of a PyTorch convolution: uniform within 1 / sqrt(C * p^2).
+    `kernel_init` sees the weights as a matrix [p * p * C, dim].
     """
 
     patch_size: int
     dim: int
+    kernel_init: Initializer
     dtype: Any
+    bias_init: Initializer | None = None  # None: a PyTorch convolution's, uniform within 1 / sqrt(C * p^2)
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         n, height, width, channels = images.shape
         p, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
-        bound = (channels * p * p) ** -0.5
+        fan_in, dtype = channels * p * p, param_dtype(self.dtype)
+
+        def matrix(key, shape, dtype):
+            return self.kernel_init(key, (fan_in, self.dim), dtype).reshape(shape)
 
         def uniform(key, shape, dtype):
-            return jax.random.uniform(key, shape, dtype, -bound, bound)
+            return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
-        kernel = self.param("kernel", uniform, (p, p, channels, self.dim), param_dtype(self.dtype))
-        bias = self.param("bias", uniform, (self.dim,), param_dtype(self.dtype))
-        patches = images[:, : rows * p, : columns * p].reshape(n, rows, p, columns, p, channels)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(n * rows * columns, -1).astype(self.dtype)
+        kernel = self.param("kernel", matrix, (p, p, channels, self.dim), dtype)
+        bias = self.param("bias", self.bias_init or uniform, (self.dim,), dtype)
+        patches = patchify(images[:, : rows * p, : columns * p], p).reshape(-1, fan_in).astype(self.dtype)
         out = patches @ kernel.reshape(-1, self.dim).astype(self.dtype) + bias.astype(self.dtype)
         return out.reshape(n, rows, columns, self.dim)
-
-
-def interpolation_weights(size: int, to: int, offset: float = 0.1) -> np.ndarray:
-    """[to, size] weights of torch's bicubic interpolation (a = -0.75, clamped borders, no antialiasing) by a factor.
-
-    The official code resizes positions by the factor (to + 0.1) / size and torch maps coordinates with that very factor:
-    source = (target + 0.5) / factor - 0.5 (recipe sheet 1.1).
-    """
-    source = (np.arange(to) + 0.5) * size / (to + offset) - 0.5
-    first = np.floor(source).astype(int) - 1
-    weights = np.zeros((to, size))
-    for tap in range(4):
-        t = np.abs(source - (first + tap))
-        near = (1.25 * t - 2.25) * t * t + 1
-        far = ((-0.75 * t + 3.75) * t - 6) * t + 3
-        np.add.at(weights, (np.arange(to), np.clip(first + tap, 0, size - 1)), np.where(t <= 1, near, far))
-    return weights
-
-
-def interpolate_positions(pos_embed: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Positions [1, 1 + N, D] of a square grid for a grid of rows x columns: [1, 1 + rows * columns, D]. CLS is kept."""
-    size = round((pos_embed.shape[1] - 1) ** 0.5)
-    if rows == columns == size:
-        return pos_embed
-    grid = pos_embed[0, 1:].reshape(size, size, -1)
-    vertical, horizontal = (jnp.asarray(interpolation_weights(size, to), grid.dtype) for to in (rows, columns))
-    grid = jnp.einsum("rh,cw,hwd->rcd", vertical, horizontal, grid, precision="highest")
-    return jnp.concatenate([pos_embed[:, :1], grid.reshape(1, rows * columns, -1)], axis=1)
 
 
 class ViT(nn.Module):
     """crops: a sequence of [B, n, H, W, C], one for each resolution -> for each {"cls": [B, n, D], "patch": [B, n, N, D]}.
 
-    The outputs are those of the last block after the final norm. H and W need not be `img_size`: positions are
-    interpolated. `init_std` is that of the linear layers' first weights. `dtype` is that of the computation; parameters
-    are float32 (float64 where `dtype` is).
+    The outputs are those of the last block after the final norm, if there is one. H and W need not be `img_size`:
+    positions are interpolated. `dtype` is that of the computation; parameters are float32 (float64 where `dtype` is).
+
+    Attributes:
+        pos: "learned" or "sincos" tables added to the tokens (the second is a parameter, too, that gets no gradient), or
+            "relative": a bias on the attention of every block, shared by all (BEiT, SimMIM).
+        mask_token: whether masked patches are replaced by a learned token; if not, they are dropped.
+        layerscale, k_bias: see `Block`.
+        kernel_init, patch_init, patch_bias_init: first values of linear layers and of the patch embedding.
+        unroll: blocks that an iteration of the loop over them holds.
     """
 
     patch_size: int
@@ -142,46 +185,96 @@ class ViT(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     drop_path_rate: float = 0.0
-    init_std: float = 0.02
+    pos: str = "learned"
+    mask_token: bool = False
+    layerscale: float = 0.0
+    k_bias: bool = True
+    final_norm: bool = True
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+    patch_init: Initializer = TORCH_UNIFORM
+    patch_bias_init: Initializer | None = None
     unroll: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, crops: Sequence[jax.Array], train: bool = False) -> list[dict[str, jax.Array]]:
-        dtype, normal = param_dtype(self.dtype), nn.initializers.normal(0.02)
+    def __call__(
+        self,
+        crops: Sequence[jax.Array],
+        train: bool = False,
+        masks: Sequence[jax.Array | None] | None = None,
+        visible: int = 0,
+    ) -> list[dict[str, jax.Array]]:
+        """`masks`: for each resolution bool [B, n, N] (True: masked) or None. `visible`: patches that each mask leaves;
+        needed where masked ones are dropped, "patch" then is [B, n, visible, D], in the order of the image."""
+        dtype, normal, grid = param_dtype(self.dtype), nn.initializers.normal(0.02), self.img_size // self.patch_size
         cls_token = self.param("cls_token", normal, (1, 1, self.dim), dtype)
-        pos_embed = self.param("pos_embed", normal, (1, 1 + (self.img_size // self.patch_size) ** 2, self.dim), dtype)
-        patch_embed = PatchEmbed(self.patch_size, self.dim, self.dtype, name="patch_embed")
+        patch_embed = PatchEmbed(
+            self.patch_size, self.dim, self.patch_init, self.dtype, self.patch_bias_init, name="patch_embed"
+        )
+        if self.mask_token:
+            mask_token = self.param("mask_token", normal, (1, 1, self.dim), dtype)
+        if self.pos == "learned":
+            pos_embed = self.param("pos_embed", normal, (1, 1 + grid**2, self.dim), dtype)
+        elif self.pos == "sincos":
+            table = lambda _: jnp.asarray(sincos_positions(self.dim, grid, grid), dtype)  # noqa: E731
+            pos_embed = jax.lax.stop_gradient(self.param("pos_embed", table))
+        elif self.pos == "relative":
+            rows = (2 * grid - 1) ** 2 + 3
+            bias_table = self.param("relative_position_bias_table", nn.initializers.zeros, (rows, self.heads), dtype)
+        else:
+            raise ValueError(f'model.pos is {self.pos!r}, but must be "learned", "sincos" or "relative"')
 
-        def embed(images: jax.Array) -> jax.Array:
+        def embed(images: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+            """Tokens [B, n * T, D] and their bias."""
             batch, n = images.shape[:2]
             patches = patch_embed(images.reshape(batch * n, *images.shape[2:]))
-            positions = interpolate_positions(pos_embed, *patches.shape[1:3]).astype(self.dtype)
-            patches = patches.reshape(batch * n, -1, self.dim) + positions[:, 1:]
-            cls = cls_token.astype(self.dtype) + positions[:, :1]
-            tokens = jnp.concatenate([jnp.broadcast_to(cls, (batch * n, 1, self.dim)), patches], axis=1)
-            return tokens.reshape(batch, -1, self.dim)
+            rows, columns = patches.shape[1:3]
+            patches = patches.reshape(batch, n, rows * columns, self.dim)
+            cls, bias = cls_token.astype(self.dtype), None
+            if mask is not None and self.mask_token:
+                patches = jnp.where(mask[..., None], mask_token.astype(self.dtype), patches)
+            if self.pos == "relative":
+                table = interpolate_bias_table(bias_table, (grid, grid), (rows, columns), cls=True)
+                bias = jnp.moveaxis(table[relative_position_index(rows, columns, cls=True)], -1, 0)
+            else:
+                offset = 0.1 if self.pos == "learned" else 0.0  # DINO's and MAE's ways
+                positions = interpolate_positions(pos_embed, rows, columns, offset).astype(self.dtype)
+                patches, cls = patches + positions[:, 1:], cls + positions[:, :1]
+            if mask is not None and not self.mask_token:
+                patches = jnp.take_along_axis(patches, visible_first(mask)[..., :visible, None], axis=2)
+            cls = jnp.broadcast_to(cls, (batch, n, 1, self.dim))
+            return jnp.concatenate([cls, patches], axis=2).reshape(batch, -1, self.dim), bias
 
-        tokens = [embed(images) for images in crops]
+        tokens, biases = zip(*(embed(images, mask) for images, mask in zip(crops, masks or [None] * len(crops))))
         layout = tuple((images.shape[1], t.shape[1] // images.shape[1]) for images, t in zip(crops, tokens))
         x = pin_batch(jnp.concatenate(tokens, axis=1))
         self.sow("intermediates", "tokens", x)
-        blocks = nn.scan(
-            Block,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "drop_path": True},
-            length=self.depth,
-            unroll=self.unroll,
-        )(self.heads, self.mlp_ratio, layout, train and self.drop_path_rate > 0, self.init_std, self.dtype, name="blocks")
-        x, _ = blocks(x, jnp.linspace(0, self.drop_path_rate, self.depth))
+        blocks = stack(
+            self.depth,
+            self.unroll,
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            layout=layout,
+            stochastic=train and self.drop_path_rate > 0,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            layerscale=self.layerscale,
+            k_bias=self.k_bias,
+        )
+        x, _ = blocks(x, jnp.linspace(0, self.drop_path_rate, self.depth), biases)
 
-        norm = layer_norm(dtype, name="norm")
+        norm = layer_norm(dtype, name="norm") if self.final_norm else lambda x: x.astype(dtype)
         out, start = [], 0
         for n, length in layout:
             part = x[:, start : start + n * length].reshape(-1, n, length, self.dim)
             out.append({"cls": norm(part[:, :, 0]), "patch": norm(part[:, :, 1:])})
             start += n * length
         return out
+
+
+def visible_first(mask: jax.Array) -> jax.Array:
+    """The order [..., N] in which a mask's visible patches come first, then the masked, each as they lie in the image."""
+    return jnp.argsort(mask, axis=-1, stable=True)
 
 
 def all_tokens(vit: ViT, params: Any, images: jax.Array) -> jax.Array:
@@ -199,9 +292,5 @@ def intermediate_layers(vit: ViT, params: Any, images: jax.Array, n: int = 1) ->
 
 def last_attention(vit: ViT, params: Any, images: jax.Array) -> jax.Array:
     """The attention of the last block, from each token (row) to each: [B, heads, 1 + N, 1 + N]."""
-    x = all_tokens(vit, params, images)[-2]
-    block = jax.tree.map(lambda p: p[-1], params["blocks"])
-    y = layer_norm(vit.dtype).apply({"params": block["norm1"]}, x)
-    qkv = dense(3 * vit.dim, vit.dtype).apply({"params": block["qkv"]}, y.reshape(-1, vit.dim))
-    q, k, _ = split_heads(qkv.reshape(*x.shape[:2], -1), vit.heads).transpose(0, 1, 3, 2, 4)
-    return attention_weights(q, k)
+    _, variables = vit.apply({"params": params}, [images[:, None]], mutable="attention")
+    return variables["attention"]["blocks"]["weights"][0][-1]

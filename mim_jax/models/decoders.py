@@ -1,0 +1,59 @@
+"""What turns an encoder's tokens back into pixels."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mim_jax.models.layers import Initializer, dense, layer_norm, param_dtype
+from mim_jax.models.positions import sincos_positions
+from mim_jax.models.vit import stack, visible_first
+from mim_jax.sharding import pin_batch
+
+
+class MaeDecoder(nn.Module):
+    """MAE's light decoder: the visible tokens, mask tokens in the other places, a few blocks, one vector for each patch.
+
+    Source: MAE (He et al. 2022), section 3. Positions are a parameter that gets no gradient, as the encoder's.
+    """
+
+    out_dim: int  # values of a patch
+    grid: int  # patches a side
+    dim: int = 512
+    depth: int = 8
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    kernel_init: Initializer = nn.initializers.xavier_uniform()
+    unroll: int = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, cls: jax.Array, patch: jax.Array, mask: jax.Array) -> jax.Array:
+        """cls [B, n, D], patch [B, n, visible, D] in the order of the image, mask bool [B, n, N] -> [B, n, N, out_dim]."""
+        dtype, (batch, n, count) = param_dtype(self.dtype), mask.shape
+        table = lambda _: jnp.asarray(sincos_positions(self.dim, self.grid, self.grid), dtype)  # noqa: E731
+        positions = jax.lax.stop_gradient(self.param("pos_embed", table)).astype(self.dtype)
+        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim), dtype)
+
+        x = jnp.concatenate([cls[:, :, None], patch], axis=2)
+        x = dense(self.dim, self.dtype, self.kernel_init, name="embed")(x.reshape(-1, x.shape[-1]))
+        x = pin_batch(x.reshape(batch, n, -1, self.dim))
+        place = jnp.argsort(visible_first(mask), axis=-1)[..., None]  # of each patch among the visible, then the masked
+        tokens = jnp.take_along_axis(x[:, :, 1:], jnp.minimum(place, x.shape[2] - 2), axis=2)
+        tokens = jnp.where(mask[..., None], mask_token.astype(self.dtype), tokens)
+        x = jnp.concatenate([x[:, :, :1], tokens], axis=2) + positions
+        blocks = stack(
+            self.depth,
+            self.unroll,
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            layout=((n, 1 + count),),
+            stochastic=False,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+        )
+        x, _ = blocks(x.reshape(batch, -1, self.dim), jnp.zeros(self.depth), (None,))
+        x = layer_norm(self.dtype, name="norm")(x.reshape(batch, n, 1 + count, self.dim)[:, :, 1:])
+        x = dense(self.out_dim, self.dtype, self.kernel_init, name="pred")(x.reshape(-1, self.dim))
+        return pin_batch(x.reshape(batch, n, count, self.out_dim).astype(dtype))

@@ -1,0 +1,107 @@
+"""Where a patch is: fixed sine-cosine tables, learned tables at another resolution, and relative position biases."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.interpolate  # type: ignore[import-untyped]
+
+
+def sincos_positions(dim: int, rows: int, columns: int) -> np.ndarray:
+    """MAE's fixed table, float64 [1, 1 + rows * columns, dim], patches row-major, the first row (CLS) zero.
+
+    The first half of the channels tells the column, the second the row; each is all sines, then all cosines, of the
+    place times 10000 ** (-i / (dim / 4)). (MAE, `pos_embed.py`; MoCo v3 has the halves the other way round.)
+    """
+    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
+
+    def waves(places: np.ndarray) -> np.ndarray:
+        angles = places.reshape(-1, 1) * frequencies
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    row, column = np.mgrid[:rows, :columns].astype(float)
+    return np.concatenate([np.zeros((1, dim)), np.concatenate([waves(column), waves(row)], axis=1)])[None]
+
+
+def interpolation_weights(size: int, to: int, offset: float = 0.1) -> np.ndarray:
+    """[to, size] weights of torch's bicubic interpolation (a = -0.75, clamped borders, no antialiasing) by a factor.
+
+    DINO's code resizes positions by the factor (to + 0.1) / size and torch maps coordinates with that very factor:
+    source = (target + 0.5) / factor - 0.5 (recipe sheet 1.1). MAE's gives the size itself: `offset` 0.
+    """
+    source = (np.arange(to) + 0.5) * size / (to + offset) - 0.5
+    first = np.floor(source).astype(int) - 1
+    weights = np.zeros((to, size))
+    for tap in range(4):
+        t = np.abs(source - (first + tap))
+        near = (1.25 * t - 2.25) * t * t + 1
+        far = ((-0.75 * t + 3.75) * t - 6) * t + 3
+        np.add.at(weights, (np.arange(to), np.clip(first + tap, 0, size - 1)), np.where(t <= 1, near, far))
+    return weights
+
+
+def interpolate_positions(pos_embed: jax.Array, rows: int, columns: int, offset: float = 0.1) -> jax.Array:
+    """Positions [1, 1 + N, D] of a square grid for a grid of rows x columns: [1, 1 + rows * columns, D]. CLS is kept."""
+    size = round((pos_embed.shape[1] - 1) ** 0.5)
+    if rows == columns == size:
+        return pos_embed
+    grid = pos_embed[0, 1:].reshape(size, size, -1)
+    vertical, horizontal = (jnp.asarray(interpolation_weights(size, to, offset), grid.dtype) for to in (rows, columns))
+    grid = jnp.einsum("rh,cw,hwd->rcd", vertical, horizontal, grid, precision="highest")
+    return jnp.concatenate([pos_embed[:, :1], grid.reshape(1, rows * columns, -1)], axis=1)
+
+
+def relative_position_index(rows: int, columns: int, cls: bool) -> np.ndarray:
+    """Which row of the bias table is for which pair of tokens, int [T, T], query by key, patches row-major.
+
+    Two patches: (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1, d being query minus key (Swin, section 3.2).
+    With `cls`, token 0 is CLS, and three more rows are for CLS to patch, patch to CLS, and CLS to itself (BEiT).
+    """
+    y, x = (axis.reshape(-1) for axis in np.mgrid[:rows, :columns])
+    patches = (y[:, None] - y + rows - 1) * (2 * columns - 1) + x[:, None] - x + columns - 1
+    if not cls:
+        return patches
+    last = (2 * rows - 1) * (2 * columns - 1)
+    index = np.full((1 + len(patches), 1 + len(patches)), last)
+    index[1:, 1:], index[1:, 0], index[0, 0] = patches, last + 1, last + 2
+    return index
+
+
+def progression(size: int, to: int) -> tuple[float, np.ndarray]:
+    """(ratio, places): a table's side `size` stretched over a side `to` so that its middle keeps its resolution.
+
+    Places are 0, +-1, +-(1 + q), +-(1 + q + q**2), ...: the ratio q, between 1.01 and 1.5, is the one whose last place
+    falls on the end of the larger side, found by bisection as in the official code (BEiT, fine-tuning).
+    """
+    low, high, ratio = 1.01, 1.5, 0.0
+    while high - low > 1e-6:
+        ratio = (low + high) / 2
+        if (1 - ratio ** (size // 2)) / (1 - ratio) > to // 2:
+            high = ratio
+        else:
+            low = ratio
+    places = np.cumsum(ratio ** np.arange(size // 2))
+    return ratio, np.concatenate([-places[::-1], [0], places])
+
+
+def spline_weights(size: int, to: int) -> np.ndarray:
+    """[to, size] weights of the cubic spline through a table's side at the places of `progression`; ends are clamped."""
+    _, places = progression(size, to)
+    wanted = np.clip(np.arange(to) - to // 2, places[0], places[-1])
+    return scipy.interpolate.make_interp_spline(places, np.eye(size), k=3)(wanted)
+
+
+def interpolate_bias_table(table: jax.Array, grid: tuple[int, int], to: tuple[int, int], cls: bool) -> jax.Array:
+    """A relative position bias table [rows, heads] of a grid of patches for another grid; rows of CLS are copied.
+
+    Source: BEiT's and SimMIM's fine-tuning code (recipe sheet 7.4).
+    """
+    if grid == to:
+        return table
+    sides, new_sides = ([2 * n - 1 for n in g] for g in (grid, to))
+    patches = table[: sides[0] * sides[1]].reshape(*sides, -1)
+    vertical, horizontal = (
+        jnp.asarray(np.eye(a) if a == b else spline_weights(a, b), table.dtype) for a, b in zip(sides, new_sides)
+    )
+    patches = jnp.einsum("rh,cw,hwd->rcd", vertical, horizontal, patches, precision="highest")
+    patches = patches.reshape(-1, table.shape[-1])
+    return jnp.concatenate([patches, table[-3:]]) if cls else patches
