@@ -64,7 +64,7 @@ def step_flops(config: ml_collections.ConfigDict) -> float:
     XLA counts the body of a loop once, however often it runs: so the blocks are unrolled first.
     """
     config = config.copy_and_resolve_references()
-    config.model.unroll = config.model.depth
+    config.model.unroll = 1000
     method = make_method(config)
     lowered = make_train_step(method, config).lower(abstract_state(method, config), method.frozen(), abstract_batch(config))
     cost: Any = lowered.cost_analysis()

@@ -42,3 +42,31 @@ def mae_loss(pred: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
     """The mean squared error of the masked patches: pred and target [..., N, P], mask bool [..., N] (MAE, section 3.3)."""
     error = jnp.mean((pred - target) ** 2, axis=-1)
     return jnp.sum(error * mask) / jnp.sum(mask)
+
+
+def simmim_loss(pred: jax.Array, target: jax.Array, mask: jax.Array, channels: int = 3) -> jax.Array:
+    """The mean absolute error of the masked pixels (SimMIM, equation 1): pred and target [..., N, P], mask bool [..., N].
+
+    As in the official code, 1e-5 is added to the number of masked pixels.
+    """
+    error = jnp.sum(jnp.abs(pred - target) * mask[..., None])
+    return error / (jnp.sum(mask) * (pred.shape[-1] // channels) + 1e-5) / channels
+
+
+def locally_normalized(images: jax.Array, window: int, eps: float = 1e-6) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(images less their mean over their std, mean, std) within a square window around each pixel, images [..., H, W, C].
+
+    The window is odd, has the pixels of the image alone, and takes each channel by itself; the variance is the unbiased
+    one, not below 0, and eps is added to it (the normalised targets of SimMIM's later code).
+    """
+    near = [jnp.abs(jnp.subtract.outer(jnp.arange(n), jnp.arange(n))) <= window // 2 for n in images.shape[-3:-1]]
+    rows, columns = (n.astype(images.dtype) for n in near)
+    count = (rows.sum(1)[:, None] * columns.sum(1))[..., None]
+
+    def local_mean(x: jax.Array) -> jax.Array:
+        return jnp.einsum("rh,cw,...hwd->...rcd", rows, columns, x, precision="highest") / count
+
+    mean = local_mean(images)
+    variance = (local_mean(images**2) - mean**2) * count / (count - 1)
+    std = jnp.sqrt(jnp.maximum(variance, 0) + eps)
+    return (images - mean) / std, mean, std

@@ -8,12 +8,16 @@ the layout changes. The two directions read the same table, so a round trip is e
 """
 
 import importlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from mim_jax.convert.table import Dim
+from mim_jax.models.positions import relative_position_index
+
+BUFFERS = (".relative_position_index", ".attn_mask")
 
 
 def family_module(family: str) -> Any:
@@ -27,18 +31,20 @@ def family_module(family: str) -> Any:
 def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
     """{official state-dict key: array} -> parameters by part, as `method.init` lays them out.
 
-    Families: "dino" (a backbone alone comes without a prefix in its keys, a full model with `backbone.` and `head.`) and
-    "mae" (encoder, with or without decoder, or with a classifier). A leading `module.` is dropped. Raises ValueError that
-    names every tensor which is missing, unexpected or misshapen.
+    Families: "dino" (a backbone alone comes without a prefix in its keys, a full model with `backbone.` and `head.`),
+    "mae" (encoder, with or without decoder, or with a classifier) and "simmim" (ViT or Swin, with or without decoder). A
+    leading `module.` and buffers that follow from the model's shape are dropped. Raises ValueError that names every tensor
+    which is missing, unexpected or misshapen.
     """
     arrays = {key.removeprefix("module."): np.asarray(value) for key, value in arrays.items()}
+    arrays = {key: value for key, value in arrays.items() if not key.endswith(BUFFERS)}
     problems: list[str] = []
     sizes: dict[str, int] = {}
     params: dict[str, Any] = {}
     rows = family_module(family).rows_for_keys(arrays)
     known: set[str] = set()
     for row in rows:
-        keys = [row.key.format(i) for i in range(number_of_blocks(arrays, row.key))] if "{}" in row.key else [row.key]
+        keys = row.keys(number_of_blocks(arrays, row.key))
         known |= set(keys)
         problems += [f"missing: {key}" for key in keys if key not in arrays]
         for key in keys:
@@ -53,7 +59,7 @@ def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
 
 
 def to_torch(params: Mapping[str, Any], family: str) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`: parameters by part -> {official state-dict key: array}.
+    """The inverse of `from_torch`: parameters by part -> {official state-dict key: array}, with the buffers that can be told.
 
     Raises ValueError for parameters that the family's table does not know or does not find.
     """
@@ -64,9 +70,20 @@ def to_torch(params: Mapping[str, Any], family: str) -> dict[str, np.ndarray]:
     if missing or unexpected:
         raise ValueError(f"these are not {family} parameters: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
     for row in rows:
-        value = flat[row.path]
-        stacked = [(row.key.format(i), v) for i, v in enumerate(value)] if "{}" in row.key else [(row.key, value)]
-        out |= {key: np.array(row.layout.to_torch(v)) for key, v in stacked}
+        values = flat[row.path] if "{}" in row.key else [flat[row.path]]
+        out |= {key: np.array(row.layout.to_torch(v)) for key, v in zip(row.keys(len(values) * row.every), values)}
+    return out | buffers(out)
+
+
+def buffers(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The index of each relative position bias table. (Swin's masks follow from the image's size: they are left out.)"""
+    out = {}
+    for key, table in arrays.items():
+        if key.endswith("relative_position_bias_table"):
+            cls = key.endswith("rel_pos_bias.relative_position_bias_table")
+            side = (round((len(table) - 3 * cls) ** 0.5) + 1) // 2
+            index = relative_position_index(side, side, cls)
+            out[key.replace("bias_table", "index")] = index
     return out
 
 
@@ -93,8 +110,8 @@ def misshapen(key: str, array: np.ndarray, shape: tuple[Dim, ...], sizes: dict[s
 def resolve(dim: Dim, sizes: Mapping[str, int]) -> Dim:
     if isinstance(dim, int):
         return dim
-    factor, _, symbol = dim.rpartition("*")
-    return int(factor or 1) * sizes[symbol] if symbol in sizes else dim
+    *factors, symbol = dim.split("*")
+    return math.prod(map(int, factors)) * sizes[symbol] if symbol in sizes else dim
 
 
 def put(tree: dict[str, Any], path: str, value: np.ndarray) -> None:

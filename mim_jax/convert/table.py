@@ -17,7 +17,7 @@ SAME = Layout(lambda a: a, lambda a: a)
 TRANSPOSED = Layout(lambda a: a.T, lambda a: a.T)  # linear: (out, in) <-> (in, out)
 CONV = Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))  # (O, I, h, w) <-> (h, w, I, O)
 
-Dim = int | str  # a size, a symbol, or "<factor>*<symbol>"
+Dim = int | str  # a size, a symbol, or "<factor>*<factor>*...*<symbol>"
 
 
 class Row(NamedTuple):
@@ -25,6 +25,14 @@ class Row(NamedTuple):
     path: str  # slash-joined; with "{}" in `key`, blocks are stacked on a leading axis
     shape: tuple[Dim, ...]
     layout: Layout = SAME
+    first: int = 0  # the numbers of the blocks that are stacked: first, first + every, ...
+    every: int = 1
+
+    def keys(self, blocks: int) -> list[str]:
+        """The official keys, of `blocks` blocks in all where there is one for each block."""
+        if "{}" not in self.key:
+            return [self.key]
+        return [self.key.format(i) for i in range(self.first, blocks, self.every)]
 
 
 def under(part: str, rows: Iterable[Row]) -> list[Row]:

@@ -59,7 +59,8 @@ class Policy:
 class Crops:
     """`len(policies)` random resized crops of `size` x `size` pixels, found under `views[name]`.
 
-    `scale` is the range of the crop's share of the picture's area, `ratio` that of its width over its height.
+    `scale` is the range of the crop's share of the picture's area, `ratio` that of its width over its height,
+    `interpolation` Pillow's "bicubic" or "bilinear".
     """
 
     name: str
@@ -67,6 +68,7 @@ class Crops:
     scale: tuple[float, float]
     policies: tuple[Policy, ...]
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"
 
 
 def augment(
@@ -130,7 +132,7 @@ def random_view(image: Planes, size: Array, draws: Array, policy: Policy, group:
         draws, [BOX_DRAWS, BOX_DRAWS + JITTER_DRAWS]
     )
     box = sample_box(box_draws, size, group.scale, group.ratio)
-    view = crop_resize(image, box, group.size, flip=flip < policy.flip)
+    view = crop_resize(image, box, group.size, flip=flip < policy.flip, interpolation=group.interpolation)
     if wanted("jitter"):
         view = color_jitter(view, *sample_jitter(jitter_draws, policy))
     if wanted("gray"):
@@ -214,11 +216,12 @@ def resize_weights(
     canvas: int,
     flip: ArrayLike = False,
     within: tuple[ArrayLike, ArrayLike] | None = None,
+    interpolation: str = "bicubic",
 ) -> Array:
-    """The matrix [out, canvas] that resamples `length` pixels from `start` to `out` pixels, antialiased bicubic.
+    """The matrix [out, canvas] that resamples `length` pixels from `start` to `out` pixels, antialiased.
 
-    Pillow's filter: a cubic with a = -0.5, stretched by the scale when shrinking, cut off at the borders and scaled to
-    sum 1. The borders are those of the box, as if it had been cut out first, or `within` = (first, end).
+    Pillow's filters: a cubic with a = -0.5 or a triangle, stretched by the scale when shrinking, cut off at the borders
+    and scaled to sum 1. The borders are those of the box, as if it had been cut out first, or `within` = (first, end).
     `flip` mirrors the result.
     """
     first, end = (start, start + length) if within is None else within
@@ -227,16 +230,18 @@ def resize_weights(
     scale = length / out
     center = start + (target + 0.5) * scale
     pixel = jnp.arange(canvas)
-    weights = _cubic((pixel + 0.5 - center[:, None]) / jnp.maximum(scale, 1.0))
+    weights = KERNELS[interpolation]((pixel + 0.5 - center[:, None]) / jnp.maximum(scale, 1.0))
     weights = jnp.where((pixel >= first) & (pixel < end), weights, 0.0).astype(jnp.float32)
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
-def crop_resize(image: Planes, box: Array, out: int, flip: ArrayLike = False) -> Planes:
+def crop_resize(
+    image: Planes, box: Array, out: int, flip: ArrayLike = False, interpolation: str = "bicubic"
+) -> Planes:
     """Cut `box` (top, left, height, width) out of planes [S, S], resize to [out, out], mirror where `flip`."""
     top, left, height, width = box
-    rows = resize_weights(top, height, out, image[0].shape[0])
-    columns = resize_weights(left, width, out, image[0].shape[1], flip)
+    rows = resize_weights(top, height, out, image[0].shape[0], interpolation=interpolation)
+    columns = resize_weights(left, width, out, image[0].shape[1], flip, interpolation=interpolation)
     return _resample(image, rows, columns)
 
 
@@ -255,6 +260,13 @@ def _cubic(x: Array) -> Array:
     near = (1.5 * x - 2.5) * x * x + 1
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     return jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
+
+
+def _triangle(x: Array) -> Array:
+    return jnp.maximum(1 - jnp.abs(x), 0.0)
+
+
+KERNELS = {"bicubic": _cubic, "bilinear": _triangle}
 
 
 # Color: three planes of levels in, three out. Factors are scalars.

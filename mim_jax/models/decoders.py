@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.layers import Initializer, dense, layer_norm, param_dtype
+from mim_jax.models.layers import TORCH_UNIFORM, Initializer, dense, layer_norm, param_dtype
 from mim_jax.models.positions import sincos_positions
 from mim_jax.models.vit import stack, visible_first
 from mim_jax.sharding import pin_batch
@@ -57,3 +57,24 @@ class MaeDecoder(nn.Module):
         x = layer_norm(self.dtype, name="norm")(x.reshape(batch, n, 1 + count, self.dim)[:, :, 1:])
         x = dense(self.out_dim, self.dtype, self.kernel_init, name="pred")(x.reshape(-1, self.dim))
         return pin_batch(x.reshape(batch, n, count, self.out_dim).astype(dtype))
+
+
+class PixelHead(nn.Module):
+    """SimMIM's decoder: one linear layer from each patch token to its pixels, [B, n, N, D] -> [B, n, N, out_dim].
+
+    Source: SimMIM (Xie et al. 2022), section 3.4. First values are those of a PyTorch convolution.
+    """
+
+    out_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype, fan_in = param_dtype(self.dtype), x.shape[-1]
+
+        def uniform(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+        inits = dict(kernel_init=TORCH_UNIFORM, bias_init=uniform)
+        head = nn.Dense(self.out_dim, dtype=self.dtype, param_dtype=dtype, name="linear", **inits)
+        return pin_batch(head(x.reshape(-1, fan_in)).reshape(*x.shape[:3], -1).astype(dtype))

@@ -63,6 +63,7 @@ class Block(nn.Module):
     dtype: Any
     layerscale: float = 0.0
     k_bias: bool = True
+    norm_eps: float = 1e-6
 
     @nn.compact
     def __call__(
@@ -79,7 +80,7 @@ class Block(nn.Module):
                 y = y * gamma.astype(self.dtype)
             return drop_path(y, drop_path_rate, self.layout, self.make_rng("drop_path")) if self.stochastic else y
 
-        y = layer_norm(self.dtype, name="norm1")(x)
+        y = layer_norm(self.dtype, "norm1", self.norm_eps)(x)
         qkv = linear(3 * dim, name="qkv", use_bias=self.k_bias)(y.reshape(-1, dim))
         if not self.k_bias:
             q_bias, v_bias = (
@@ -89,7 +90,7 @@ class Block(nn.Module):
         y = pin_batch(self.attend(qkv.reshape(batch, tokens, 3 * dim), biases))
         x = x + branch(linear(dim, name="proj")(y.reshape(-1, dim)), "gamma_1")
 
-        y = layer_norm(self.dtype, name="norm2")(x)
+        y = layer_norm(self.dtype, "norm2", self.norm_eps)(x)
         y = gelu(linear(int(dim * self.mlp_ratio), name="fc1")(y.reshape(-1, dim)))
         x = x + branch(linear(dim, name="fc2")(y), "gamma_2")
         self.sow("intermediates", "tokens", x)
@@ -195,6 +196,11 @@ class ViT(nn.Module):
     patch_bias_init: Initializer | None = None
     unroll: int = 1
     dtype: Any = jnp.float32
+
+    @property
+    def stride(self) -> int:
+        """Pixels that a patch token stands for, a side."""
+        return self.patch_size
 
     @nn.compact
     def __call__(

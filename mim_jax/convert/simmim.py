@@ -1,0 +1,82 @@
+"""The state dicts of microsoft/SimMIM: ViT or Swin, with the pre-training's prefix `encoder.`."""
+
+import re
+from collections.abc import Iterable
+
+import numpy as np
+
+from mim_jax.convert.table import EMBEDDING, NORM, TRANSPOSED, Layout, Row, block_rows, under
+
+
+def to_last(a: np.ndarray) -> np.ndarray:
+    """(3 * p * p, ...) in (channel, row, column) order -> (p * p * 3, ...) in (row, column, channel) order."""
+    side = round((len(a) // 3) ** 0.5)
+    return np.moveaxis(a.reshape(3, side, side, *a.shape[1:]), 0, 2).reshape(a.shape)
+
+
+def to_first(a: np.ndarray) -> np.ndarray:
+    """The inverse of `to_last`."""
+    side = round((len(a) // 3) ** 0.5)
+    return np.moveaxis(a.reshape(side, side, 3, *a.shape[1:]), 2, 0).reshape(a.shape)
+
+
+# a 1 x 1 convolution and pixel shuffle: (3 * p * p, D, 1, 1) <-> (D, p * p * 3)
+PIXELS = Layout(lambda a: to_last(a[:, :, 0, 0]).T, lambda a: to_first(a.T)[:, :, None, None])
+DECODER = (
+    Row("decoder.0.weight", "linear/kernel", ("PIXELS", "OUT", 1, 1), PIXELS),
+    Row("decoder.0.bias", "linear/bias", ("PIXELS",), Layout(to_last, to_first)),
+)
+MASK_TOKEN = Row("mask_token", "mask_token", (1, 1, "D"))
+VIT = (
+    *EMBEDDING,
+    MASK_TOKEN,
+    Row("rel_pos_bias.relative_position_bias_table", "relative_position_bias_table", ("TABLE", "HEADS")),
+    *(row for row in block_rows() if row.path != "blocks/qkv/bias"),
+    *(Row(f"blocks.{{}}.{name}", f"blocks/{name}", ("D",)) for name in ("gamma_1", "gamma_2")),
+    *(Row(f"blocks.{{}}.attn.{name}", f"blocks/{name}", ("D",)) for name in ("q_bias", "v_bias")),
+    *NORM,
+)
+
+
+def swin(stages: int) -> list[Row]:
+    """Stage s has width 2 ** s * D; the final norm is as wide as the last."""
+    rows = [
+        MASK_TOKEN,
+        *(row for row in EMBEDDING if row.path.startswith("patch_embed/")),
+        Row("patch_embed.norm.weight", "patch_norm/scale", ("D",)),
+        Row("patch_embed.norm.bias", "patch_norm/bias", ("D",)),
+    ]
+    for s in range(stages):
+        dim, at, to = f"{2**s}*D", f"layers.{s}", f"stage_{s}"
+        bias = "relative_position_bias_table"
+        block = (
+            *block_rows(f"{at}.blocks", dim, f"MLP{s}"),
+            Row(f"{at}.blocks.{{}}.attn.{bias}", f"blocks/{bias}", (f"TABLE{s}", f"HEADS{s}")),
+        )
+        for first, name in enumerate(("plain", "shifted")):
+            inside = f"{to}/blocks/{name}/"
+            rows += [row._replace(path=row.path.replace("blocks/", inside), first=first, every=2) for row in block]
+        if s < stages - 1:
+            twice, four = f"{2 ** (s + 1)}*D", f"{2 ** (s + 2)}*D"
+            rows += [
+                Row(f"{at}.downsample.reduction.weight", f"{to}/merge/kernel", (twice, four), TRANSPOSED),
+                Row(f"{at}.downsample.norm.weight", f"{to}/merge_norm/scale", (four,)),
+                Row(f"{at}.downsample.norm.bias", f"{to}/merge_norm/bias", (four,)),
+            ]
+    return rows + [row._replace(shape=(f"{2 ** (stages - 1)}*D",)) for row in NORM]
+
+
+def table(stages: int, decoder: bool) -> list[Row]:
+    """`stages` 0 is the ViT."""
+    backbone = [row._replace(key=f"encoder.{row.key}") for row in (swin(stages) if stages else VIT)]
+    return [*under("backbone", backbone), *under("decoder", DECODER if decoder else ())]
+
+
+def rows_for_keys(keys: Iterable[str]) -> list[Row]:
+    stages = {match[1] for key in keys if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
+    return table(len(stages), any(key.startswith("decoder.") for key in keys))
+
+
+def rows_for_paths(paths: Iterable[str]) -> list[Row]:
+    stages = {match[1] for path in paths if (match := re.match(r"backbone/stage_(\d+)/", path))}
+    return table(len(stages), any(path.startswith("decoder/") for path in paths))

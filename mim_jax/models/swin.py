@@ -1,0 +1,172 @@
+"""The Swin transformer (Liu et al. 2021, arXiv:2103.14030), as SimMIM trains it: masked patches become a token."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mim_jax.models.layers import TORCH_UNIFORM, Initializer, attention, dense, layer_norm, param_dtype
+from mim_jax.models.positions import relative_position_index
+from mim_jax.models.vit import Block, PatchEmbed, split_heads
+from mim_jax.sharding import pin_batch
+
+EPS = 1e-5  # of all norms
+
+
+def windows(x: jax.Array, size: int) -> jax.Array:
+    """[B, H, W, C] -> [B, H / size * W / size, size * size, C], windows and what is in them row-major."""
+    b, height, width, c = x.shape
+    x = x.reshape(b, height // size, size, width // size, size, c)
+    return x.swapaxes(2, 3).reshape(b, -1, size * size, c)
+
+
+def unwindowed(x: jax.Array, size: int, height: int) -> jax.Array:
+    """The inverse of `windows`: [B, windows, size * size, C] -> [B, H, W, C]."""
+    b, count, _, c = x.shape
+    rows = height // size
+    x = x.reshape(b, rows, count // rows, size, size, c)
+    return x.swapaxes(2, 3).reshape(b, height, -1, c)
+
+
+def shift_mask(height: int, width: int, size: int, shift: int) -> np.ndarray:
+    """What is added to the logits of shifted windows, [windows, T, T]: -100 between tokens that were no neighbours before
+    the map was rolled (Swin, section 3.2)."""
+
+    def regions(length: int) -> np.ndarray:
+        return np.searchsorted([length - size, length - shift], np.arange(length), side="right")
+
+    region = (3 * regions(height)[:, None] + regions(width))[None, ..., None]
+    region = np.asarray(windows(region, size))[0, :, :, 0]
+    return np.where(region[:, :, None] == region[:, None, :], 0.0, -100.0)
+
+
+class SwinBlock(Block):
+    """A transformer block whose tokens, a map [height, width], attend within (shifted) windows, each with its own bias."""
+
+    height: int = 0
+    window: int = 0
+    shift: int = 0
+
+    def attend(self, qkv: jax.Array, biases: Sequence[jax.Array | None]) -> jax.Array:
+        batch, tokens, _ = qkv.shape
+        width, size = tokens // self.height, self.window
+        table = self.param(
+            "relative_position_bias_table",
+            nn.initializers.normal(0.02),
+            ((2 * size - 1) ** 2, self.heads),
+            param_dtype(self.dtype),
+        )
+        bias = jnp.moveaxis(table[relative_position_index(size, size, cls=False)], -1, 0)[None]
+        qkv = qkv.reshape(batch, self.height, width, -1)
+        if self.shift:
+            qkv = jnp.roll(qkv, (-self.shift, -self.shift), (1, 2))
+            bias = bias + shift_mask(self.height, width, size, self.shift)[:, None].astype(bias.dtype)
+        parts = windows(qkv, size)
+        count = parts.shape[1]
+        bias = jnp.broadcast_to(bias, (batch, count, *bias.shape[1:])).reshape(-1, *bias.shape[1:])
+        out = attention(*split_heads(parts.reshape(batch * count, size * size, -1), self.heads), bias)
+        out = unwindowed(out.reshape(batch, count, size * size, -1), size, self.height)
+        if self.shift:
+            out = jnp.roll(out, (self.shift, self.shift), (1, 2))
+        return out.reshape(batch, tokens, -1)
+
+
+class Pair(nn.Module):
+    """A block with windows and one with shifted windows: x [B, T, C], rates [2]."""
+
+    block: Any  # a SwinBlock without shift and name
+    shift: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rates: jax.Array) -> tuple[jax.Array, None]:
+        x, _ = self.block(name="plain")(x, rates[0], (None,))
+        return self.block(shift=self.shift, name="shifted")(x, rates[1], (None,))
+
+
+class Stage(nn.Module):
+    """Pairs of blocks on a map [B, H, W, C], and then, if `merge`, 2 x 2 patches made one: [B, H / 2, W / 2, 2 * C].
+
+    Raises ValueError for a map that windows do not divide.
+    """
+
+    block: Any
+    window: int
+    merge: bool
+    unroll: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rates: np.ndarray) -> jax.Array:
+        batch, height, width, dim = x.shape
+        size = min(self.window, height, width)
+        if height % size or width % size or (self.merge and (height % 2 or width % 2)):
+            raise ValueError(f"a map of {height} x {width} patches cannot be cut into windows of {size} and merged by two")
+        layout = ((1, height * width),)
+        block = functools.partial(self.block, layout=layout, norm_eps=EPS, height=height, window=size)
+        pairs = nn.scan(
+            Pair,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "drop_path": True},
+            length=len(rates) // 2,
+            unroll=self.unroll,
+        )(block, size // 2 if min(height, width) > size else 0, name="blocks")
+        x = pin_batch(x.reshape(batch, height * width, dim))
+        x, _ = pairs(x, jnp.asarray(rates, jnp.float32).reshape(-1, 2))
+        x = x.reshape(batch, height, width, dim)
+        if not self.merge:
+            return x
+        x = jnp.concatenate([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], axis=-1)
+        dtype, kernel_init = block.keywords["dtype"], block.keywords["kernel_init"]
+        x = layer_norm(dtype, "merge_norm", EPS)(x).reshape(-1, 4 * dim)
+        merged = dense(2 * dim, dtype, kernel_init, name="merge", use_bias=False)(x)
+        return pin_batch(merged.reshape(batch, height // 2, width // 2, 2 * dim))
+
+
+class Swin(nn.Module):
+    """crops: one resolution, [[B, n, H, W, C]] -> [{"cls": [B, n, D], "patch": [B, n, N, D]}], called as `ViT`.
+
+    `dim` is the width of the first stage; each later stage has twice the width of and half the rows and columns of the one
+    before it. There is no CLS token: "cls" is the mean of the patches, which are those of the last stage. Masks are those
+    of the first stage's patches. The blocks of a stage are stacked in pairs.
+    """
+
+    patch_size: int
+    img_size: int
+    dim: int
+    depths: Sequence[int]
+    heads: Sequence[int]
+    window: int
+    mlp_ratio: float = 4.0
+    drop_path_rate: float = 0.0
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+    unroll: int = 1
+    dtype: Any = jnp.float32
+
+    @property
+    def stride(self) -> int:
+        """Pixels that a patch of the last stage stands for, a side."""
+        return self.patch_size * 2 ** (len(self.depths) - 1)
+
+    @nn.compact
+    def __call__(
+        self, crops: Sequence[jax.Array], train: bool = False, masks: Sequence[jax.Array] | None = None
+    ) -> list[dict[str, jax.Array]]:
+        (images,) = crops
+        batch, n = images.shape[:2]
+        dtype = param_dtype(self.dtype)
+        patch_embed = PatchEmbed(self.patch_size, self.dim, TORCH_UNIFORM, self.dtype, name="patch_embed")
+        x = layer_norm(self.dtype, "patch_norm", EPS)(patch_embed(images.reshape(-1, *images.shape[2:])))
+        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim), dtype)
+        if masks is not None:
+            x = jnp.where(masks[0].reshape(*x.shape[:3], 1), mask_token.astype(self.dtype), x)
+
+        rates = np.split(np.linspace(0, self.drop_path_rate, sum(self.depths)), np.cumsum(self.depths)[:-1])
+        for i, (heads, of_stage) in enumerate(zip(self.heads, rates)):
+            settings = dict(mlp_ratio=self.mlp_ratio, kernel_init=self.kernel_init, dtype=self.dtype)
+            block = functools.partial(SwinBlock, heads=heads, stochastic=train and self.drop_path_rate > 0, **settings)
+            x = Stage(block, self.window, merge=i < len(rates) - 1, unroll=self.unroll, name=f"stage_{i}")(x, of_stage)
+        x = layer_norm(dtype, "norm", EPS)(x).reshape(batch, n, -1, x.shape[-1])
+        return [{"cls": x.mean(2), "patch": x}]

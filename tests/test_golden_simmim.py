@@ -1,0 +1,266 @@
+"""SimMIM, with ViT and with Swin, held against numbers of the official PyTorch code (microsoft/SimMIM at d3e29bc)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from arrays import channels_last, double, official, prefixed, relative_error
+
+import mim_jax
+from mim_jax import convert, losses, optim
+from mim_jax.masking import RandomMask
+from mim_jax.models.positions import interpolate_bias_table, progression, relative_position_index
+from mim_jax.sharding import tree_paths
+
+
+def config_of(meta, dtype="float64"):
+    """The config of a stored case."""
+    c = meta["config"]
+    swin = "window" in c
+    config = mim_jax.load_config("configs/simmim.py:" + ("swinb" if swin else "vitb16"))
+    config.model.update(img_size=c["img"], patch_size=c["patch"], dtype=dtype, drop_path_rate=0.0)
+    if swin:
+        config.model.update(dim=c["embed_dim"], depths=tuple(c["depths"]), heads=tuple(c["heads"]), window=c["window"])
+        config.mask.mask_patch_size = 8
+    else:
+        config.model.update(dim=c["dim"], depth=c["depth"], heads=c["heads"])
+        config.mask.update(mask_patch_size=c["mask_patch"], ratio=c["mask_ratio"])
+    return config
+
+
+def views_of(images, mask, dtype=float):
+    mask = jnp.asarray(mask, bool)
+    return {"global": channels_last(images)[:, None].astype(dtype), "mask": mask.reshape(len(mask), 1, -1)}
+
+
+@pytest.mark.parametrize("name", ["simmim_vit", "simmim_swin"])
+def test_forward_loss_and_gradients(golden, name, x64):
+    arrays, meta = golden(name)
+    method = mim_jax.make_method(config_of(meta))
+    params = double(convert.from_torch(prefixed(arrays, "w/"), "simmim"))
+    views = views_of(arrays["in/imgs"], arrays["in/mask"])
+    out = method.backbone.apply({"params": params["backbone"]}, [views["global"]], masks=[views["mask"]])[0]
+    z = np.moveaxis(arrays["out/encoder_z"], 1, -1)
+    np.testing.assert_allclose(out["patch"][:, 0].reshape(z.shape), z, atol=1e-12)
+    rec = np.moveaxis(arrays["out/rec"], 1, -1)
+    np.testing.assert_allclose(method.predict(params, views)[:, 0], rec, atol=1e-12)
+    gradient = jax.value_and_grad(method.loss, has_aux=True)
+    (value, _), grads = gradient(params, {}, {}, {}, views, jax.random.key(0), jnp.int32(0))
+    np.testing.assert_allclose(value, arrays["out/loss"], rtol=1e-12)
+    grads = official(grads, "simmim")
+    stored = prefixed(arrays, "grad/")
+    assert stored
+    for key, want in stored.items():
+        assert relative_error(grads[key], want) < 1e-10, key
+
+
+@pytest.mark.parametrize("name", ["simmim_vit", "simmim_swin"])
+def test_forward_float32(golden, name):
+    arrays, meta = golden(name)
+    method = mim_jax.make_method(config_of(meta, "float32"))
+    params = convert.from_torch(prefixed(arrays, "w/"), "simmim")
+    got = method.predict(params, views_of(arrays["in/imgs"], arrays["in/mask"], np.float32))[:, 0]
+    assert relative_error(got, np.moveaxis(arrays["out/rec"], 1, -1)) < 1e-5
+
+
+@pytest.mark.parametrize("window", [5, 47])
+def test_normalized_targets(golden, window, x64):
+    arrays, meta = golden("simmim_vit")
+    config = config_of(meta)
+    config.loss.norm_target_window = window
+    method = mim_jax.make_method(config)
+    params = double(convert.from_torch(prefixed(arrays, "w/"), "simmim"))
+    views = views_of(arrays["in/imgs"], arrays["in/mask"])
+    want = np.moveaxis(arrays[f"out/norm_targets_ps{window}"], 1, -1)
+    target, mean, std = losses.locally_normalized(views["global"], window)
+    assert relative_error(target[:, 0], want) < 1e-6  # the official code made it in float32
+    np.testing.assert_allclose(target * std + mean, views["global"], atol=1e-12)
+    loss, _ = method.loss(params, {}, {}, {}, views, jax.random.key(0), jnp.int32(0))
+    np.testing.assert_allclose(loss, arrays[f"out/loss_norm_target_ps{window}"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["simmim_vit", "simmim_swin", "simmim_vit_train_steps"])
+def test_round_trip(golden, name):
+    """All but Swin's masks of shifted windows, which depend on the size of the images."""
+    arrays, _ = golden(name)
+    weights = prefixed(arrays, "w/")
+    back = convert.to_torch(convert.from_torch(weights, "simmim"), "simmim")
+    assert back.keys() == {key for key in weights if not key.endswith("attn_mask")}
+    for key, got in back.items():
+        np.testing.assert_array_equal(got, weights[key], err_msg=key)
+
+
+def test_conversion_is_strict(golden):
+    arrays, _ = golden("simmim_swin")
+    weights = prefixed(arrays, "w/")
+    del weights["encoder.layers.0.blocks.1.norm1.weight"]
+    weights["encoder.layers.1.blocks.0.mlp.fc3.weight"] = np.zeros((2, 2))
+    weights["encoder.layers.0.downsample.reduction.weight"] = np.zeros((32, 65))
+    with pytest.raises(ValueError) as error:
+        convert.from_torch(weights, "simmim")
+    told = sorted(line.strip() for line in str(error.value).splitlines()[1:])
+    assert told == [
+        "misshapen: encoder.layers.0.downsample.reduction.weight is (32, 65), expected (32, 64)",
+        "missing: encoder.layers.0.blocks.1.norm1.weight",
+        "unexpected: encoder.layers.1.blocks.0.mlp.fc3.weight",
+    ]
+
+
+@pytest.mark.parametrize("case", ["in192_mp32_p4_r0.6", "in224_mp32_p16_r0.6", "in224_mp16_p16_r0.75", "in32_mp16_p8_r0.6"])
+def test_masks(golden, case):
+    """The official generator, its permutations drawn by numpy after the same seed."""
+    arrays, _ = golden("mask_generators")
+    size, square, patch, ratio = (float(field.lstrip("inmpr")) for field in case.split("_"))
+    config = mim_jax.load_config("configs/simmim.py")
+    config.model.update(img_size=int(size), patch_size=int(patch))
+    config.mask.update(mask_patch_size=int(square), ratio=ratio)
+    (mask,) = mim_jax.make_method(config).masks
+    rng = np.random.RandomState(0)
+    want = arrays[f"simmim/{case}"]
+    for stored in want:
+        got = mask.of_order(jnp.asarray(rng.permutation(mask.grid**2)))
+        np.testing.assert_array_equal(got.reshape(stored.shape), stored)
+    assert mask.visible == want[0].size - want[0].sum()
+
+
+def test_mask_counts_of_the_papers():
+    counts = [
+        mim_jax.make_method(mim_jax.load_config(f"configs/{name}")).masks[0].count
+        for name in ("mae.py:vitb16", "simmim.py:vitb16", "simmim.py:swinb")
+    ]
+    assert counts == [147, 30, 22]
+
+
+def test_masks_are_uniform():
+    mask = RandomMask(grid=4, count=10)
+    drawn = np.asarray(jax.jit(lambda index: mask.draw(jax.random.key(0), index, 2))(jnp.arange(10_000)))
+    assert drawn.shape == (10_000, 2, 16) and (drawn.sum(-1) == 10).all()
+    frequency = drawn.mean((0, 1))
+    assert np.abs(frequency - 10 / 16).max() < 5 * 0.484 / 20_000**0.5
+    pairs = np.einsum("bci,bcj->ij", drawn.astype(float), drawn.astype(float)) / 20_000
+    off = pairs[~np.eye(16, dtype=bool)]
+    assert np.abs(off - 10 * 9 / (16 * 15)).max() < 5 * 0.48 / 20_000**0.5, "squares are not drawn independently"
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_relative_position_index(golden, rows):
+    if rows == 4:
+        arrays, _ = golden("simmim_vit")
+        want = arrays["w/encoder.rel_pos_bias.relative_position_index"]
+        np.testing.assert_array_equal(relative_position_index(4, 4, cls=True), want)
+    else:
+        index = relative_position_index(8, 3, cls=False)
+        assert index.shape == (24, 24) and np.unique(index).size == 15 * 5
+
+
+@pytest.mark.parametrize("case", ["vit_4to6", "vit_14to24", "vit_14to14", "swin_w6to7"])
+def test_bias_table_interpolation(golden, case):
+    arrays, _ = golden("rel_pos_bias_interp")
+    size, to = (int(n) for n in case.split("_")[1].removeprefix("w").split("to"))
+    if size != to:
+        ratio, places = progression(2 * size - 1, 2 * to - 1)
+        np.testing.assert_allclose(ratio, arrays[f"{case}/q"], atol=1e-12)
+        np.testing.assert_allclose(places, arrays[f"{case}/source_positions"], atol=1e-9)
+    table = jnp.asarray(arrays[f"{case}/in"])
+    got = interpolate_bias_table(table, (size, size), (to, to), cls=case.startswith("vit"))
+    np.testing.assert_allclose(got, arrays[f"{case}/out"], atol=2e-6)
+
+
+def schedule_config(kind):
+    config = mim_jax.load_config("configs/simmim.py")
+    config.data.update(batch_size=512, num_examples=512 * 5)
+    config.total_epochs = 10.0
+    config.optim.update(schedule=f"timm_{kind}", lr=8e-4, warmup_lr=1e-6, min_lr=1e-5, warmup_epochs=2.0, decay_epochs=(7.0,))
+    return config
+
+
+@pytest.mark.parametrize("kind", ["cosine", "multistep"])
+def test_schedules(golden, kind, x64):
+    arrays, _ = golden("schedules")
+    want = arrays[f"simmim/{kind}"]
+    config = schedule_config(kind)
+    drops = 1 + np.flatnonzero(np.diff(want) < -0.5 * want.max())
+    if kind == "multistep":
+        config.optim.decay_epochs = tuple((drop - 1) / 5 for drop in drops)
+        assert len(drops)
+    got = [optim.learning_rate(config)(jnp.int32(step)) for step in range(50)]
+    np.testing.assert_allclose(got, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["simmim_vit_train_steps"])
+def test_parameter_groups(golden, name):
+    _, meta = golden(name)
+    config = config_of(meta, "float32")
+    method = mim_jax.make_method(config)
+    params = jax.eval_shape(method.init, jax.random.key(0))[0]
+    decayed = optim.decayed(params, config.optim.not_decayed)
+    groups = jax.tree.map(lambda p, d: np.full(p.shape, "decay" if d else "no_decay"), params, decayed)
+    got = {key: value.flat[0] for key, value in official(groups, "simmim").items() if value.dtype.kind == "U"}
+    assert got == {key: group for group, keys in meta["param_groups"].items() for key in keys}
+
+
+def test_swin_decays_its_bias_tables_but_not_the_mask_token():
+    config = mim_jax.load_config("configs/simmim.py:swinb")
+    params = jax.eval_shape(mim_jax.make_method(config).init, jax.random.key(0))[0]
+    decayed = jax.tree.leaves(optim.decayed(params, config.optim.not_decayed))
+    for path, is_decayed, p in zip(jax.tree.leaves(tree_paths(params)), decayed, jax.tree.leaves(params)):
+        matrix = p.ndim - ("/blocks/" in path) > 1 and not path.endswith("mask_token")
+        assert is_decayed == matrix, path
+
+
+def test_initial_distributions():
+    """Cut at one standard deviation, what a block adds divided by sqrt(2 * layer) (recipe sheet 1.2)."""
+    config = mim_jax.load_config("configs/simmim.py:demo")
+    arrays = official(jax.jit(mim_jax.make_method(config).init)(jax.random.key(0))[0], "simmim")
+    for key, a in arrays.items():
+        if key.endswith("weight") and a.ndim > 1 and key.startswith("encoder."):
+            name = key.split(".")
+            layer = int(name[2]) + 1 if name[-2] in ("proj", "fc2") and name[1] == "blocks" else 0.5
+            scale = (2 * layer) ** -0.5
+            assert 0.97 * 0.02 * scale < np.abs(a).max() <= 0.0200001 * scale, key
+            assert abs(a.std() / (0.0108 * scale) - 1) < 0.05, key
+    for i in range(4):
+        np.testing.assert_allclose(arrays[f"encoder.blocks.{i}.gamma_1"], 0.1, rtol=1e-6)
+    assert not np.any(arrays["encoder.patch_embed.proj.bias"])
+    assert not np.any(arrays["encoder.rel_pos_bias.relative_position_bias_table"])
+    bound = 96**-0.5
+    for key in ("decoder.0.weight", "decoder.0.bias"):
+        assert 0.95 * bound < np.abs(arrays[key]).max() <= bound, key
+
+
+def test_vit_base_has_the_published_number_of_parameters():
+    params = jax.eval_shape(mim_jax.make_method(mim_jax.load_config("configs/simmim.py")).init, jax.random.key(0))[0]
+    assert sum(p.size for p in jax.tree.leaves(params)) == 86_256_720
+
+
+def test_four_training_steps(golden, x64):
+    """The trajectory of main_simmim.py through the real train_step: losses, gradients' norms, every weight."""
+    arrays, meta = golden("simmim_vit_train_steps")
+    o, s, batch = meta["optimizer"], meta["schedule"], meta["config"]["batch"]
+    config = config_of(meta)
+    config.data.update(batch_size=batch, num_examples=batch * s["iters_per_epoch"])
+    config.total_epochs = float(s["epochs"])
+    config.optim.update(schedule=f"timm_{s['name']}", lr=s["base_lr"], lr_batch_size=batch, min_lr=s["min_lr"])
+    config.optim.update(warmup_lr=s["warmup_lr"], warmup_epochs=float(s["warmup_epochs"]), decay_rate=s["gamma"])
+    config.optim.update(decay_epochs=tuple(map(float, s["multisteps"])), clip_grad=o["clip_grad_norm"])
+    config.optim.update(weight_decay=o["weight_decay"], weight_decay_end=o["weight_decay"])
+    method = mim_jax.make_method(config)
+    state, frozen = mim_jax.init_state(method, config)
+    state = state.replace(params=double(convert.from_torch(prefixed(arrays, "w/"), "simmim")))
+    train_step = mim_jax.make_train_step(method, config)
+    gradient = jax.jit(jax.grad(method.loss, has_aux=True))
+
+    for step in range(4):
+        views = views_of(arrays[f"in/imgs_step{step}"], arrays[f"in/mask_step{step}"])
+        grads, _ = gradient(state.params, {}, {}, {}, views, jax.random.key(0), state.step)
+        grads = official(grads, "simmim")
+        norms = [np.linalg.norm(grads[str(name)]) for name in arrays["grad_norms_names"]]
+        np.testing.assert_allclose(norms, arrays[f"out/grad_norms_step{step}"], rtol=1e-8, atol=1e-14)
+        state, metrics = train_step(state, frozen, views)
+        np.testing.assert_allclose(metrics["train/loss"], arrays[f"out/loss_step{step}"], rtol=1e-9)
+        np.testing.assert_allclose(metrics["train/grad_norm"], arrays[f"out/grad_norm_step{step}"], rtol=1e-9)
+        np.testing.assert_allclose(metrics["train/lr"], arrays[f"out/lr_step{step}"], rtol=1e-12)
+        np.testing.assert_allclose(metrics["train/weight_decay"], arrays[f"out/wd_step{step}"], rtol=1e-12)
+    got = official(state.params, "simmim")
+    for key, want in prefixed(arrays, "w_after/").items():
+        np.testing.assert_allclose(got[key], want, atol=1e-8, rtol=1e-7, err_msg=key)
