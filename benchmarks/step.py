@@ -4,8 +4,12 @@
 
 All programs are timed in turn in each round, with noise images; medians are printed. The machine's own rate is that of a
 square matrix product in the step's dtype, timed in the same rounds. Nothing is evaluated, logged or read from disk.
+
+For MAE the step is also held against that of the same model with mask tokens in the encoder (the paper's table 1c): all
+patches go through it, the masked ones as a token, and then through the same decoder.
 """
 
+import dataclasses
 import platform
 import resource
 import statistics
@@ -20,6 +24,7 @@ from ml_collections import config_flags
 
 from mim_jax import dry_run, init_state, make_method, make_train_step, sharding
 from mim_jax.methods.base import make_views
+from mim_jax.methods.mae import Mae
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/dino.py:demo", "Config file, with a variant after a colon.")
 ROUNDS = flags.DEFINE_integer("rounds", 20, "How often each program is timed.")
@@ -33,15 +38,11 @@ def main(_: list[str]) -> None:
 
 def measure(config) -> None:
     method, key = make_method(config), jax.random.key(0)
-    state, frozen = init_state(method, config)
     batch = noise(config)
-
-    start = time.perf_counter()
-    train_step = make_train_step(method, config).lower(state, frozen, batch).compile()
-    compile_s = time.perf_counter() - start
+    step = Step(method, config, batch)
 
     def loss(params, state, views):
-        return method.loss(params, state.teacher, frozen, state.extra, views, key, state.step)
+        return method.loss(params, state.teacher, step.frozen, state.extra, views, key, state.step)
 
     views_of = jax.jit(lambda batch: make_views(method, batch, key, config.data))
     forward = jax.jit(lambda state, views: loss(state.params, state, views))
@@ -51,21 +52,16 @@ def measure(config) -> None:
     square = jax.random.normal(key, (side, side), dtype)
     product = jax.jit(lambda a: a @ a)
 
-    def step() -> jax.Array:
-        nonlocal state
-        state, metrics = train_step(state, frozen, batch)
-        return metrics["train/loss"]
-
-    times = interleaved(
-        {
-            "step": step,
-            "augmentation": lambda: views_of(batch),
-            "forward": lambda: forward(state, views),
-            "gradient": lambda: gradient(state, views),
-            "product": lambda: product(square),
-        },
-        ROUNDS.value,
-    )
+    programs = {
+        "step": step,
+        "augmentation": lambda: views_of(batch),
+        "forward": lambda: forward(step.state, views),
+        "gradient": lambda: gradient(step.state, views),
+        "product": lambda: product(square),
+    }
+    if config.method == "mae":
+        programs["mask tokens"] = Step(with_mask_tokens(config), config, batch)
+    times = interleaved(programs, ROUNDS.value)
     images, flops = config.data.batch_size, dry_run.step_flops(config)
     rate, machine = flops / times["step"], 2 * side**3 / times["product"]
     parts = {
@@ -78,11 +74,44 @@ def measure(config) -> None:
     print(f"step         {times['step'] * 1e3:9.1f} ms   {images / times['step']:,.0f} images/s, batch {images}")
     share = f"{rate / machine:.0%} of this machine's {machine / 1e9:,.1f} ({dtype} product of {side} x {side})"
     print(f"achieved     {rate / 1e9:9.1f} GFLOP/s   {share}")
-    print(f"compilation  {compile_s:9.1f} s")
+    print(f"compilation  {step.compile_s:9.1f} s")
     print(f"memory       {peak_memory() / 2**20:9,.0f} MiB at the peak")
     print("where the time goes (each part compiled alone; the last is what remains):")
     for name, seconds in parts.items():
         print(f"  {name:<15} {seconds * 1e3:9.1f} ms   {seconds / times['step']:.0%}")
+    if config.method == "mae":
+        more = dry_run.step_flops(config, with_mask_tokens) / flops
+        seconds = times["mask tokens"]
+        print(f"with mask tokens in the encoder {seconds * 1e3:9.1f} ms", end=": ")
+        print(f"{seconds / times['step']:.2f} x the time, {more:.2f} x the FLOPs")
+
+
+class Step:
+    """A train step that goes on from where it stopped, on one batch."""
+
+    def __init__(self, method, config, batch):
+        self.batch = batch
+        self.state, self.frozen = init_state(method, config)
+        start = time.perf_counter()
+        self.compiled = make_train_step(method, config).lower(self.state, self.frozen, batch).compile()
+        self.compile_s = time.perf_counter() - start
+
+    def __call__(self) -> jax.Array:
+        self.state, metrics = self.compiled(self.state, self.frozen, self.batch)
+        return metrics["train/loss"]
+
+
+class MaskTokensInEncoder(Mae):
+    def predict(self, params, views):
+        variables = {"params": params["backbone"]}
+        out = self.backbone.apply(variables, [views["global"]], train=True, masks=[views["mask"]])[0]
+        return self.decoder.apply({"params": params["decoder"]}, **out, mask=np.zeros(views["mask"].shape, bool))
+
+
+def with_mask_tokens(config) -> MaskTokensInEncoder:
+    method = make_method(config)
+    fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    return MaskTokensInEncoder(**fields | {"backbone": method.backbone.clone(mask_token=True)})
 
 
 def noise(config) -> dict[str, jax.Array]:

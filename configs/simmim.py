@@ -59,11 +59,9 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
 
 def swinb(config):
     config.total_epochs = 100.0
-    del config.model.depth, config.model.heads, config.model.layerscale
-    config.model.update(arch="swin", patch_size=4, dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=6)
+    as_swin(config, dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=6)
     config.model.update(img_size=192, drop_path_rate=0.0)
     config.optim.update(schedule="timm_cosine", lr=2e-4, min_lr=1e-5)
-    config.optim.not_decayed = r"(bias|scale|mask_token)$"
 
 
 def swinl(config):
@@ -81,4 +79,17 @@ def demo(config):
     config.optim.update(schedule="mae", lr_batch_size=256, lr=1e-3, warmup_steps=200)
 
 
-VARIANTS = {"vitb16": lambda config: None, "swinb": swinb, "swinl": swinl, "demo": demo}
+def demo_swin(config):
+    demo(config)
+    as_swin(config, dim=48, depths=(2, 2), heads=(3, 6), window=4)
+
+
+def as_swin(config, **model):
+    del config.model.depth, config.model.heads, config.model.layerscale
+    config.model.update(arch="swin", patch_size=4, **model)
+    config.optim.not_decayed = r"(bias|scale|mask_token)$"
+
+
+VARIANTS = {
+    "vitb16": lambda config: None, "swinb": swinb, "swinl": swinl, "demo": demo, "demo_swin": demo_swin
+}  # fmt: skip

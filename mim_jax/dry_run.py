@@ -1,5 +1,6 @@
 """The plan of a run without running it: nothing is allocated and no data is read."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,14 +59,14 @@ def abstract_batch(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtyp
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, (shape, dtype) in shapes.items()}
 
 
-def step_flops(config: ml_collections.ConfigDict) -> float:
+def step_flops(config: ml_collections.ConfigDict, make: Callable[[ml_collections.ConfigDict], Any] = make_method) -> float:
     """Floating-point operations of a step over the global batch, as XLA counts them before it optimizes.
 
     XLA counts the body of a loop once, however often it runs: so the blocks are unrolled first.
     """
     config = config.copy_and_resolve_references()
     config.model.unroll = 1000
-    method = make_method(config)
+    method = make(config)
     lowered = make_train_step(method, config).lower(abstract_state(method, config), method.frozen(), abstract_batch(config))
     cost: Any = lowered.cost_analysis()
     return cost["flops"]

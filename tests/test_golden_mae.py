@@ -200,6 +200,19 @@ def test_schedule(golden, x64):
         np.testing.assert_allclose(got, arrays[f"{code}/lr"], rtol=1e-12, atol=1e-18)
 
 
+def test_other_schedules_are_dinos(golden, x64):
+    """BEiT's learning rate and weight decay, and MoCo's momentum."""
+    arrays, _ = golden("schedules")
+    schedules = {
+        "beit/lr": optim.cosine_schedule(1.5e-3, 1e-5, 50, 10),
+        "beit/lr_warmup_steps7": optim.cosine_schedule(1.5e-3, 1e-5, 50, 7),
+        "beit/wd": optim.cosine_schedule(0.05, 0.01, 50),
+        "moco/momentum": optim.cosine_schedule(0.99, 1.0, 50),
+    }
+    for name, schedule in schedules.items():
+        np.testing.assert_allclose([schedule(jnp.int32(step)) for step in range(50)], arrays[name], rtol=1e-12, err_msg=name)
+
+
 @pytest.mark.parametrize("decay", [0.65, 0.75])
 def test_layer_decay(golden, decay):
     arrays, meta = golden("layer_decay")
@@ -219,6 +232,27 @@ def test_layer_decay(golden, decay):
     assert got.keys() == stored.keys()
     for key, want in stored.items():
         np.testing.assert_allclose(got[key], want, rtol=1e-12, err_msg=key)
+
+
+@pytest.mark.parametrize("decay", [0.65, 0.85])
+def test_layer_decay_of_beit(golden, decay):
+    """By the official names, blocks stacked: with a bias table in each block, LayerScale, and biases of q and v."""
+    arrays, meta = golden("layer_decay")
+    stored = meta[f"beit_{decay}"]
+    assert sorted({entry["lr_scale"] for entry in stored.values()}) == sorted(arrays[f"beit/scales_{decay}"])
+
+    def path(name):
+        name = re.sub(r"norm(\d?)\.weight", r"norm\1.scale", name).replace("proj.weight", "kernel")
+        return re.sub(r"blocks\.\d+\.", "blocks.", name).replace("patch_embed.proj", "patch_embed").replace(".", "/")
+
+    shape = lambda name: (12, 2) if name.startswith("blocks.") else (2,)  # noqa: E731
+    params = {path(name): np.zeros(shape(name)) for name in stored}
+    scales, decayed = optim.layer_scales(params, decay), optim.decayed(params, r"(bias|scale|gamma_\d|cls_token)$")
+    for name, entry in stored.items():
+        number = re.match(r"blocks\.(\d+)", name)
+        scale = scales[path(name)][int(number[1]), 0] if number else scales[path(name)]
+        np.testing.assert_allclose(scale, entry["lr_scale"], rtol=1e-12, err_msg=name)
+        assert decayed[path(name)] == bool(entry["weight_decay"]), name
 
 
 def test_layer_decay_scales_the_update(x64):

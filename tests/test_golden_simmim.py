@@ -7,7 +7,7 @@ import pytest
 from arrays import channels_last, double, official, prefixed, relative_error
 
 import mim_jax
-from mim_jax import convert, losses, optim
+from mim_jax import convert, losses, optim, sharding
 from mim_jax.masking import RandomMask
 from mim_jax.models.positions import interpolate_bias_table, progression, relative_position_index
 from mim_jax.sharding import tree_paths
@@ -140,6 +140,18 @@ def test_masks_are_uniform():
     pairs = np.einsum("bci,bcj->ij", drawn.astype(float), drawn.astype(float)) / 20_000
     off = pairs[~np.eye(16, dtype=bool)]
     assert np.abs(off - 10 * 9 / (16 * 15)).max() < 5 * 0.48 / 20_000**0.5, "squares are not drawn independently"
+
+
+def test_masks_do_not_depend_on_the_devices_or_the_batch():
+    mask, key = RandomMask(grid=4, count=10, repeat=2), jax.random.key(1)
+    index = np.random.default_rng(0).permutation(1000)[:24].astype(np.int32)
+    draw = jax.jit(lambda index: mask.draw(key, index, 1))
+    one = np.asarray(draw(index))
+    assert one.shape == (24, 1, 64) and len(np.unique(one, axis=0)) == 24
+    np.testing.assert_array_equal(draw(index[7:9]), one[7:9])
+    for count in (4, 8):
+        with jax.set_mesh(sharding.make_mesh(count, 1, jax.devices()[:count])):
+            np.testing.assert_array_equal(draw(sharding.global_batch({"index": index})["index"]), one)
 
 
 @pytest.mark.parametrize("rows", [4, 8])

@@ -13,13 +13,15 @@ from mim_jax import sharding
 from mim_jax.sharding import path_name
 from mim_jax.state import TrainState, abstract_state
 
-# Overrides of tests/tiny.py under which a few steps on one batch must halve the loss.
+# Overrides of tests/tiny.py under which a few steps on one batch must lower the loss to 0.7 of what it was.
 METHODS = {
     # targets that are sharp, which the student is not at first, and stand still
     "dino": {"optim.momentum_teacher": 1.0, "loss.center_momentum": 1.0, "loss.teacher_temp": 0.005},
     "mae": {"loss.norm_pix_loss": False, "optim.lr": 1.0},
+    "simmim": {"model.layerscale": 1.0, "optim.lr": 1.0},
+    "simmim_swin": {"optim.lr": 1.0},
 }
-STEPS = 10
+STEPS = 20
 
 
 class Case(NamedTuple):
@@ -30,11 +32,13 @@ class Case(NamedTuple):
     last: TrainState
     metrics: list[dict[str, float]]  # of each step
     gradients: tuple[Any, Any]  # with respect to the parameters and to the teacher, at the initial state
+    program: str  # that computes them on the mesh
+    alone: Any  # the first of them, on one device
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def case(request) -> Case:
-    """Ten steps on one batch of finished views, on a mesh of 2 x 4 devices."""
+    """Twenty steps on one batch of finished views, on a mesh of 2 x 4 devices."""
     config = mim_jax.load_config(f"tests/tiny.py:{request.param}")
     config.data.num_examples, config.total_steps = 64, 2 * STEPS
     config.optim.update(lr=1e-3 * 256 / config.data.batch_size, warmup_steps=0, freeze_last_layer_steps=0)
@@ -44,8 +48,10 @@ def case(request) -> Case:
         method = mim_jax.make_method(config)
         state, frozen = mim_jax.init_state(method, config)
         batch = sharding.global_batch(views(method, config.data.batch_size))
-        gradient = jax.jit(jax.grad(method.loss, argnums=(0, 1), has_aux=True))
-        gradients, _ = gradient(state.params, state.teacher, frozen, state.extra, batch, jax.random.key(0), state.step)
+        args = (state.params, state.teacher, frozen, state.extra, batch, jax.random.key(0), state.step)
+        gradient = jax.jit(jax.grad(method.loss, argnums=(0, 1), has_aux=True)).lower(*args).compile()
+        gradients, _ = gradient(*args)
+        on_host = jax.device_get(args[:5])  # the steps take the state
         train_step = mim_jax.make_train_step(method, config)
         states, metrics = [jax.device_get(state)], []
         for step in range(STEPS):
@@ -53,7 +59,9 @@ def case(request) -> Case:
             metrics.append({tag: float(value) for tag, value in figures.items()})
             if step == 0:
                 states.append(jax.device_get(state))
-        return Case(method, abstract_state(method, config), *states, state, metrics, jax.device_get(gradients))
+        abstract, gradients = abstract_state(method, config), jax.device_get(gradients)
+    alone, _ = jax.jit(jax.grad(method.loss, has_aux=True))(*on_host, jax.random.key(0), jnp.int32(0))
+    return Case(method, abstract, *states, state, metrics, gradients, gradient.as_text(), jax.device_get(alone))
 
 
 def views(method, batch_size, seed=0):
@@ -80,7 +88,7 @@ def test_loss_is_finite(case):
 
 def test_loss_falls_on_one_repeated_batch(case):
     losses = [figures["train/loss"] for figures in case.metrics]
-    assert losses[-1] < 0.5 * losses[0], losses
+    assert losses[-1] < 0.7 * losses[0], losses
 
 
 def test_every_parameter_but_the_fixed_is_trained(case):
@@ -91,6 +99,16 @@ def test_every_parameter_but_the_fixed_is_trained(case):
         assert np.any(g) != is_fixed, f"gradient of {name}"
         assert np.any(after[name] != before[name]) != is_fixed, f"update of {name}"
     assert not case.method.fixed or any(fixed.search(name) for name in before), "`fixed` matches nothing"
+
+
+def test_one_device_and_a_mesh_agree_on_the_gradient(case):
+    for (name, got), (_, want) in zip(tensors(case.gradients[0]), tensors(case.alone)):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(np.abs(want).max(), 1e-3), err_msg=name)
+
+
+def test_no_activation_moves_between_devices(case):
+    assert "all-reduce" in case.program
+    assert "all-to-all" not in case.program and "collective-permute" not in case.program
 
 
 def test_no_gradient_reaches_the_teacher(case):

@@ -68,7 +68,8 @@ class SwinBlock(Block):
         parts = windows(qkv, size)
         count = parts.shape[1]
         bias = jnp.broadcast_to(bias, (batch, count, *bias.shape[1:])).reshape(-1, *bias.shape[1:])
-        out = attention(*split_heads(parts.reshape(batch * count, size * size, -1), self.heads), bias)
+        q, k, v = split_heads(parts.reshape(batch * count, size * size, -1), self.heads)
+        out = attention(q, k, v, bias)
         out = unwindowed(out.reshape(batch, count, size * size, -1), size, self.height)
         if self.shift:
             out = jnp.roll(out, (self.shift, self.shift), (1, 2))

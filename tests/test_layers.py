@@ -1,0 +1,62 @@
+"""Attention and what is around it, against plain re-derivations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mim_jax.models import layers
+from mim_jax.models.swin import shift_mask, unwindowed, windows
+
+
+def qkv(length, seed=0):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=(2, length, 3, 8)), jnp.bfloat16) for _ in range(3)]
+
+
+def by_hand(q, k, v, bias):
+    q, k, v = (np.asarray(x, np.float64).transpose(0, 2, 1, 3) for x in (q, k, v))
+    logits = q @ k.swapaxes(-1, -2) / 8**0.5 + (0 if bias is None else np.asarray(bias, np.float64))
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("length", [5, 6])
+def test_attention(length, biased):
+    q, k, v = qkv(length)
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, length, length)), jnp.float32) if biased else None
+    np.testing.assert_allclose(layers.attention(q, k, v, bias).astype(float), by_hand(q, k, v, bias), atol=0.03)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("length", [5, 6])
+def test_lengths_are_padded_for_the_fused_kernel_and_nobody_sees_it(monkeypatch, length, biased):
+    """The GPU's way, with XLA's attention in the place of the kernel, which takes even lengths only."""
+    fused, lengths = jax.nn.dot_product_attention, []
+
+    def even_only(q, k, v, bias, *, implementation, **kwargs):
+        lengths.append(q.shape[1])
+        assert implementation == "cudnn" and q.shape[1] % 2 == 0
+        return fused(q, k, v, bias, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", even_only)
+    q, k, v = qkv(length)
+    bias = jnp.asarray(np.random.default_rng(1).normal(size=(1, 3, length, length)), jnp.float32) if biased else None
+    got = layers.attention(q, k, v, bias)
+    assert lengths == [6] and got.shape == q.shape
+    np.testing.assert_allclose(got.astype(float), by_hand(q, k, v, bias), atol=0.03)
+
+
+def test_windows_and_back():
+    x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
+    parts = windows(x, 2)
+    assert parts.shape == (2, 6, 4, 3)
+    np.testing.assert_array_equal(parts[1, 4], x[1, 2:4, 2:4].reshape(4, 3))  # second row of windows, second column
+    np.testing.assert_array_equal(unwindowed(parts, 2, 4), x)
+
+
+def test_shifted_windows_hide_what_was_not_near(golden):
+    arrays, _ = golden("simmim_swin")
+    np.testing.assert_array_equal(shift_mask(8, 8, 4, 2), arrays["w/encoder.layers.0.blocks.1.attn_mask"])
