@@ -1,5 +1,6 @@
 """MAE held against numbers that the official PyTorch code produced (facebookresearch/mae at efb2a80)."""
 
+import functools
 import re
 
 import jax
@@ -71,17 +72,16 @@ def test_forward_loss_and_gradients(golden, loss, x64):
     params = double(convert.from_torch(prefixed(arrays, "w/"), "mae"))
     views = views_of(method, arrays["in/imgs"], arrays["in/noise"])
 
-    out = method.backbone.apply(
-        {"params": params["backbone"]}, [views["global"]], masks=[views["mask"]], visible=method.masks[0].visible
-    )[0]
+    backbone = jax.jit(functools.partial(method.backbone.apply, visible=method.masks[0].visible))
+    out = backbone({"params": params["backbone"]}, [views["global"]], masks=[views["mask"]])[0]
     latent = arrays["out/latent"]  # kept patches in the order of their noise; ours are in the order of the image
     kept = np.argsort(arrays["in/noise"], axis=1)[:, : latent.shape[1] - 1]
     in_image_order = np.take_along_axis(latent[:, 1:], np.argsort(kept, axis=1)[..., None], axis=1)
     np.testing.assert_allclose(out["cls"][:, 0], latent[:, 0], atol=1e-12)
     np.testing.assert_allclose(out["patch"][:, 0], in_image_order, atol=1e-12)
-    np.testing.assert_allclose(method.predict(params, views)[:, 0], arrays["out/pred"], atol=1e-12)
+    np.testing.assert_allclose(jax.jit(method.predict)(params, views)[:, 0], arrays["out/pred"], atol=1e-12)
 
-    gradient = jax.value_and_grad(method.loss, has_aux=True)
+    gradient = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
     (value, _), grads = gradient(params, {}, {}, {}, views, jax.random.key(0), jnp.int32(0))
     np.testing.assert_allclose(value, arrays[f"out/loss_{loss}"], rtol=1e-12)
     grads = official(grads, "mae")
@@ -97,7 +97,7 @@ def test_forward_float32(golden):
     method = mim_jax.make_method(config_of(meta, "float32"))
     params = convert.from_torch(prefixed(arrays, "w/"), "mae")
     views = views_of(method, arrays["in/imgs"], arrays["in/noise"])
-    assert relative_error(method.predict(params, views)[:, 0], arrays["out/pred"]) < 1e-5
+    assert relative_error(jax.jit(method.predict)(params, views)[:, 0], arrays["out/pred"]) < 1e-5
 
 
 def test_raw_reconstruction_undoes_the_normalization(golden, x64):
@@ -141,7 +141,7 @@ def test_fine_tuned_classifier(golden, pool, x64):
         patch_size=c["patch_size"], img_size=c["img_size"], dim=c["embed_dim"], depth=c["depth"], heads=c["num_heads"],
         final_norm=pool == "cls", dtype=jnp.float64,
     )  # fmt: skip
-    out = vit.apply({"params": params["backbone"]}, [channels_last(arrays["in/imgs"])[:, None].astype(float)])[0]
+    out = jax.jit(vit.apply)({"params": params["backbone"]}, [channels_last(arrays["in/imgs"])[:, None].astype(float)])[0]
     features = out["cls"][:, 0] if pool == "cls" else out["patch"][:, 0].mean(1)
     head = Classifier(c["num_classes"], norm="layer" if pool == "gp" else "", dtype=jnp.float64)
     logits, seen = head.apply(

@@ -39,12 +39,13 @@ def test_forward_loss_and_gradients(golden, name, x64):
     method = mim_jax.make_method(config_of(meta))
     params = double(convert.from_torch(prefixed(arrays, "w/"), "simmim"))
     views = views_of(arrays["in/imgs"], arrays["in/mask"])
-    out = method.backbone.apply({"params": params["backbone"]}, [views["global"]], masks=[views["mask"]])[0]
+    backbone = jax.jit(method.backbone.apply)
+    out = backbone({"params": params["backbone"]}, [views["global"]], masks=[views["mask"]])[0]
     z = np.moveaxis(arrays["out/encoder_z"], 1, -1)
     np.testing.assert_allclose(out["patch"][:, 0].reshape(z.shape), z, atol=1e-12)
     rec = np.moveaxis(arrays["out/rec"], 1, -1)
-    np.testing.assert_allclose(method.predict(params, views)[:, 0], rec, atol=1e-12)
-    gradient = jax.value_and_grad(method.loss, has_aux=True)
+    np.testing.assert_allclose(jax.jit(method.predict)(params, views)[:, 0], rec, atol=1e-12)
+    gradient = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
     (value, _), grads = gradient(params, {}, {}, {}, views, jax.random.key(0), jnp.int32(0))
     np.testing.assert_allclose(value, arrays["out/loss"], rtol=1e-12)
     grads = official(grads, "simmim")
@@ -59,7 +60,7 @@ def test_forward_float32(golden, name):
     arrays, meta = golden(name)
     method = mim_jax.make_method(config_of(meta, "float32"))
     params = convert.from_torch(prefixed(arrays, "w/"), "simmim")
-    got = method.predict(params, views_of(arrays["in/imgs"], arrays["in/mask"], np.float32))[:, 0]
+    got = jax.jit(method.predict)(params, views_of(arrays["in/imgs"], arrays["in/mask"], np.float32))[:, 0]
     assert relative_error(got, np.moveaxis(arrays["out/rec"], 1, -1)) < 1e-5
 
 
@@ -75,7 +76,7 @@ def test_normalized_targets(golden, window, x64):
     target, mean, std = losses.locally_normalized(views["global"], window)
     assert relative_error(target[:, 0], want) < 1e-6  # the official code made it in float32
     np.testing.assert_allclose(target * std + mean, views["global"], atol=1e-12)
-    loss, _ = method.loss(params, {}, {}, {}, views, jax.random.key(0), jnp.int32(0))
+    loss, _ = jax.jit(method.loss)(params, {}, {}, {}, views, jax.random.key(0), jnp.int32(0))
     np.testing.assert_allclose(loss, arrays[f"out/loss_norm_target_ps{window}"], rtol=1e-6)
 
 
