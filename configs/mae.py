@@ -65,11 +65,14 @@ def vith14(config):
 
 def demo(config):
     on_cifar10(config)
-    config.total_steps, config.data.batch_size = 3000, 256
-    config.model.update(depth=4, unroll=4)
+    config.total_steps, config.data.batch_size = 6500, 64
+    config.model.update(dim=192, depth=2, heads=6, unroll=2)  # as wide as a patch has values
     config.decoder.update(dim=64, depth=1, heads=2)
-    config.crops.global_crops_scale = (0.5, 1.0)
-    config.optim.update(lr=1e-3, warmup_steps=200)
+    config.optim.update(lr=4e-3, warmup_steps=300, weight_decay=0.5, weight_decay_end=0.5)
+    # Crops show parts of the image enlarged; whole images are encoded at twice the size, so that things are as large in them.
+    config.eval.update(img_size=64, every_steps=1625)
+    config.checkpoint.every_steps = 1625
+    config.log_every_steps = 100
 
 
 VARIANTS = {"vitb16": lambda config: None, "vitl16": vitl16, "vith14": vith14, "demo": demo}

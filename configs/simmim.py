@@ -73,10 +73,14 @@ def swinl(config):
 
 def demo(config):
     on_cifar10(config)
-    config.total_steps, config.data.batch_size = 2000, 128
-    config.model.update(depth=4, unroll=4)
+    config.total_steps, config.data.batch_size = 3000, 64
+    config.model.update(dim=192, depth=2, heads=6, unroll=2, layerscale=1.0)
     config.mask.mask_patch_size = 8
-    config.optim.update(schedule="mae", lr_batch_size=256, lr=1e-3, warmup_steps=200)
+    config.optim.update(schedule="mae", lr_batch_size=256, lr=4e-3, warmup_steps=300, weight_decay=0.5, weight_decay_end=0.5)
+    # As in configs/mae.py: crops enlarge parts of the image, so whole images are encoded at twice the size.
+    config.eval.update(img_size=64, every_steps=1000)
+    config.checkpoint.every_steps = 1000
+    config.log_every_steps = 100
 
 
 def demo_swin(config):

@@ -76,6 +76,7 @@ def skeleton() -> ml_collections.ConfigDict:
     config.eval.bank = 50_000  # images of the training split that vote
     config.eval.test = 10_000
     config.eval.batch_size = 256
+    config.eval.img_size = placeholder(int)  # of the pictures it is measured on; None: model.img_size
     config.eval.resize = 0.875  # side of the central square, as a share of the image's short side
     config.eval.tokens = "cls"  # or "patch": the mean of the patch tokens
 

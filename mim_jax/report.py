@@ -25,8 +25,9 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
     ),
     "reconstruction": (
         "What it paints",
-        "Held-out images, what the mask leaves of them, and what the model makes of that: its hidden patches pasted in, and "
-        "all that it predicts, the patches it has seen too.",
+        "Held-out images, what the mask leaves of them, and what the model makes of that: its hidden patches painted in, and "
+        "all that it predicts, the patches it has seen too (no loss asks for those). Where targets are normalised, brightness "
+        "and contrast are the image's own.",
     ),
     "attention": (
         "Where the heads look",

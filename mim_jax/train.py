@@ -95,7 +95,7 @@ def make_monitor(config: ml_collections.ConfigDict, method: Any, source: sources
         crops=method.crops[0],
         mean=config.data.mean,
         std=config.data.std,
-        out=config.model.img_size,
+        out=e.img_size or config.model.img_size,
         fraction=e.resize,
         tokens=e.tokens,
         batch_size=e.batch_size,

@@ -44,7 +44,7 @@ def reconstruction_picture(monitor: Monitor, method: Any, params: Any) -> Image.
 
     @jax.jit
     def reconstruct(params: Any, image: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        picture = center_crop(image, size, monitor.out, monitor.fraction, monitor.mean, monitor.std)[:, None]
+        picture = center_crop(image, size, monitor.crops.size, monitor.fraction, monitor.mean, monitor.std)[:, None]
         mask = method.masks[0].draw(jax.random.key(0), jnp.arange(len(image)), 1)
         painted = method.reconstruction(params, {"global": picture, "mask": mask})
         images, painted = (denormalize(x, monitor.mean, monitor.std)[:, 0] for x in (picture, painted))
@@ -55,11 +55,11 @@ def reconstruction_picture(monitor: Monitor, method: Any, params: Any) -> Image.
 
 
 def attention_picture(monitor: Monitor, method: Any, params: Any) -> Image.Image:
-    """The last block's attention for held-out images at twice the evaluation size, for a finer grid of patches."""
+    """The last block's attention for held-out images at twice the size of the crops, for a finer grid of patches."""
 
     @jax.jit
     def attend(image: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
-        picture = center_crop(image, size, 2 * monitor.out, monitor.fraction, monitor.mean, monitor.std)
+        picture = center_crop(image, size, 2 * monitor.crops.size, monitor.fraction, monitor.mean, monitor.std)
         return method.attention(params, picture), denormalize(picture, monitor.mean, monitor.std)
 
     attention, images = attend(monitor.test["image"][:4], monitor.test["size"][:4])
