@@ -1,5 +1,7 @@
 """The papers' equations as pure functions of global batches: a plain mean over the batch axis is the global mean."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -70,3 +72,19 @@ def locally_normalized(images: jax.Array, window: int, eps: float = 1e-6) -> tup
     variance = (local_mean(images**2) - mean**2) * count / (count - 1)
     std = jnp.sqrt(jnp.maximum(variance, 0) + eps)
     return (images - mean) / std, mean, std
+
+
+def commitment_loss(z: jax.Array, codes: jax.Array) -> jax.Array:
+    """The mean squared distance of vectors to their codes, both [..., D]; z alone gets gradient (VQ-VAE, equation 3)."""
+    return jnp.mean((z - jax.lax.stop_gradient(codes)) ** 2)
+
+
+def codebook_loss(z: jax.Array, codes: jax.Array) -> jax.Array:
+    """The same number, but the codes alone get gradient (VQ-VAE, equation 3)."""
+    return commitment_loss(codes, z)
+
+
+def kl_to_uniform(logits: jax.Array) -> jax.Array:
+    """KL(softmax(logits) || uniform) over the last axis, in nats: [..., K] -> [...] (DALL-E, section 2.1)."""
+    log_probs = jax.nn.log_softmax(logits)
+    return jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1) + math.log(logits.shape[-1])
