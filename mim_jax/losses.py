@@ -88,3 +88,14 @@ def kl_to_uniform(logits: jax.Array) -> jax.Array:
     """KL(softmax(logits) || uniform) over the last axis, in nats: [..., K] -> [...] (DALL-E, section 2.1)."""
     log_probs = jax.nn.log_softmax(logits)
     return jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1) + math.log(logits.shape[-1])
+
+
+def logit_laplace_loss(stats: jax.Array, pixels: jax.Array) -> jax.Array:
+    """The mean negative log-likelihood of values in (0, 1), [..., C], in nats (DALL-E, appendix A.3, equation 2).
+
+    `stats` [..., 2 * C] are the location and the log of the scale of each value's logit.
+    """
+    location, log_scale = jnp.split(stats, 2, axis=-1)
+    logit = jnp.log(pixels) - jnp.log1p(-pixels)
+    jacobian = jnp.log(pixels) + jnp.log1p(-pixels)
+    return jnp.mean(jnp.abs(logit - location) * jnp.exp(-log_scale) + log_scale + math.log(2) + jacobian)
