@@ -1,5 +1,7 @@
 """The papers' equations as pure functions of global batches: a plain mean over the batch axis is the global mean."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -70,3 +72,30 @@ def locally_normalized(images: jax.Array, window: int, eps: float = 1e-6) -> tup
     variance = (local_mean(images**2) - mean**2) * count / (count - 1)
     std = jnp.sqrt(jnp.maximum(variance, 0) + eps)
     return (images - mean) / std, mean, std
+
+
+def commitment_loss(z: jax.Array, codes: jax.Array) -> jax.Array:
+    """The mean squared distance of vectors to their codes, both [..., D]; z alone gets gradient (VQ-VAE, equation 3)."""
+    return jnp.mean((z - jax.lax.stop_gradient(codes)) ** 2)
+
+
+def codebook_loss(z: jax.Array, codes: jax.Array) -> jax.Array:
+    """The same number, but the codes alone get gradient (VQ-VAE, equation 3)."""
+    return commitment_loss(codes, z)
+
+
+def kl_to_uniform(logits: jax.Array) -> jax.Array:
+    """KL(softmax(logits) || uniform) over the last axis, in nats: [..., K] -> [...] (DALL-E, section 2.1)."""
+    log_probs = jax.nn.log_softmax(logits)
+    return jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1) + math.log(logits.shape[-1])
+
+
+def logit_laplace_loss(stats: jax.Array, pixels: jax.Array) -> jax.Array:
+    """The mean negative log-likelihood of values in (0, 1), [..., C], in nats (DALL-E, appendix A.3, equation 2).
+
+    `stats` [..., 2 * C] are the location and the log of the scale of each value's logit.
+    """
+    location, log_scale = jnp.split(stats, 2, axis=-1)
+    logit = jnp.log(pixels) - jnp.log1p(-pixels)
+    jacobian = jnp.log(pixels) + jnp.log1p(-pixels)
+    return jnp.mean(jnp.abs(logit - location) * jnp.exp(-log_scale) + log_scale + math.log(2) + jacobian)

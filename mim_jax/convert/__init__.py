@@ -32,9 +32,10 @@ def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
     """{official state-dict key: array} -> parameters by part, as `method.init` lays them out.
 
     Families: "dino" (a backbone alone comes without a prefix in its keys, a full model with `backbone.` and `head.`),
-    "mae" (encoder, with or without decoder, or with a classifier) and "simmim" (ViT or Swin, with or without decoder). A
-    leading `module.` and buffers that follow from the model's shape are dropped. Raises ValueError that names every tensor
-    which is missing, unexpected or misshapen.
+    "mae" (encoder, with or without decoder, or with a classifier), "simmim" (ViT or Swin, with or without decoder), "dalle"
+    (the dVAE's encoder or decoder, or both with `encoder.` and `decoder.` before their keys) and "dvae" (BEiT's small
+    discrete VAE). A leading `module.` and buffers that follow from the model's shape are dropped. Raises ValueError that
+    names every tensor which is missing, unexpected or misshapen.
     """
     arrays = {key.removeprefix("module."): np.asarray(value) for key, value in arrays.items()}
     arrays = {key: value for key, value in arrays.items() if not key.endswith(BUFFERS)}

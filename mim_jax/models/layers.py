@@ -41,6 +41,11 @@ TORCH_UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # 
 Initializer = Callable[..., jax.Array]
 
 
+def torch_bias(fan_in: int) -> Initializer:
+    """PyTorch's default bias, uniform within 1 / sqrt(fan_in)."""
+    return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
+
+
 def dense(
     features: int, dtype: Any, kernel_init: Initializer, name: str | None = None, use_bias: bool = True
 ) -> nn.Dense:

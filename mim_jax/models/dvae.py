@@ -1,0 +1,165 @@
+"""Discrete VAEs: images to logits over a vocabulary and back. The tokens of an image are the argmax of its logits.
+
+Encoders map [B, H, W, 3] to logits [B, h, w, K]; decoders map one-hot vectors or relaxed samples [B, h, w, K] to pixels.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mim_jax.models.layers import TORCH_UNIFORM, param_dtype, torch_bias
+from mim_jax.sharding import pin_batch
+
+LOGIT_LAPLACE_EPS = 0.1
+Kernels = tuple[int, int, int, int]
+FAN_IN_NORMAL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+def map_pixels(images: jax.Array) -> jax.Array:
+    """[0, 1] -> [0.1, 0.9], where the logit-Laplace distribution is tame (DALL-E, appendix A.3)."""
+    return (1 - 2 * LOGIT_LAPLACE_EPS) * images + LOGIT_LAPLACE_EPS
+
+
+def unmap_pixels(pixels: jax.Array) -> jax.Array:
+    """The inverse of `map_pixels`, cut to [0, 1]."""
+    return jnp.clip((pixels - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS), 0, 1)
+
+
+def dalle_pixels(stats: jax.Array) -> jax.Array:
+    """What DALL-E's decoder paints: its output [B, H, W, 6] -> images [B, H, W, 3] in [0, 1]."""
+    return unmap_pixels(jax.nn.sigmoid(stats[..., :3]))
+
+
+def conv(features: int, size: int, dtype: Any, name: str) -> nn.Conv:
+    """A convolution that keeps the image's size, as DALL-E begins it."""
+    dtypes = dict(dtype=dtype, param_dtype=param_dtype(dtype))
+    return nn.Conv(features, (size, size), padding=(size - 1) // 2, kernel_init=FAN_IN_NORMAL, name=name, **dtypes)
+
+
+class DalleBlock(nn.Module):
+    """Four convolutions, ReLU before each, beside a path that is the identity where the width stays."""
+
+    features: int
+    kernels: Kernels
+    gain: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x
+        for i, size in enumerate(self.kernels, 1):
+            y = conv(self.features if i == 4 else self.features // 4, size, self.dtype, f"conv_{i}")(nn.relu(y))
+        same = x.shape[-1] == self.features
+        return (x if same else conv(self.features, 1, self.dtype, "id_path")(x)) + self.gain * y
+
+
+def dalle_group(x: jax.Array, number: int, blocks: int, features: int, kernels: Kernels, dtype: Any) -> jax.Array:
+    """One of the four groups of blocks of the module that is being called."""
+    gain = (4 * blocks) ** -2
+    for b in range(1, blocks + 1):
+        x = DalleBlock(features, kernels, gain, dtype, name=f"group_{number}_block_{b}")(x)
+    return x
+
+
+class DalleEncoder(nn.Module):
+    """DALL-E's encoder (Ramesh et al. 2021, appendix A.1): mapped pixels [B, H, W, 3] -> logits [B, H / 8, W / 8, vocab]."""
+
+    vocab: int = 8192
+    hidden: int = 256
+    blocks: int = 2  # of each group
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        x = conv(self.hidden, 7, self.dtype, "input")(pixels)
+        for g, width in enumerate((1, 2, 4, 8), 1):
+            x = dalle_group(x, g, self.blocks, width * self.hidden, (3, 3, 3, 1), self.dtype)
+            x = nn.max_pool(x, (2, 2), (2, 2)) if g < 4 else x
+        return pin_batch(conv(self.vocab, 1, param_dtype(self.dtype), "output")(nn.relu(x)))
+
+
+class DalleDecoder(nn.Module):
+    """DALL-E's decoder (appendix A.1): [B, h, w, vocab] -> [B, 8 * h, 8 * w, 6], location and log scale of each channel."""
+
+    initial: int = 128
+    hidden: int = 256
+    blocks: int = 2  # of each group
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, sample: jax.Array) -> jax.Array:
+        x = conv(self.initial, 1, param_dtype(self.dtype), "input")(sample).astype(self.dtype)
+        for g, width in enumerate((8, 4, 2, 1), 1):
+            x = dalle_group(x, g, self.blocks, width * self.hidden, (1, 3, 3, 3), self.dtype)
+            x = x.repeat(2, axis=1).repeat(2, axis=2) if g < 4 else x
+        return pin_batch(conv(6, 1, self.dtype, "output")(nn.relu(x)).astype(param_dtype(self.dtype)))
+
+
+def torch_conv(features: int, size: int, dtype: Any, name: str, fan_in: int, stride: int = 1) -> nn.Conv:
+    """A convolution, padded so that a size is divided by the stride, as PyTorch begins it."""
+    inits = dict(kernel_init=TORCH_UNIFORM, bias_init=torch_bias(fan_in * size**2))
+    dtypes = dict(dtype=dtype, param_dtype=param_dtype(dtype))
+    return nn.Conv(features, (size, size), stride, padding=(size - stride) // 2, name=name, **inits, **dtypes)
+
+
+class ResBlock(nn.Module):
+    """Two 3 x 3 convolutions and one of 1 x 1, ReLU between them, added to the input."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y, width = x, x.shape[-1]
+        for i, size in enumerate((3, 3, 1), 1):
+            y = torch_conv(width, size, self.dtype, f"conv_{i}", width)(nn.relu(y) if i > 1 else y)
+        return x + y
+
+
+class DvaeEncoder(nn.Module):
+    """The encoder of the small discrete VAE that BEiT's code trains: [B, H, W, 3] -> logits [B, h, w, codes].
+
+    Each of the `layers` halves the image's side.
+    """
+
+    codes: int = 8192
+    hidden: int = 256
+    layers: int = 3
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        x = images
+        for i in range(self.layers):
+            x = nn.relu(torch_conv(self.hidden, 4, self.dtype, f"conv_{i}", x.shape[-1], stride=2)(x))
+            x = ResBlock(self.dtype, name=f"res_{i}")(x)
+        return pin_batch(torch_conv(self.codes, 1, param_dtype(self.dtype), "output", self.hidden)(x))
+
+
+class DvaeDecoder(nn.Module):
+    """Its decoder: the sum of the codes of each sample, then images of twice the side for each of the `layers`.
+
+    [B, h, w, codes] -> [B, H, W, 3].
+    """
+
+    codebook_dim: int = 512
+    hidden: int = 256
+    layers: int = 3
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, sample: jax.Array) -> jax.Array:
+        dtype = param_dtype(self.dtype)
+        shape = sample.shape[-1], self.codebook_dim
+        x = (sample @ self.param("codebook", nn.initializers.normal(1.0), shape, dtype)).astype(self.dtype)
+        inits = dict(
+            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform"),  # PyTorch counts the outputs here
+            bias_init=torch_bias(self.hidden * 4**2),
+        )
+        for i in range(self.layers):
+            up = nn.ConvTranspose(
+                self.hidden, (4, 4), (2, 2), "SAME", dtype=self.dtype, param_dtype=dtype, name=f"conv_{i}", **inits
+            )
+            x = ResBlock(self.dtype, name=f"res_{i}")(nn.relu(up(x)))
+        return pin_batch(torch_conv(3, 1, self.dtype, "output", self.hidden)(x).astype(dtype))
