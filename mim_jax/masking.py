@@ -10,12 +10,17 @@ import jax.numpy as jnp
 class RandomMask:
     """Masks `count` of the `grid` x `grid` squares of each global crop, each square `repeat` x `repeat` patches.
 
-    The number of masked patches is the same in every crop, so all shapes that follow from it are static.
+    The number of masked patches is the same in every crop, so all shapes that follow from it are static. Raises ValueError
+    where nothing is masked or nothing is left.
     """
 
     grid: int
     count: int
     repeat: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.count < self.grid**2:
+            raise ValueError(f"mask.ratio would mask {self.count} of {self.grid**2} squares: there must be some, and some left")
 
     @property
     def visible(self) -> int:

@@ -1,5 +1,7 @@
 """SimMIM, with ViT and with Swin, held against numbers of the official PyTorch code (microsoft/SimMIM at d3e29bc)."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -130,6 +132,31 @@ def test_mask_counts_of_the_papers():
         for name in ("mae.py:vitb16", "simmim.py:vitb16", "simmim.py:swinb")
     ]
     assert counts == [147, 30, 22]
+
+
+@pytest.mark.parametrize("config, key, value, message", [
+    ("mae.py", "mask.ratio", 0.0, "mask 0 of 196"),
+    ("mae.py", "mask.ratio", 0.999, "mask 196 of 196"),
+    ("mae.py", "model.patch_size", 15, "model.patch_size=15 pixels do not fill an image of 224"),
+    ("simmim.py", "mask.ratio", 1.0, "mask 49 of 49"),
+    ("simmim.py", "mask.mask_patch_size", 24, "mask.mask_patch_size=24"),
+    ("simmim.py", "model.img_size", 200, "which is of 200"),
+    ("simmim.py", "model.arch", "swim", '"vit" or "swin"'),
+    ("simmim.py", "optim.schedule", "cosine", '"timm_multistep"'),
+    ("simmim.py", "optim.clip_per", "tensor", '"parameter" or "model"'),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(config, key, value, message):
+    config = mim_jax.load_config(f"configs/{config}")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        optim.make_optimizer(config, mim_jax.make_method(config).fixed)
+
+
+def test_swin_refuses_maps_that_windows_do_not_divide():
+    config = mim_jax.load_config("configs/simmim.py:swinb")
+    config.model.img_size = 160
+    with pytest.raises(ValueError, match="40 x 40 patches cannot be cut into windows of 6"):
+        jax.eval_shape(mim_jax.make_method(config).init, jax.random.key(0))
 
 
 def test_masks_are_uniform():

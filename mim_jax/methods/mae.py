@@ -73,6 +73,8 @@ class Mae:
 
 def make(config: ml_collections.ConfigDict) -> Mae:
     m, c, dtype = config.model, config.crops, jnp.dtype(config.model.dtype)
+    if m.img_size % m.patch_size:
+        raise ValueError(f"patches of model.patch_size={m.patch_size} pixels do not fill an image of {m.img_size}")
     xavier = jax.nn.initializers.xavier_uniform()
     grid = m.img_size // m.patch_size
     policy = Policy(jitter=0.0, gray=0.0, blur=0.0)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.layers import TORCH_UNIFORM, Initializer, dense, layer_norm, param_dtype
+from mim_jax.models.layers import TORCH_UNIFORM, Initializer, dense, layer_norm, param_dtype, torch_bias
 from mim_jax.models.positions import sincos_positions
 from mim_jax.models.vit import stack, visible_first
 from mim_jax.sharding import pin_batch
@@ -71,10 +71,6 @@ class PixelHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype, fan_in = param_dtype(self.dtype), x.shape[-1]
-
-        def uniform(key, shape, dtype):
-            return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
-
-        inits = dict(kernel_init=TORCH_UNIFORM, bias_init=uniform)
+        inits = dict(kernel_init=TORCH_UNIFORM, bias_init=torch_bias(fan_in))
         head = nn.Dense(self.out_dim, dtype=self.dtype, param_dtype=dtype, name="linear", **inits)
         return pin_batch(head(x.reshape(-1, fan_in)).reshape(*x.shape[:3], -1).astype(dtype))

@@ -23,6 +23,7 @@ from mim_jax.models.layers import (
     layer_norm,
     param_dtype,
     patchify,
+    torch_bias,
 )
 from mim_jax.models.positions import (
     interpolate_bias_table,
@@ -154,11 +155,8 @@ class PatchEmbed(nn.Module):
         def matrix(key, shape, dtype):
             return self.kernel_init(key, (fan_in, self.dim), dtype).reshape(shape)
 
-        def uniform(key, shape, dtype):
-            return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
-
         kernel = self.param("kernel", matrix, (p, p, channels, self.dim), dtype)
-        bias = self.param("bias", self.bias_init or uniform, (self.dim,), dtype)
+        bias = self.param("bias", self.bias_init or torch_bias(fan_in), (self.dim,), dtype)
         patches = patchify(images[:, : rows * p, : columns * p], p).reshape(-1, fan_in).astype(self.dtype)
         out = patches @ kernel.reshape(-1, self.dim).astype(self.dtype) + bias.astype(self.dtype)
         return out.reshape(n, rows, columns, self.dim)
