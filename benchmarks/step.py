@@ -102,9 +102,8 @@ class Step:
 
 
 class MaskTokensInEncoder(Mae):
-    def predict(self, params, views):
-        variables = {"params": params["backbone"]}
-        out = self.backbone.apply(variables, [views["global"]], train=True, masks=[views["mask"]])[0]
+    def predict(self, params, views, key=None):
+        out = self.backbone.apply({"params": params["backbone"]}, [views["global"]], masks=[views["mask"]])[0]
         return self.decoder.apply({"params": params["decoder"]}, **out, mask=np.zeros(views["mask"].shape, bool))
 
 

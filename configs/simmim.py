@@ -9,9 +9,10 @@ masked):
 
     python -m mim_jax.main --config=configs/simmim.py:swinb --config.data.dir=/data/tensorflow_datasets --workdir=runs/swinb
 
-None of these three has been trained with this code yet; `--dry_run` prints their plan. One more:
+None of these three has been trained with this code yet; `--dry_run` prints their plan. Two more are on CIFAR-10:
 
-    demo     ViT on CIFAR-10, patches of 8 pixels, 2 CPU cores
+    demo       ViT, patches of 8 pixels, 2 CPU cores
+    demo_swin  Swin, patches of 4 pixels
 """
 
 import ml_collections
@@ -24,6 +25,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.method = "simmim"
     config.total_epochs = 800.0
     config.data.batch_size = 2048
+    config.data.canvas = 512  # pixels are the targets: most images keep theirs
 
     config.model.arch = "vit"  # or "swin"
     config.model.patch_size = 16
@@ -32,6 +34,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.model.heads = 12
     config.model.drop_path_rate = 0.1
     config.model.layerscale = 0.1
+    config.model.init_std = 0.02  # weights are drawn from a normal distribution cut at one such standard deviation
 
     config.crops.global_crops_scale = (0.67, 1.0)
 
@@ -73,14 +76,13 @@ def swinl(config):
 
 def demo(config):
     on_cifar10(config)
-    config.total_steps, config.data.batch_size = 3000, 64
-    config.model.update(dim=192, depth=2, heads=6, unroll=2, layerscale=1.0)
+    config.total_steps, config.data.batch_size = 1500, 64
+    # as wide as a patch has values; larger first weights, with which so small a network learns faster
+    config.model.update(dim=192, depth=4, heads=6, unroll=4, init_std=0.12)
     config.mask.mask_patch_size = 8
-    config.optim.update(schedule="mae", lr_batch_size=256, lr=4e-3, warmup_steps=300, weight_decay=0.5, weight_decay_end=0.5)
-    # As in configs/mae.py: crops enlarge parts of the image, so whole images are encoded at twice the size.
-    config.eval.update(img_size=64, every_steps=1000)
-    config.checkpoint.every_steps = 1000
-    config.log_every_steps = 100
+    config.optim.update(schedule="mae", lr_batch_size=256, lr=2e-3, warmup_steps=150)
+    config.eval.every_steps = 500
+    config.checkpoint.every_steps = 500
 
 
 def demo_swin(config):
@@ -89,7 +91,7 @@ def demo_swin(config):
 
 
 def as_swin(config, **model):
-    del config.model.depth, config.model.heads, config.model.layerscale
+    del config.model.depth, config.model.heads, config.model.layerscale, config.model.init_std
     config.model.update(arch="swin", patch_size=4, **model)
     config.optim.not_decayed = r"(bias|scale|mask_token)$"
 

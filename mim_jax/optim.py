@@ -144,10 +144,14 @@ def layer_scales(params: Any, decay: float) -> Any:
     """Layer-wise learning-rate decay (BEiT, MAE): a factor for each tensor, that of stacked blocks [depth, 1, ...].
 
     It is decay ** (depth + 1 - id): id 0 is what comes before the blocks (patch embedding, CLS, mask token, absolute
-    positions), block k is id k + 1, all that comes after is depth + 1.
+    positions), block k is id k + 1, all that comes after is depth + 1. Raises ValueError for parameters with more than one
+    stack of blocks (Swin, or a decoder).
     """
-    paths = jax.tree_util.tree_leaves_with_path(params)
-    depth = next(len(leaf) for path, leaf in paths if STACKED.search(path_name(path)))
+    paths = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    stacks = {STACKED.split(name)[0]: len(leaf) for name, leaf in paths if STACKED.search(name)}
+    if len(stacks) != 1:
+        raise ValueError(f"optim.layer_decay is for models with one stack of blocks, not those of {sorted(stacks)}")
+    (depth,) = stacks.values()
 
     def scale(path: tuple, leaf: Any) -> Any:
         name = path_name(path)

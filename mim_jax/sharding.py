@@ -49,6 +49,13 @@ def pin_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
+def everywhere(tree: Any) -> Any:
+    """Arrays of a jitted function, whole on every process; without a mesh, the tree itself."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, P())
+
+
 def path_name(path: tuple) -> str:
     """`params/backbone/blocks/qkv/kernel` for a key path of `jax.tree_util`."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)

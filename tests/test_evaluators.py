@@ -298,3 +298,17 @@ def test_attention_maps_of_one_image_need_no_batch_axis():
     image, attention = np.full((8, 8, 3), 90, np.uint8), np.random.default_rng(0).random((2, 4))
     one = pictures.attention_maps(attention, (2, 2), image, side=8)
     assert one == pictures.attention_maps(attention[None], (2, 2), image[None], side=8)
+
+
+def test_masked_patches_are_darkened_and_painted_in():
+    """Patch by patch: a 2 x 2 grid whose patches 1 and 2 (row-major) are hidden."""
+    images, painted = np.full((1, 8, 8, 3), 10, np.uint8), np.full((1, 8, 8, 3), 200, np.uint8)
+    mask = np.array([[False, True, True, False]])
+    dark = pictures.darkened(images, mask)[0]
+    assert (dark[:4, :4] == 10).all() and (dark[4:, 4:] == 10).all()
+    assert (dark[:4, 4:] == pictures.HIDDEN).all() and (dark[4:, :4] == pictures.HIDDEN).all()
+    page = np.asarray(pictures.reconstructions(images, painted, mask, side=8))
+    rows = np.flatnonzero((page == 10).all(-1).any(1))
+    line = page[rows[0]]  # the upper halves of image, masked, painted in, all painted
+    levels = [int(level) for level, before in zip(line[1:, 0], line[:-1, 0]) if level != before and level != 255]
+    assert levels == [10, 10, pictures.HIDDEN, 10, 200, 200]

@@ -255,6 +255,12 @@ def test_layer_decay_of_beit(golden, decay):
         assert decayed[path(name)] == bool(entry["weight_decay"]), name
 
 
+def test_layer_decay_refuses_two_stacks_of_blocks():
+    params = {part: {"blocks": {"fc1": np.zeros((2, 3))}} for part in ("backbone", "decoder")}
+    with pytest.raises(ValueError, match=r"one stack of blocks, not those of \['backbone', 'decoder'\]"):
+        optim.layer_scales(params, 0.5)
+
+
 def test_layer_decay_scales_the_update(x64):
     config = mim_jax.load_config("configs/mae.py:demo")
     config.optim.update(layer_decay=0.5, warmup_steps=0, schedule="dino", weight_decay=0.1, weight_decay_end=0.1)

@@ -1,6 +1,7 @@
 """What every method promises, one row of `METHODS` for each."""
 
 import re
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 import mim_jax
-from mim_jax import sharding
+from mim_jax import sharding, train
+from mim_jax.evaluators import gallery
 from mim_jax.sharding import path_name
 from mim_jax.state import TrainState, abstract_state
 
@@ -25,6 +27,7 @@ STEPS = 20
 
 
 class Case(NamedTuple):
+    config: Any
     method: Any
     abstract: TrainState  # shapes, dtypes and shardings
     initial: TrainState  # in numpy
@@ -61,7 +64,7 @@ def case(request) -> Case:
                 states.append(jax.device_get(state))
         abstract, gradients = abstract_state(method, config), jax.device_get(gradients)
     alone, _ = jax.jit(jax.grad(method.loss, has_aux=True))(*on_host, jax.random.key(0), jnp.int32(0))
-    return Case(method, abstract, *states, state, metrics, gradients, gradient.as_text(), jax.device_get(alone))
+    return Case(config, method, abstract, *states, state, metrics, gradients, gradient.as_text(), jax.device_get(alone))
 
 
 def views(method, batch_size, seed=0):
@@ -127,14 +130,40 @@ def test_state_keeps_its_structure_dtypes_and_shardings(case):
     assert [figures["step"] for figures in case.metrics] == list(range(1, STEPS + 1))
 
 
-def test_features_and_pictures(case):
+def test_features_and_reconstruction(case):
     images = jnp.zeros((3, 16, 16, 3))
     cls, patch = (jax.eval_shape(case.method.features, case.initial.params, images)[k] for k in ("cls", "patch"))
     assert cls.shape == (3, cls.shape[-1]) and patch.shape == (3, *patch.shape[1:2], cls.shape[-1])
-    if "attention" in case.method.pictures:
-        attention = jax.eval_shape(case.method.attention, case.initial.params, images)
-        assert attention.shape == (3, attention.shape[1], patch.shape[1])
     if "reconstruction" in case.method.pictures:
         seen = views(case.method, 3)
         painted = jax.eval_shape(case.method.reconstruction, case.initial.params, seen)
         assert painted.shape == seen["global"].shape and painted.dtype == jnp.float32
+
+
+def test_pictures_are_drawn(case):
+    """Each that the method declares; the features are those of images of twice the size."""
+    config = case.config.copy_and_resolve_references()
+    config.eval.update(img_size=32, resize=1.0, bank=8)
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
+    columns = {"image": images, "size": np.full((8, 2), 16, np.int32), "label": np.arange(8, dtype=np.int32) % 4}
+    columns["index"] = np.arange(8, dtype=np.int32)
+    source = SimpleNamespace(num_classes=4, description="noise")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.pipeline, "eval_batch", lambda *_: columns)
+        monitor = train.make_monitor(config, case.method, source, SimpleNamespace(description="other noise"))
+    drawn = dict(gallery.evaluation_pictures(monitor, case.method, case.initial.params, "abcd"))
+    assert drawn.keys() == {*case.method.pictures, "neighbors"}
+    crops = gallery.crop_picture(columns, case.method, config.data)
+    assert all(min(picture.size) > 100 for picture in (crops, *drawn.values()))
+
+
+def test_bfloat16_computes_nearly_the_same_loss(case):
+    config = case.config.copy_and_resolve_references()
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        config.model.dtype = dtype
+        method = mim_jax.make_method(config)
+        args = (case.initial.params, case.initial.teacher, {}, case.initial.extra, views(method, 8))
+        losses[dtype], _ = jax.jit(method.loss)(*args, jax.random.key(0), jnp.int32(0))
+    assert losses["bfloat16"].dtype == jnp.float32 and losses["bfloat16"] != losses["float32"]
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.03)

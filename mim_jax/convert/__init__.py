@@ -3,6 +3,8 @@
     arrays = {key: value.numpy() for key, value in torch.load(file, map_location="cpu").items()}
     params = mim_jax.convert.from_torch(arrays, family="dino")
 
+(Many files hold the state dict under a key of their own: `torch.load(file)["model"]` for MAE and SimMIM.)
+
 Each family is a table of `Row`s, one for each tensor: its official key, our path, the official shape in symbols, and how
 the layout changes. The two directions read the same table, so a round trip is exact.
 """

@@ -55,6 +55,9 @@ class Policy:
     solarize: float = 0.0
 
 
+FLIP = Policy(jitter=0.0, gray=0.0, blur=0.0)  # and nothing else: masked image modelling
+
+
 @dataclasses.dataclass(frozen=True)
 class Crops:
     """`len(policies)` random resized crops of `size` x `size` pixels, found under `views[name]`.

@@ -8,14 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from mim_jax import health
 from mim_jax.data.augment import Crops, augment, center_crop
 from mim_jax.evaluators.knn import knn_accuracy, pixel_features, whitened_features
 from mim_jax.evaluators.probe import probe_accuracy
 from mim_jax.evaluators.retrieval import view_retrieval
-from mim_jax.sharding import pin_batch
+from mim_jax.sharding import everywhere, pin_batch
 
 Batch = Mapping[str, np.ndarray]
 
@@ -142,10 +141,6 @@ class Monitor:
         def encode(params: Any, images: jax.Array) -> jax.Array:
             features = self.method_features(params, pin_batch(images))
             chosen = features["cls"] if self.tokens == "cls" else features["patch"].mean(axis=1)
-            chosen = chosen.astype(jnp.float32)
-            if jax.sharding.get_abstract_mesh().empty:
-                return chosen
-            # Whole on every process: all of them compute with all rows afterwards.
-            return jax.lax.with_sharding_constraint(chosen, PartitionSpec())
+            return everywhere(chosen.astype(jnp.float32))  # all processes compute with all rows afterwards
 
         return jax.jit(encode)

@@ -12,6 +12,7 @@ from PIL import Image
 from mim_jax.data.augment import center_crop, denormalize
 from mim_jax.evaluators import Monitor, pictures
 from mim_jax.methods.base import make_views
+from mim_jax.sharding import everywhere
 
 QUERIES, NEIGHBORS, RECONSTRUCTED = 8, 8, 16
 
@@ -19,7 +20,7 @@ QUERIES, NEIGHBORS, RECONSTRUCTED = 8, 8, 16
 def crop_picture(batch: Mapping[str, np.ndarray], method: Any, data: ml_collections.ConfigDict) -> Image.Image:
     """The first images of a host batch beside all crops that the step makes of them, and the masks on them."""
     rows = {name: column[:6] for name, column in batch.items()}
-    views = jax.jit(lambda rows: make_views(method, rows, jax.random.key(0), data))(rows)
+    views = jax.jit(lambda rows: everywhere(make_views(method, rows, jax.random.key(0), data)))(rows)
     crops = {group.name: np.asarray(denormalize(views[group.name], data.mean, data.std)) for group in method.crops}
     if "mask" in views:
         crops["masked"] = pictures.darkened(crops["global"], np.asarray(views["mask"]))
@@ -48,7 +49,7 @@ def reconstruction_picture(monitor: Monitor, method: Any, params: Any) -> Image.
         mask = method.masks[0].draw(jax.random.key(0), jnp.arange(len(image)), 1)
         painted = method.reconstruction(params, {"global": picture, "mask": mask})
         images, painted = (denormalize(x, monitor.mean, monitor.std)[:, 0] for x in (picture, painted))
-        return images, painted, mask[:, 0]
+        return everywhere((images, painted, mask[:, 0]))
 
     images, painted, mask = jax.device_get(reconstruct(params, rows["image"], rows["size"]))
     return pictures.reconstructions(images, painted, mask)
@@ -60,7 +61,7 @@ def attention_picture(monitor: Monitor, method: Any, params: Any) -> Image.Image
     @jax.jit
     def attend(image: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
         picture = center_crop(image, size, 2 * monitor.crops.size, monitor.fraction, monitor.mean, monitor.std)
-        return method.attention(params, picture), denormalize(picture, monitor.mean, monitor.std)
+        return everywhere((method.attention(params, picture), denormalize(picture, monitor.mean, monitor.std)))
 
     attention, images = attend(monitor.test["image"][:4], monitor.test["size"][:4])
     side = round(attention.shape[-1] ** 0.5)

@@ -17,7 +17,7 @@ from mim_jax.data.augment import Crops, Policy
 from mim_jax.masking import RandomMask
 from mim_jax.methods.base import Params
 from mim_jax.models.heads import DinoHead
-from mim_jax.models.vit import ViT, last_attention
+from mim_jax.models.vit import ViT, features, last_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +74,7 @@ class Dino:
         return logits, updates.get("batch_stats", {})
 
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
-        out = self.backbone.apply({"params": params["backbone"]}, [images[:, None]])[0]
-        return {"cls": out["cls"][:, 0], "patch": out["patch"][:, 0]}
+        return features(self.backbone, params["backbone"], images)
 
     def attention(self, params: Params, images: jax.Array) -> jax.Array:
         return last_attention(self.backbone, params["backbone"], images)[:, :, 0, 1:]

@@ -5,6 +5,7 @@ squared error of the masked patches' pixels.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -12,12 +13,12 @@ import jax.numpy as jnp
 import ml_collections
 
 from mim_jax import losses, optim
-from mim_jax.data.augment import Crops, Policy
+from mim_jax.data.augment import FLIP, Crops
 from mim_jax.masking import RandomMask
 from mim_jax.methods.base import Params
 from mim_jax.models.decoders import MaeDecoder
 from mim_jax.models.layers import patchify, unpatchify
-from mim_jax.models.vit import ViT, last_attention
+from mim_jax.models.vit import ViT, features, last_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,18 +48,17 @@ class Mae:
         target = patchify(views["global"], self.backbone.patch_size)
         if self.norm_pix_loss:
             target, _, _ = losses.normalized_patches(target)
-        return losses.mae_loss(self.predict(params, views), target, views["mask"]), (extra, {})
+        return losses.mae_loss(self.predict(params, views, key), target, views["mask"]), (extra, {})
 
-    def predict(self, params: Params, views: Params) -> jax.Array:
-        """All patches as the decoder sees them, [B, G, N, p * p * C]."""
-        visible = self.masks[0].visible
-        variables = {"params": params["backbone"]}
-        out = self.backbone.apply(variables, [views["global"]], train=True, masks=[views["mask"]], visible=visible)[0]
+    def predict(self, params: Params, views: Params, key: jax.Array | None = None) -> jax.Array:
+        """All patches as the decoder sees them, [B, G, N, p * p * C]; `key` is for stochastic depth."""
+        encode = functools.partial(self.backbone.apply, masks=[views["mask"]], visible=self.masks[0].visible)
+        rngs, train = ({}, False) if key is None else ({"drop_path": key}, True)
+        out = encode({"params": params["backbone"]}, [views["global"]], train=train, rngs=rngs)[0]
         return self.decoder.apply({"params": params["decoder"]}, **out, mask=views["mask"])
 
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
-        out = self.backbone.apply({"params": params["backbone"]}, [images[:, None]])[0]
-        return {"cls": out["cls"][:, 0], "patch": out["patch"][:, 0]}
+        return features(self.backbone, params["backbone"], images)
 
     def attention(self, params: Params, images: jax.Array) -> jax.Array:
         return last_attention(self.backbone, params["backbone"], images)[:, :, 0, 1:]
@@ -77,7 +77,6 @@ def make(config: ml_collections.ConfigDict) -> Mae:
         raise ValueError(f"patches of model.patch_size={m.patch_size} pixels do not fill an image of {m.img_size}")
     xavier = jax.nn.initializers.xavier_uniform()
     grid = m.img_size // m.patch_size
-    policy = Policy(jitter=0.0, gray=0.0, blur=0.0)
     return Mae(
         backbone=ViT(
             patch_size=m.patch_size,
@@ -94,7 +93,7 @@ def make(config: ml_collections.ConfigDict) -> Mae:
             dtype=dtype,
         ),
         decoder=MaeDecoder(m.patch_size**2 * 3, grid, **config.decoder, mlp_ratio=m.mlp_ratio, unroll=m.unroll, dtype=dtype),
-        crops=(Crops("global", m.img_size, tuple(c.global_crops_scale), (policy,) * c.global_crops_number),),
+        crops=(Crops("global", m.img_size, tuple(c.global_crops_scale), (FLIP,) * c.global_crops_number),),
         # truncated, in floating point, as the official code does
         masks=(RandomMask(grid, grid**2 - int(grid**2 * (1 - config.mask.ratio))),),
         norm_pix_loss=config.loss.norm_pix_loss,

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import ml_collections
 
 from mim_jax import losses, optim
-from mim_jax.data.augment import Crops, Policy
+from mim_jax.data.augment import FLIP, Crops
 from mim_jax.masking import RandomMask
 from mim_jax.methods.base import Params
 from mim_jax.models.decoders import PixelHead
 from mim_jax.models.layers import patchify, unpatchify
 from mim_jax.models.swin import Swin
-from mim_jax.models.vit import ViT, last_attention, rescale_residual
+from mim_jax.models.vit import ViT, features, last_attention, rescale_residual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +65,7 @@ class SimMim:
         return unpatchify(self.decoder.apply({"params": params["decoder"]}, out["patch"]), self.backbone.stride)
 
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
-        out = self.backbone.apply({"params": params["backbone"]}, [images[:, None]])[0]
-        return {"cls": out["cls"][:, 0], "patch": out["patch"][:, 0]}
+        return features(self.backbone, params["backbone"], images)
 
     def attention(self, params: Params, images: jax.Array) -> jax.Array:
         return last_attention(self.backbone, params["backbone"], images)[:, :, 0, 1:]
@@ -84,7 +83,7 @@ def make(config: ml_collections.ConfigDict) -> SimMim:
             depths=tuple(m.depths), heads=tuple(m.heads), window=m.window, drop_path_rate=m.drop_path_rate, **common
         )
     elif m.arch == "vit":
-        one_std = jax.nn.initializers.truncated_normal(0.02, lower=-1.0, upper=1.0)
+        one_std = jax.nn.initializers.truncated_normal(m.init_std, lower=-1.0, upper=1.0)
         backbone = ViT(
             depth=m.depth,
             heads=m.heads,
@@ -96,6 +95,7 @@ def make(config: ml_collections.ConfigDict) -> SimMim:
             kernel_init=one_std,
             patch_init=one_std,
             patch_bias_init=jax.nn.initializers.zeros,
+            token_init=one_std,
             **common,
         )
     else:
@@ -106,13 +106,16 @@ def make(config: ml_collections.ConfigDict) -> SimMim:
             f"masks of squares of mask.mask_patch_size={square} pixels need squares that patches of {m.patch_size} pixels fill "
             f"and that fill the image, which is of {size}; so must the encoder's tokens, of {backbone.stride}"
         )
-    grid, policy = size // square, Policy(jitter=0.0, gray=0.0, blur=0.0)
+    window = config.loss.norm_target_window
+    if window and (window % 2 == 0 or window < 3):
+        raise ValueError(f"loss.norm_target_window is {window}, but must be 0 or an odd number of pixels, 3 at least")
+    grid = size // square
     scale, number = tuple(config.crops.global_crops_scale), config.crops.global_crops_number
     return SimMim(
         backbone=backbone,
         decoder=PixelHead(backbone.stride**2 * 3, dtype),
-        crops=(Crops("global", size, scale, (policy,) * number, interpolation="bilinear"),),
+        crops=(Crops("global", size, scale, (FLIP,) * number, interpolation="bilinear"),),
         masks=(RandomMask(grid, math.ceil(grid**2 * config.mask.ratio), square // m.patch_size),),
-        norm_target_window=config.loss.norm_target_window,
+        norm_target_window=window,
         pictures=("reconstruction", "attention") if m.arch == "vit" else ("reconstruction",),
     )

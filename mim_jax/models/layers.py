@@ -86,8 +86,8 @@ def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array | None = None)
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """Softmax attention, q, k, v [B, T, H, d] -> [B, T, H, d]; `bias` [1 or B, H, T, T] is added to the logits.
 
-    On a GPU in half precision cuDNN's fused kernel, which in training refuses odd T: one zero token is added, hidden
-    from the softmax, and dropped again. Elsewhere the plain product over [B * H, T, d].
+    On a GPU in half precision cuDNN's fused kernel, which in training refuses odd T (in the newest jax only with a bias):
+    one zero token is added, hidden from the softmax, and dropped again. Elsewhere the plain product over [B * H, T, d].
     """
     batch, length, heads, depth = q.shape
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):

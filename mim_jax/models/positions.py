@@ -69,8 +69,9 @@ def relative_position_index(rows: int, columns: int, cls: bool) -> np.ndarray:
 def progression(size: int, to: int) -> tuple[float, np.ndarray]:
     """(ratio, places): a table's side `size` stretched over a side `to` so that its middle keeps its resolution.
 
-    Places are 0, +-1, +-(1 + q), +-(1 + q + q**2), ...: the ratio q, between 1.01 and 1.5, is the one whose last place
-    falls on the end of the larger side, found by bisection as in the official code (BEiT, fine-tuning).
+    Places are 0, +-1, +-(1 + q), +-(1 + q + q**2), ...: the ratio q is the one whose last place falls on the end of the
+    larger side, found by bisection between 1.01 and 1.5 as in the official code (BEiT, fine-tuning); where that one lies
+    beyond, the bound is taken.
     """
     low, high, ratio = 1.01, 1.5, 0.0
     while high - low > 1e-6:
@@ -87,7 +88,7 @@ def spline_weights(size: int, to: int) -> np.ndarray:
     """[to, size] weights of the cubic spline through a table's side at the places of `progression`; ends are clamped."""
     _, places = progression(size, to)
     wanted = np.clip(np.arange(to) - to // 2, places[0], places[-1])
-    return scipy.interpolate.make_interp_spline(places, np.eye(size), k=3)(wanted)
+    return scipy.interpolate.make_interp_spline(places, np.eye(size), k=min(3, size - 1))(wanted)
 
 
 def interpolate_bias_table(table: jax.Array, grid: tuple[int, int], to: tuple[int, int], cls: bool) -> jax.Array:

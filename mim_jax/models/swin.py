@@ -67,7 +67,7 @@ class SwinBlock(Block):
             bias = bias + shift_mask(self.height, width, size, self.shift)[:, None].astype(bias.dtype)
         parts = windows(qkv, size)
         count = parts.shape[1]
-        bias = jnp.broadcast_to(bias, (batch, count, *bias.shape[1:])).reshape(-1, *bias.shape[1:])
+        bias = pin_batch(jnp.broadcast_to(bias, (batch, count, *bias.shape[1:])).reshape(-1, *bias.shape[1:]))
         q, k, v = split_heads(parts.reshape(batch * count, size * size, -1), self.heads)
         out = attention(q, k, v, bias)
         out = unwindowed(out.reshape(batch, count, size * size, -1), size, self.height)
@@ -91,7 +91,7 @@ class Pair(nn.Module):
 class Stage(nn.Module):
     """Pairs of blocks on a map [B, H, W, C], and then, if `merge`, 2 x 2 patches made one: [B, H / 2, W / 2, 2 * C].
 
-    Raises ValueError for a map that windows do not divide.
+    Raises ValueError for a map that windows do not divide, and for an odd number of blocks.
     """
 
     block: Any
@@ -105,6 +105,8 @@ class Stage(nn.Module):
         size = min(self.window, height, width)
         if height % size or width % size or (self.merge and (height % 2 or width % 2)):
             raise ValueError(f"a map of {height} x {width} patches cannot be cut into windows of {size} and merged by two")
+        if len(rates) % 2:
+            raise ValueError(f"a stage has pairs of blocks, with plain and with shifted windows, and cannot have {len(rates)}")
         layout = ((1, height * width),)
         block = functools.partial(self.block, layout=layout, norm_eps=EPS, height=height, window=size)
         pairs = nn.scan(

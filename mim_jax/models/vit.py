@@ -115,7 +115,7 @@ def stack(depth: int, unroll: int, **block: Any) -> nn.Module:
     """`depth` blocks, their parameters stacked under `blocks`: called with (x, [depth] drop-path rates, biases)."""
     return nn.scan(
         Block,
-        variable_axes={"params": 0, "intermediates": 0, "attention": 0},
+        variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "drop_path": True},
         in_axes=(0, nn.broadcast),
         length=depth,
@@ -173,7 +173,8 @@ class ViT(nn.Module):
             "relative": a bias on the attention of every block, shared by all (BEiT, SimMIM).
         mask_token: whether masked patches are replaced by a learned token; if not, they are dropped.
         layerscale, k_bias: see `Block`.
-        kernel_init, patch_init, patch_bias_init: first values of linear layers and of the patch embedding.
+        kernel_init, patch_init, patch_bias_init, token_init: first values of linear layers, of the patch embedding, and of
+            CLS and mask token.
         unroll: blocks that an iteration of the loop over them holds.
     """
 
@@ -192,6 +193,7 @@ class ViT(nn.Module):
     kernel_init: Initializer = nn.initializers.normal(0.02)
     patch_init: Initializer = TORCH_UNIFORM
     patch_bias_init: Initializer | None = None
+    token_init: Initializer = nn.initializers.normal(0.02)
     unroll: int = 1
     dtype: Any = jnp.float32
 
@@ -199,6 +201,19 @@ class ViT(nn.Module):
     def stride(self) -> int:
         """Pixels that a patch token stands for, a side."""
         return self.patch_size
+
+    def block(self, layout: Layout, stochastic: bool) -> dict[str, Any]:
+        """The settings of a block."""
+        return dict(
+            heads=self.heads,
+            mlp_ratio=self.mlp_ratio,
+            layout=layout,
+            stochastic=stochastic,
+            kernel_init=self.kernel_init,
+            dtype=self.dtype,
+            layerscale=self.layerscale,
+            k_bias=self.k_bias,
+        )
 
     @nn.compact
     def __call__(
@@ -210,15 +225,15 @@ class ViT(nn.Module):
     ) -> list[dict[str, jax.Array]]:
         """`masks`: for each resolution bool [B, n, N] (True: masked) or None. `visible`: patches that each mask leaves;
         needed where masked ones are dropped, "patch" then is [B, n, visible, D], in the order of the image."""
-        dtype, normal, grid = param_dtype(self.dtype), nn.initializers.normal(0.02), self.img_size // self.patch_size
-        cls_token = self.param("cls_token", normal, (1, 1, self.dim), dtype)
+        dtype, grid = param_dtype(self.dtype), self.img_size // self.patch_size
+        cls_token = self.param("cls_token", self.token_init, (1, 1, self.dim), dtype)
         patch_embed = PatchEmbed(
             self.patch_size, self.dim, self.patch_init, self.dtype, self.patch_bias_init, name="patch_embed"
         )
         if self.mask_token:
-            mask_token = self.param("mask_token", normal, (1, 1, self.dim), dtype)
+            mask_token = self.param("mask_token", self.token_init, (1, 1, self.dim), dtype)
         if self.pos == "learned":
-            pos_embed = self.param("pos_embed", normal, (1, 1 + grid**2, self.dim), dtype)
+            pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), (1, 1 + grid**2, self.dim), dtype)
         elif self.pos == "sincos":
             table = lambda _: jnp.asarray(sincos_positions(self.dim, grid, grid), dtype)  # noqa: E731
             pos_embed = jax.lax.stop_gradient(self.param("pos_embed", table))
@@ -253,18 +268,8 @@ class ViT(nn.Module):
         layout = tuple((images.shape[1], t.shape[1] // images.shape[1]) for images, t in zip(crops, tokens))
         x = pin_batch(jnp.concatenate(tokens, axis=1))
         self.sow("intermediates", "tokens", x)
-        blocks = stack(
-            self.depth,
-            self.unroll,
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-            layout=layout,
-            stochastic=train and self.drop_path_rate > 0,
-            kernel_init=self.kernel_init,
-            dtype=self.dtype,
-            layerscale=self.layerscale,
-            k_bias=self.k_bias,
-        )
+        self.sow("intermediates", "biases", biases)
+        blocks = stack(self.depth, self.unroll, **self.block(layout, train and self.drop_path_rate > 0))
         x, _ = blocks(x, jnp.linspace(0, self.drop_path_rate, self.depth), biases)
 
         norm = layer_norm(dtype, name="norm") if self.final_norm else lambda x: x.astype(dtype)
@@ -281,20 +286,30 @@ def visible_first(mask: jax.Array) -> jax.Array:
     return jnp.argsort(mask, axis=-1, stable=True)
 
 
-def all_tokens(vit: ViT, params: Any, images: jax.Array) -> jax.Array:
-    """The tokens that enter each block and leave the last, before the final norm: [depth + 1, B, 1 + N, D]."""
+def features(backbone: Any, params: Any, images: jax.Array) -> dict[str, jax.Array]:
+    """What a ViT or Swin makes of whole images [B, H, W, C]: {"cls": [B, D], "patch": [B, N, D]}."""
+    (out,) = backbone.apply({"params": params}, [images[:, None]])
+    return {name: tokens[:, 0] for name, tokens in out.items()}
+
+
+def seen(vit: ViT, params: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+    """(the tokens that enter each block and leave the last, before the final norm, [depth + 1, B, 1 + N, D]; the biases of
+    the blocks' attention, as they are called with them)"""
     _, variables = vit.apply({"params": params}, [images[:, None]], mutable="intermediates")
-    seen = variables["intermediates"]
-    return jnp.concatenate([seen["tokens"][0][None], seen["blocks"]["tokens"][0]])
+    kept = variables["intermediates"]
+    return jnp.concatenate([kept["tokens"][0][None], kept["blocks"]["tokens"][0]]), kept["biases"][0]
 
 
 def intermediate_layers(vit: ViT, params: Any, images: jax.Array, n: int = 1) -> jax.Array:
     """The outputs of the last `n` blocks after the final norm, oldest first: [n, B, 1 + N, D]."""
     norm = layer_norm(param_dtype(vit.dtype))
-    return norm.apply({"params": params["norm"]}, all_tokens(vit, params, images)[-n:])
+    return norm.apply({"params": params["norm"]}, seen(vit, params, images)[0][-n:])
 
 
 def last_attention(vit: ViT, params: Any, images: jax.Array) -> jax.Array:
     """The attention of the last block, from each token (row) to each: [B, heads, 1 + N, 1 + N]."""
-    _, variables = vit.apply({"params": params}, [images[:, None]], mutable="attention")
-    return variables["attention"]["blocks"]["weights"][0][-1]
+    tokens, biases = seen(vit, params, images)
+    block = Block(**vit.block(((1, tokens.shape[2]),), stochastic=False))
+    last = jax.tree.map(lambda p: p[-1], params["blocks"])
+    _, variables = block.apply({"params": last}, tokens[-2], jnp.zeros(()), biases, mutable="attention")
+    return variables["attention"]["weights"][0]
