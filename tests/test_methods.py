@@ -15,7 +15,7 @@ from mim_jax.evaluators import gallery
 from mim_jax.sharding import path_name
 from mim_jax.state import TrainState, abstract_state
 
-# Overrides of tests/tiny.py under which a few steps on one batch must lower the loss by a quarter.
+# Overrides of tests/tiny.py under which a few steps on one batch must lower the loss by half (SimMIM: by a quarter).
 METHODS = {
     # targets that are sharp, which the student is not at first, and stand still
     "dino": {"optim.momentum_teacher": 1.0, "loss.center_momentum": 1.0, "loss.teacher_temp": 0.005},
@@ -91,7 +91,9 @@ def test_loss_is_finite(case):
 
 def test_loss_falls_on_one_repeated_batch(case):
     losses = [figures["train/loss"] for figures in case.metrics]
-    assert losses[-1] < 0.75 * losses[0], losses
+    # of SimMIM's first absolute errors a quarter is noise that nobody can learn in so few steps
+    share = 0.75 if case.config.method == "simmim" else 0.5
+    assert losses[-1] < share * losses[0], losses
 
 
 def test_every_parameter_but_the_fixed_is_trained(case):
