@@ -104,26 +104,19 @@ class Checkpoints:
                 (self.folder / str(later)).rename(self.folder / f"unreadable_{later}")
         self.manager.reload()
 
-    def restore_params(self, abstract: Any) -> Any:
-        """The trained parameters alone, whatever else the configuration was.
+    def restore_parts(self, abstract: dict[str, dict[str, Any]]) -> Any:
+        """Parts of the state alone, `{"params": {part: ...}}` or others, whatever else the configuration was.
 
-        Raises ValueError naming the arrays that are missing, unexpected or of another shape.
+        Raises ValueError naming the arrays of these parts that are missing, unexpected or of another shape.
         """
         path = self.folder / str(self.latest()) / "state"
         checkpointer = ocp.PyTreeCheckpointer()
-        saved = checkpointer.metadata(path).item_metadata.tree["params"]
-        have = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
-        want = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-        wrong = sorted(path for path in have.keys() | want.keys() if have.get(path) != want.get(path))
-        if wrong:
-            raise ValueError(
-                f"the parameters in {self.folder} are of another model. There and here:\n  "
-                + "\n  ".join(f"{path}: {have.get(path, 'missing')} -> {want.get(path, 'missing')}" for path in wrong)
-            )
-        item = {"params": abstract}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-        args = ocp.args.PyTreeRestore(item, restore_args, partial_restore=True)
-        return checkpointer.restore(path, args=args)["params"]
+        saved = checkpointer.metadata(path).item_metadata.tree
+        saved = {section: {part: saved[section].get(part, {}) for part in parts} for section, parts in abstract.items()}
+        check_shapes(saved, abstract, f"the parameters in {self.folder}")
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+        args = ocp.args.PyTreeRestore(abstract, restore_args, partial_restore=True)
+        return checkpointer.restore(path, args=args)
 
     def reached_preemption(self, step: int) -> bool:
         """Whether any process of the run was told to stop; all must ask at the same steps."""
@@ -149,6 +142,20 @@ class Checkpoints:
             yield
         except Exception as error:
             raise OSError(f"writing a checkpoint to {self.folder} failed: {error}. {self.kept()}") from error
+
+
+def check_shapes(given: Any, wanted: Any, what: str) -> None:
+    """Raises ValueError naming the arrays of two trees that are not in both, or not of one shape."""
+    have, want = (
+        {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (given, wanted)
+    )
+    wrong = sorted(path for path in have.keys() | want.keys() if have.get(path) != want.get(path))
+    if wrong:
+        raise ValueError(
+            f"{what} are of another model. There and here:\n  "
+            + "\n  ".join(f"{path}: {have.get(path, 'missing')} -> {want.get(path, 'missing')}" for path in wrong)
+        )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

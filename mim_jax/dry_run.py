@@ -14,6 +14,7 @@ from mim_jax.methods.base import make_method
 from mim_jax.optim import steps_per_epoch, total_steps
 from mim_jax.state import abstract_state
 from mim_jax.step import make_train_step
+from mim_jax.target import abstract_frozen
 
 
 def plan(config: ml_collections.ConfigDict) -> str:
@@ -25,8 +26,8 @@ def plan(config: ml_collections.ConfigDict) -> str:
     with jax.set_mesh(mesh):
         method = make_method(config)
         state = abstract_state(method, config)
-        batch = abstract_batch(config)
-        memory: Any = make_train_step(method, config).lower(state, method.frozen(), batch).compile().memory_analysis()
+        args = state, abstract_frozen(method), abstract_batch(method, config)
+        memory: Any = make_train_step(method, config).lower(*args).compile().memory_analysis()
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak += memory.temp_size_in_bytes
         flops, total = step_flops(config), total_steps(config)
@@ -49,11 +50,13 @@ def plan(config: ml_collections.ConfigDict) -> str:
         )
 
 
-def abstract_batch(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(method: Any, config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of what the pipeline yields, over the batch axes of the mesh if there is one."""
     b, canvas = config.data.batch_size, config.data.canvas
-    shapes = {"image": ((b, canvas, canvas, 3), np.uint8), "size": ((b, 2), np.int32)}
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((b, canvas, canvas, 3), np.uint8), "size": ((b, 2), np.int32)}
     shapes |= {"label": ((b,), np.int32), "index": ((b,), np.int32)}
+    if method.mask and method.mask.on_host:
+        shapes["mask"] = ((b, len(method.crops[0].policies), method.mask.grid**2), np.bool_)
     mesh = sharding.current_mesh()
     placed = None if mesh is None else jax.sharding.NamedSharding(mesh, sharding.BATCH)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, (shape, dtype) in shapes.items()}
@@ -67,7 +70,8 @@ def step_flops(config: ml_collections.ConfigDict, make: Callable[[ml_collections
     config = config.copy_and_resolve_references()
     config.model.unroll = 1000
     method = make(config)
-    lowered = make_train_step(method, config).lower(abstract_state(method, config), method.frozen(), abstract_batch(config))
+    args = abstract_state(method, config), abstract_frozen(method), abstract_batch(method, config)
+    lowered = make_train_step(method, config).lower(*args)
     cost: Any = lowered.cost_analysis()
     return cost["flops"]
 

@@ -1,9 +1,18 @@
-"""Which patches are hidden. A mask is bool [B, crops, N], True where masked, patches row-major."""
+"""Which patches are hidden. A mask is bool [B, crops, N], True where masked, patches row-major.
+
+Masks that are drawn patch by patch are made on the device, by `draw(key, index, crops)`; those of blocks, whose loops no
+accelerator likes, on the host (`on_host`), by `draw(seed, positions, crops)`: a function of each example's place in the
+stream of data, so that it is the same for any number of hosts and workers. All have static counts.
+"""
 
 import dataclasses
+import math
+import random
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +26,7 @@ class RandomMask:
     grid: int
     count: int
     repeat: int = 1
+    on_host: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.count < self.grid**2:
@@ -40,3 +50,76 @@ class RandomMask:
         masked = (jnp.argsort(order, axis=-1) < self.count).reshape(*order.shape[:-1], self.grid, self.grid)
         patches = jnp.repeat(jnp.repeat(masked, self.repeat, axis=-2), self.repeat, axis=-1)
         return patches.reshape(*order.shape[:-1], -1)
+
+    def examples(self, number: int, crops: int, seed: int = 0) -> np.ndarray:
+        """Masks [number, crops, N] for pictures and tests, always the same."""
+        return np.asarray(self.draw(jax.random.key(seed), jnp.arange(number), crops))
+
+
+def blocks(
+    rng: random.Random, grid: int, count: int, smallest: int = 16, largest: int | None = None, aspect: float = 0.3
+) -> np.ndarray:
+    """A mask bool [grid, grid] of rectangles, of `count` patches or a few less (BEiT, algorithm 1).
+
+    Rectangles come one after the other, of an area uniform between `smallest` and what is left to mask (or `largest`), of
+    a log-uniform ratio of the sides between `aspect` and its inverse, smaller than the grid, at a uniform place. One that
+    masks nothing new, or more than is left, is drawn again, ten times at most; then the mask is as it is. Numbers are drawn
+    in the order of the official code.
+    """
+    mask, masked = np.zeros((grid, grid), bool), 0
+    while masked < count:
+        left = min(count - masked, largest or count)
+        for _ in range(10):
+            area = rng.uniform(smallest, left)
+            ratio = math.exp(rng.uniform(math.log(aspect), math.log(1 / aspect)))
+            height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if height >= grid or width >= grid:
+                continue
+            top, start = rng.randint(0, grid - height), rng.randint(0, grid - width)
+            block = mask[top : top + height, start : start + width]
+            new = height * width - int(block.sum())
+            if 0 < new <= left:
+                block[:] = True
+                masked += new
+                break
+        else:
+            break
+    return mask
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockMask:
+    """Masks of rectangles, at most `count` of the `grid` x `grid` patches of each global crop, see `blocks`.
+
+    `exact` (BEiT v2): single patches, drawn at random, fill up what is missing. Raises ValueError where nothing is masked or
+    nothing is left.
+    """
+
+    grid: int
+    count: int
+    smallest: int = 16
+    exact: bool = False
+    on_host: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.count < self.grid**2:
+            raise ValueError(f"mask.count={self.count} of {self.grid**2} patches: some must be masked, and some be left")
+
+    def draw(self, seed: int, positions: np.ndarray, crops: int) -> np.ndarray:
+        """Masks [B, crops, N] for the examples at these places of the stream, [B]: a function of `seed` and place alone."""
+        rngs = [[random.Random(f"{seed}/{position}/{crop}") for crop in range(crops)] for position in positions.tolist()]
+        return np.stack([[self.one(rng, np.random.RandomState(rng.getrandbits(32))) for rng in row] for row in rngs])
+
+    def one(self, rng: random.Random, fill: np.random.RandomState) -> np.ndarray:
+        """A mask bool [N]; `fill` draws the patches that complete it."""
+        mask = blocks(rng, self.grid, self.count, self.smallest).reshape(-1)
+        if self.exact and (missing := self.count - mask.sum()):
+            mask[fill.choice(np.flatnonzero(~mask), missing, replace=False)] = True
+        return mask
+
+    def examples(self, number: int, crops: int, seed: int = 0) -> np.ndarray:
+        """Masks [number, crops, N] for pictures and tests, always the same."""
+        return self.draw(seed, np.arange(number), crops)
+
+
+Mask = RandomMask | BlockMask

@@ -10,6 +10,7 @@ import ml_collections
 from mim_jax import sharding
 from mim_jax.methods.base import Params
 from mim_jax.optim import make_optimizer
+from mim_jax.target import load_frozen
 
 
 @flax.struct.dataclass
@@ -42,7 +43,10 @@ def abstract_state(method: Any, config: ml_collections.ConfigDict) -> TrainState
 
 
 def init_state(method: Any, config: ml_collections.ConfigDict) -> tuple[TrainState, Params]:
-    """(state, frozen), made where they are to live: no device ever holds what it will not keep."""
+    """(state, frozen), made where they are to live: no device ever holds what it will not keep.
+
+    Raises what `load_frozen` raises where the method has a fixed network and there is none.
+    """
     abstract = abstract_state(method, config)
     out_shardings = jax.tree.map(lambda s: s.sharding, abstract)
-    return jax.jit(lambda: create(method, config), out_shardings=out_shardings)(), method.frozen()
+    return jax.jit(lambda: create(method, config), out_shardings=out_shardings)(), load_frozen(method, config)

@@ -5,6 +5,7 @@ killed and resumed tells each step once, and loses none.
 """
 
 import dataclasses
+import functools
 import signal
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from mim_jax.methods.base import make_method
 from mim_jax.optim import duration, total_steps
 from mim_jax.state import TrainState, abstract_state, init_state
 from mim_jax.step import make_train_step
+from mim_jax.target import is_learned, load_frozen, target_config
 
 
 class NotFinite(RuntimeError):
@@ -33,7 +35,17 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
 
     Raises what its parts raise: FileNotFoundError for data, ValueError for a config or a checkpoint that does not fit,
     OSError for a disk, NotFinite for a run that has blown up. None of them harms a checkpoint.
+
+    Where the method's targets come from a network of `config.target.workdir` that is not learned yet, that run comes first
+    (and is what is returned if it is told to stop).
     """
+    if not is_learned(config):
+        first, where = target_config(config), config.target.workdir
+        if jax.process_index() == 0:
+            print(f"{config.method} needs what {first.method} learns, and {where} does not hold it yet: training it first")
+        state = run(first, where)
+        if int(state.step) < total_steps(first):
+            return state
     with jax.set_mesh(sharding.make_mesh(config.mesh.data, config.mesh.fsdp)):
         source, held_out = open_data(config)
         method = make_method(config)
@@ -64,14 +76,14 @@ def start(method: Any, config: ml_collections.ConfigDict, checkpoints: Checkpoin
     if checkpoints.latest() is not None:
         state, record = checkpoints.restore(abstract)
         checkpoints.set_aside_after(record["step"])
-        return state, method.frozen(), record
+        return state, load_frozen(method, config), record
     if config.resume:
         state, record = Checkpoints(config.resume, config, own=False).restore(abstract)
         metrics.inherit(config.resume, checkpoints.folder.parent)
-        return state, method.frozen(), record
+        return state, load_frozen(method, config), record
     state, frozen = init_state(method, config)
     if config.init_from:
-        params = Checkpoints(config.init_from, config, own=False).restore_params(abstract.params)
+        params = Checkpoints(config.init_from, config, own=False).restore_parts({"params": abstract.params})["params"]
         teacher = {part: jax.tree.map(jnp.copy, params[part]) for part in method.teacher_parts}
         state = dataclasses.replace(state, params=params, teacher=teacher)
     return state, frozen, {}
@@ -138,6 +150,7 @@ class Loop:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=config.data.workers,
+            masks=self.draw_masks(),
             on_bad=self.count_bad,
         )
         batches = self.record["batches"]  # taken from the stream: more than there are steps where some were skipped
@@ -152,7 +165,7 @@ class Loop:
                 skipped = self.settle(pending)
                 step, pending = step - skipped, None
                 if due["eval"] and not skipped:
-                    self.evaluate(state, step)
+                    self.evaluate(state, frozen, step)
                 if due["checkpoint"] and not skipped:
                     self.save(state, step)
         self.settle(pending)
@@ -160,6 +173,13 @@ class Loop:
         self.checkpoints.wait()
         self.end(int(state.step))
         return state
+
+    def draw_masks(self) -> pipeline.DrawMasks | None:
+        """What the pipeline is to draw, for a method whose masks are made on the host."""
+        if not self.method.mask or not self.method.mask.on_host:
+            return None
+        crops = len(self.method.crops[0].policies)
+        return functools.partial(self.method.mask.draw, self.config.seed, crops=crops)
 
     def settle(self, pending: dict[str, Any] | None) -> int:
         """Tells what a step has returned. 1 if the step was skipped, else 0; raises NotFinite after too many of those."""
@@ -206,13 +226,13 @@ class Loop:
         self.progress.say(scores(floors))
         self.writer.picture(0, "crops", gallery.crop_picture(self.monitor.bank, self.method, self.config.data))
 
-    def evaluate(self, state: TrainState, step: int) -> None:
+    def evaluate(self, state: TrainState, frozen: Any, step: int) -> None:
         with self.stopwatch.paused():
-            params = state.teacher or state.params
-            figures = dict(self.monitor.run(params))
+            figures = dict(self.monitor.run(state.teacher or state.params))
             self.writer.write(step, figures)
             self.progress.report(figures)
-            for name, picture in gallery.evaluation_pictures(self.monitor, self.method, params, self.source.classes):
+            shown = gallery.evaluation_pictures(self.monitor, self.method, state, frozen, self.source.classes)
+            for name, picture in shown:
                 self.writer.picture(step, name, picture)
             if jax.process_index() == 0:
                 self.report(step)

@@ -95,7 +95,9 @@ crop_resize = jax.jit(A.crop_resize, static_argnames=("out", "interpolation"))
 
 
 @pytest.mark.parametrize("out", [8, 16, 32, 96])
-@pytest.mark.parametrize("make, interpolation", [(noise, "bicubic"), (smooth, "bicubic"), (noise, "bilinear")])
+@pytest.mark.parametrize(
+    "make, interpolation", [(noise, "bicubic"), (smooth, "bicubic"), (noise, "bilinear"), (noise, "lanczos")]
+)
 def test_crop_equals_pillow_within_one_level(make, interpolation, out):
     image = make(64, 80)
     canvas = planes(on_canvas(image, 96, filling=255))
@@ -104,8 +106,8 @@ def test_crop_equals_pillow_within_one_level(make, interpolation, out):
         cut = Image.fromarray(image).crop((left, top, left + width, top + height))
         theirs = np.asarray(cut.resize((out, out), Image.Resampling[interpolation.upper()])).astype(float)
         # What differs are levels that end in a half exactly, which scales like 5/2 make, and a triangle's weights more often.
-        assert np.abs(ours - theirs).max() <= (1 if interpolation == "bicubic" else 2)
-        assert np.mean(ours == theirs) > (0.99 if interpolation == "bicubic" else 0.9)
+        assert np.abs(ours - theirs).max() <= (2 if interpolation == "bilinear" else 1)
+        assert np.mean(ours == theirs) > (0.9 if interpolation == "bilinear" else 0.99)
         assert np.abs(np.mean(ours - theirs)) < 0.1
 
 
@@ -310,7 +312,7 @@ def test_blur_weights_are_nearly_gaussian():
 def test_jitter_in_every_order_equals_pillow_in_that_order():
     image = smooth(32, 32)
     factors, shift = np.array([1.3, 0.65, 1.18], np.float32), 0.08
-    ours = jax.vmap(lambda order: A.color_jitter(planes(image), order, factors, jnp.float32(shift)))(A.ORDERS)
+    ours = jax.vmap(lambda order: A.color_jitter(planes(image), (order, factors, jnp.float32(shift))))(A.ORDERS)
     results = []
     for order, result in zip(A.ORDERS, np.stack(ours, axis=-1), strict=True):
         theirs = Image.fromarray(image)
@@ -393,6 +395,31 @@ def test_a_policy_that_asks_for_nothing_resizes_only():
     views = run(batch_of([image], 32), one_crop(NOTHING, size=24), jax.random.key(0), MEAN, STD)
     np.testing.assert_allclose(views["view"][0, 0], (image / 255 - MEAN) / STD, atol=1e-5)
     np.testing.assert_array_equal(levels(views["view"])[0, 0], image)
+
+
+def test_a_target_is_the_same_crop_at_another_size_after_the_same_jitter():
+    """BEiT's two renderings: jitter of the whole image, then one box, flipped alike, cut out twice."""
+    images = [smooth(48, 60, seed) for seed in range(6)]
+    beit = A.Policy(jitter=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.0, gray=0.0, blur=0.0)
+    group = A.Crops("global", 32, (0.3, 1.0), (beit,), color_first=True, target=A.Target(16, "lanczos"))
+    batch, key = batch_of(images, 64, filling=255), jax.random.key(3)
+    views = run(batch, (group,), key, MEAN, STD)
+    for i, image in enumerate(images):
+        draws = A.draw(key, jnp.int32(i), jnp.int32(0))
+        box_draws, jitter_draws, others = jnp.split(draws, [A.BOX_DRAWS, A.BOX_DRAWS + A.JITTER_DRAWS])
+        order, factors, shift = A.sample_jitter(jitter_draws, beit)
+        assert shift == 0
+        theirs = Image.fromarray(image)
+        for operation in order:
+            theirs = theirs if operation == A.HUE else ENHANCE[int(operation)](theirs).enhance(float(factors[operation]))
+        top, left, height, width = (int(x) for x in A.sample_box(box_draws, np.array(image.shape[:2]), group.scale))
+        cut = theirs.crop((left, top, left + width, top + height))
+        cut = ImageOps.mirror(cut) if others[0] < 0.5 else cut
+        seen = levels(views["global"][i, 0]), np.round(np.asarray(views["target"][i, 0]) * 255)
+        for ours, size, name in zip(seen, (32, 16), ("BICUBIC", "LANCZOS")):
+            want = np.asarray(cut.resize((size, size), Image.Resampling[name])).astype(float)
+            assert np.abs(ours.astype(float) - want).max() <= 1  # ties of whole ratios, as above
+            assert np.mean(ours == want) > 0.8
 
 
 def test_policies_belong_to_their_crops():

@@ -1,5 +1,6 @@
 """Sources, decoding and the pipeline: from odd and broken files to the same stream on any number of hosts."""
 
+import functools
 import hashlib
 import io
 import itertools
@@ -23,6 +24,7 @@ from absl import flags
 from PIL import Image
 
 from mim_jax.data import cifar10, decode, pipeline, sources
+from mim_jax.masking import BlockMask
 
 
 def picture(height=12, width=16, channels=3, seed=0):
@@ -554,6 +556,18 @@ def test_resume_by_slicing(folder_source, start):
     assert_equal(take(6 - start, folder_source, start=start), expected[start:])
     later = take(6 - start, folder_source, start=start, process_index=1, process_count=2)
     assert_equal(later, [{key: value[2:] for key, value in batch.items()} for batch in expected[start:]])
+
+
+def test_masks_follow_the_place_in_the_stream(folder_source):
+    """They are the same for any number of hosts and workers and wherever the stream is entered, and new in each epoch."""
+    masks = functools.partial(BlockMask(4, 6, smallest=2).draw, 5, crops=2)
+    expected = take(8, folder_source, masks=masks)
+    places = np.concatenate([batch["mask"] for batch in expected])
+    np.testing.assert_array_equal(places, masks(np.arange(len(places))))
+    assert len(np.unique(places.reshape(len(places), -1), axis=0)) > 0.9 * len(places)
+    assert_equal(take(3, folder_source, masks=masks, start=2, workers=2), expected[2:5])
+    second = take(8, folder_source, masks=masks, process_index=1, process_count=2)
+    assert_equal(second, [{key: value[2:] for key, value in batch.items()} for batch in expected])
 
 
 def test_workers_give_the_same_stream_and_name_bad_files(folder_source):

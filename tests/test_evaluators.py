@@ -13,6 +13,7 @@ from mim_jax.evaluators import Monitor, pictures
 from mim_jax.evaluators.knn import knn_accuracy, knn_scores, pixel_features, whitened_features
 from mim_jax.evaluators.probe import probe_accuracy
 from mim_jax.evaluators.retrieval import view_retrieval
+from mim_jax.models.layers import painted_in
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -307,8 +308,10 @@ def test_masked_patches_are_darkened_and_painted_in():
     dark = pictures.darkened(images, mask)[0]
     assert (dark[:4, :4] == 10).all() and (dark[4:, 4:] == 10).all()
     assert (dark[:4, 4:] == pictures.HIDDEN).all() and (dark[4:, :4] == pictures.HIDDEN).all()
-    page = np.asarray(pictures.reconstructions(images, painted, mask, side=8))
+    pasted = np.asarray(painted_in(images, painted, mask))
+    columns = {"image": images, "masked": dark[None], "painted in": pasted, "all painted": painted}
+    page = np.asarray(pictures.reconstructions(columns, side=8))
     rows = np.flatnonzero((page == 10).all(-1).any(1))
-    line = page[rows[0]]  # the upper halves of image, masked, painted in, all painted
+    line = page[rows[0]]  # the upper halves of the four
     levels = [int(level) for level, before in zip(line[1:, 0], line[:-1, 0]) if level != before and level != 255]
     assert levels == [10, 10, pictures.HIDDEN, 10, 200, 200]

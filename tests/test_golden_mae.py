@@ -31,7 +31,7 @@ def config_of(meta, dtype="float64"):
 
 def mask_of(method, noise):
     """The official masks: small noise is kept."""
-    return method.masks[0].of_order(jnp.argsort(jnp.asarray(noise), axis=-1)[:, ::-1])
+    return method.mask.of_order(jnp.argsort(jnp.asarray(noise), axis=-1)[:, ::-1])
 
 
 def views_of(method, images, noise):
@@ -72,7 +72,7 @@ def test_forward_loss_and_gradients(golden, loss, x64):
     params = double(convert.from_torch(prefixed(arrays, "w/"), "mae"))
     views = views_of(method, arrays["in/imgs"], arrays["in/noise"])
 
-    backbone = jax.jit(functools.partial(method.backbone.apply, visible=method.masks[0].visible))
+    backbone = jax.jit(functools.partial(method.backbone.apply, visible=method.mask.visible))
     out = backbone({"params": params["backbone"]}, [views["global"]], masks=[views["mask"]])[0]
     latent = arrays["out/latent"]  # kept patches in the order of their noise; ours are in the order of the image
     kept = np.argsort(arrays["in/noise"], axis=1)[:, : latent.shape[1] - 1]
@@ -107,7 +107,7 @@ def test_raw_reconstruction_undoes_the_normalization(golden, x64):
     views = views_of(method, arrays["in/imgs"], arrays["in/noise"])
     target, _, _ = losses.normalized_patches(patchify(views["global"], 4))
     object.__setattr__(method, "predict", lambda *_: target)
-    np.testing.assert_allclose(method.reconstruction({}, views), views["global"], atol=1e-12)
+    np.testing.assert_allclose(method.reconstruction({}, {}, {}, views)["all painted"], views["global"], atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["mae_forward", "mae_train_steps"])

@@ -15,6 +15,7 @@ from PIL import Image
 from mim_jax import dry_run, load_config, make_method, make_train_step, metrics, optim
 from mim_jax.sharding import make_mesh
 from mim_jax.state import abstract_state
+from mim_jax.target import abstract_frozen
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "tests/tiny.py")
@@ -91,7 +92,8 @@ def test_every_variant_makes_a_step(one_device, spec):
     config = load_config(f"{ROOT}/{spec}")
     method = make_method(config)
     state = abstract_state(method, config)
-    new, figures = jax.eval_shape(make_train_step(method, config), state, method.frozen(), dry_run.abstract_batch(config))
+    args = state, abstract_frozen(method), dry_run.abstract_batch(method, config)
+    new, figures = jax.eval_shape(make_train_step(method, config), *args)
     assert jax.tree.all(jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), new, state))
     assert {"train/loss", "train/lr", "train/grad_norm", "train/skipped", "step"} <= figures.keys()
     assert figures["train/loss"].shape == ()
@@ -146,7 +148,7 @@ def test_flops_of_a_scanned_model_are_those_of_the_unrolled_one(one_device):
     config.model.update(depth=3, unroll=3)
     method = make_method(config)
     step, state = make_train_step(method, config), abstract_state(method, config)
-    unrolled = step.lower(state, method.frozen(), dry_run.abstract_batch(config)).cost_analysis()["flops"]
+    unrolled = step.lower(state, abstract_frozen(method), dry_run.abstract_batch(method, config)).cost_analysis()["flops"]
     config.model.unroll = 1
     assert dry_run.step_flops(config) == unrolled
 

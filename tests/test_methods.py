@@ -35,6 +35,7 @@ class Case(NamedTuple):
     last: TrainState
     metrics: list[dict[str, float]]  # of each step
     gradients: tuple[Any, Any]  # with respect to the parameters and to the teacher, at the initial state
+    frozen: Any
     program: str  # the compiled step
     alone: Any  # the first of them, on one device
 
@@ -50,7 +51,10 @@ def case(request) -> Case:
     config.mesh.update(data=2, fsdp=4)
     with jax.set_mesh(sharding.make_mesh(2, 4)):
         method = mim_jax.make_method(config)
-        state, frozen = mim_jax.init_state(method, config)
+        frozen = jax.jit(lambda: method.frozen(jax.random.key(1)))()
+        with pytest.MonkeyPatch.context() as patch:  # first values do here
+            patch.setattr("mim_jax.state.load_frozen", lambda *_: frozen)
+            state, _ = mim_jax.init_state(method, config)
         batch = sharding.global_batch(views(method, config.data.batch_size))
         args = (state.params, state.teacher, frozen, state.extra, batch, jax.random.key(0), state.step)
         gradients, _ = jax.jit(jax.grad(method.loss, argnums=(0, 1), has_aux=True))(*args)
@@ -62,9 +66,10 @@ def case(request) -> Case:
             metrics.append({tag: float(value) for tag, value in figures.items()})
             if step == 0:
                 states.append(jax.device_get(state))
-        abstract, gradients = abstract_state(method, config), jax.device_get(gradients)
+        abstract, gradients, frozen = abstract_state(method, config), jax.device_get(gradients), on_host[2]
     alone, _ = jax.jit(jax.grad(method.loss, has_aux=True))(*on_host, jax.random.key(0), jnp.int32(0))
-    return Case(config, method, abstract, *states, state, metrics, gradients, train_step.as_text(), jax.device_get(alone))
+    program, alone = train_step.as_text(), jax.device_get(alone)
+    return Case(config, method, abstract, *states, state, metrics, gradients, frozen, program, alone)
 
 
 def views(method, batch_size, seed=0):
@@ -73,8 +78,11 @@ def views(method, batch_size, seed=0):
     colors = 2 * rng.normal(size=(batch_size, 1, 1, 1, 3))
     shapes = {crops.name: (batch_size, len(crops.policies), crops.size, crops.size, 3) for crops in method.crops}
     views = {name: (colors + 0.5 * rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
-    for mask in method.masks:
-        views["mask"] = np.asarray(mask.draw(jax.random.key(seed), jnp.arange(batch_size), len(method.crops[0].policies)))
+    group = method.crops[0]
+    if group.target:
+        views["target"] = rng.uniform(size=(*shapes["global"][:2], group.target.size, group.target.size, 3)).astype(np.float32)
+    if method.mask:
+        views["mask"] = method.mask.examples(batch_size, len(group.policies), seed)
     return views
 
 
@@ -138,8 +146,8 @@ def test_features_and_reconstruction(case):
     assert cls.shape == (3, cls.shape[-1]) and patch.shape == (3, *patch.shape[1:2], cls.shape[-1])
     if "reconstruction" in case.method.pictures:
         seen = views(case.method, 3)
-        painted = jax.eval_shape(case.method.reconstruction, case.initial.params, seen)
-        assert painted.shape == seen["global"].shape and painted.dtype == jnp.float32
+        painted = jax.eval_shape(case.method.reconstruction, case.initial.params, case.initial.extra, case.frozen, seen)
+        assert painted and all(x.dtype == jnp.float32 and x.shape[:2] == seen["global"].shape[:2] for x in painted.values())
 
 
 def test_pictures_are_drawn(case):
@@ -153,7 +161,7 @@ def test_pictures_are_drawn(case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.pipeline, "eval_batch", lambda *_: columns)
         monitor = train.make_monitor(config, case.method, source, SimpleNamespace(description="other noise"))
-    drawn = dict(gallery.evaluation_pictures(monitor, case.method, case.initial.params, "abcd"))
+    drawn = dict(gallery.evaluation_pictures(monitor, case.method, case.initial, case.frozen, "abcd"))
     assert drawn.keys() == {*case.method.pictures, "neighbors"}
     crops = gallery.crop_picture(columns, case.method, config.data)
     assert all(min(picture.size) > 100 for picture in (crops, *drawn.values()))
@@ -165,7 +173,7 @@ def test_bfloat16_computes_nearly_the_same_loss(case):
     for dtype in ("float32", "bfloat16"):
         config.model.dtype = dtype
         method = mim_jax.make_method(config)
-        args = (case.initial.params, case.initial.teacher, {}, case.initial.extra, views(method, 8))
+        args = (case.initial.params, case.initial.teacher, case.frozen, case.initial.extra, views(method, 8))
         losses[dtype], _ = jax.jit(method.loss)(*args, jax.random.key(0), jnp.int32(0))
     assert losses["bfloat16"].dtype == jnp.float32 and losses["bfloat16"] != losses["float32"]
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.03)

@@ -59,11 +59,20 @@ FLIP = Policy(jitter=0.0, gray=0.0, blur=0.0)  # and nothing else: masked image 
 
 
 @dataclasses.dataclass(frozen=True)
+class Target:
+    """A second rendering of the same crop, for the network that makes the targets: of another size and interpolation."""
+
+    size: int
+    interpolation: str = "bicubic"
+
+
+@dataclasses.dataclass(frozen=True)
 class Crops:
     """`len(policies)` random resized crops of `size` x `size` pixels, found under `views[name]`.
 
     `scale` is the range of the crop's share of the picture's area, `ratio` that of its width over its height,
-    `interpolation` Pillow's "bicubic" or "bilinear".
+    `interpolation` Pillow's "bicubic", "bilinear" or "lanczos". `color_first`: the jitter is of the whole image, before it
+    is cut (BEiT). With a `target` there are also the same crops, flipped and jittered alike, under `views["target"]`.
     """
 
     name: str
@@ -72,6 +81,8 @@ class Crops:
     policies: tuple[Policy, ...]
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: str = "bicubic"
+    color_first: bool = False
+    target: Target | None = None
 
 
 def augment(
@@ -96,7 +107,8 @@ def augment(
         dtype: of the views.
 
     Returns:
-        `batch` with `image` and `size` replaced by `[B, len(policies), size, size, 3]` under each group's name.
+        `batch` with `image` and `size` replaced by `[B, len(policies), size, size, 3]` under each group's name, and a
+        group's targets under "target", in 0..1.
     """
     planes = _planes(batch["image"])
     # All random numbers at once: each call of the generator takes its time to compile.
@@ -109,8 +121,10 @@ def augment(
         policies = jax.tree.map(lambda *leaves: jnp.array(leaves, jnp.float32), *group.policies)
         view = functools.partial(random_view, group=group)
         view = jax.vmap(jax.vmap(view, (None, None, 0, 0)), (0, 0, 0, None))
-        levels = view(planes, batch["size"], draws[:, first:end], policies)
+        levels, target = view(planes, batch["size"], draws[:, first:end], policies)
         views[group.name] = _normalize(levels, mean, std).astype(dtype)
+        if target is not None:
+            views["target"] = _normalize(target, (0.0,) * 3, (1.0,) * 3).astype(dtype)
         first = end
     return views
 
@@ -121,8 +135,8 @@ def draw(key: Array, index: Array, crop: Array) -> Array:
     return jax.random.uniform(key, (BOX_DRAWS + JITTER_DRAWS + OTHER_DRAWS,), jnp.float32)
 
 
-def random_view(image: Planes, size: Array, draws: Array, policy: Policy, group: Crops) -> Planes:
-    """One crop: planes [S, S] with valid `size` [2] -> planes [group.size, group.size].
+def random_view(image: Planes, size: Array, draws: Array, policy: Policy, group: Crops) -> tuple[Planes, Planes | None]:
+    """One crop: planes [S, S] with valid `size` [2] -> planes [group.size, group.size], and those of its target, if any.
 
     `policy` may hold traced numbers; it is one of `group.policies`, which decide what is left out of the program:
     an operation that none of them wants costs nothing.
@@ -135,9 +149,15 @@ def random_view(image: Planes, size: Array, draws: Array, policy: Policy, group:
         draws, [BOX_DRAWS, BOX_DRAWS + JITTER_DRAWS]
     )
     box = sample_box(box_draws, size, group.scale, group.ratio)
+    jitter = functools.partial(color_jitter, jitter=sample_jitter(jitter_draws, policy), hue=wanted("hue"))
+    if wanted("jitter") and group.color_first:
+        image = jitter(image, size=size)
     view = crop_resize(image, box, group.size, flip=flip < policy.flip, interpolation=group.interpolation)
-    if wanted("jitter"):
-        view = color_jitter(view, *sample_jitter(jitter_draws, policy))
+    target = None
+    if group.target:
+        target = crop_resize(image, box, group.target.size, flip < policy.flip, group.target.interpolation)
+    if wanted("jitter") and not group.color_first:
+        view = jitter(view)
     if wanted("gray"):
         view = _where(gray < policy.gray, grayscale(view), view)
     if wanted("blur"):
@@ -146,7 +166,7 @@ def random_view(image: Planes, size: Array, draws: Array, policy: Policy, group:
         view = gaussian_blur(view, radius, max_radius=max(p.blur_radius[1] for p in group.policies))
     if wanted("solarize"):
         view = _where(inverted < policy.solarize, solarize(view), view)
-    return view
+    return view, target
 
 
 def center_crop(
@@ -223,9 +243,9 @@ def resize_weights(
 ) -> Array:
     """The matrix [out, canvas] that resamples `length` pixels from `start` to `out` pixels, antialiased.
 
-    Pillow's filters: a cubic with a = -0.5 or a triangle, stretched by the scale when shrinking, cut off at the borders
-    and scaled to sum 1. The borders are those of the box, as if it had been cut out first, or `within` = (first, end).
-    `flip` mirrors the result.
+    Pillow's filters: a cubic with a = -0.5, a triangle, or Lanczos' with three lobes, stretched by the scale when
+    shrinking, cut off at the borders and scaled to sum 1. The borders are those of the box, as if it had been cut out
+    first, or `within` = (first, end). `flip` mirrors the result.
     """
     first, end = (start, start + length) if within is None else within
     target = jnp.arange(out)
@@ -269,7 +289,11 @@ def _triangle(x: Array) -> Array:
     return jnp.maximum(1 - jnp.abs(x), 0.0)
 
 
-KERNELS = {"bicubic": _cubic, "bilinear": _triangle}
+def _lanczos(x: Array) -> Array:
+    return jnp.where(jnp.abs(x) < 3, jnp.sinc(x) * jnp.sinc(x / 3), 0.0)
+
+
+KERNELS = {"bicubic": _cubic, "bilinear": _triangle, "lanczos": _lanczos}
 
 
 # Color: three planes of levels in, three out. Factors are scalars.
@@ -341,11 +365,16 @@ def sample_jitter(draws: Array, policy: Policy) -> tuple[Array, Array, Array]:
     return order, jnp.where(happens, factors, 1.0), jnp.where(happens, shift, 0.0)
 
 
-def color_jitter(image: Planes, order: Array, factors: Array, shift: ArrayLike) -> Planes:
-    """torchvision's `ColorJitter`: brightness, contrast and saturation by `factors` [3], and hue, in the given `order`.
+def color_jitter(
+    image: Planes, jitter: tuple[Array, Array, ArrayLike], size: Array | None = None, hue: bool = True
+) -> Planes:
+    """torchvision's `ColorJitter`: brightness, contrast and saturation by factors [3], and hue by a shift, in an order.
 
-    `order` [4] is a permutation of (BRIGHTNESS, CONTRAST, SATURATION, HUE). Factors 1 and shift 0 change nothing.
+    `jitter` = (order, factors, shift): order [4] is a permutation of (BRIGHTNESS, CONTRAST, SATURATION, HUE). Factors 1 and
+    shift 0 change nothing. Only the first `size` = (height, width) pixels are the picture, if given. Without `hue` (static)
+    the shift is taken for 0, which saves its computation.
     """
+    order, factors, shift = jitter
     # Under vmap a branch on the order would compute all its arms. But the first three are one blend with different
     # backgrounds, and hue, the dear one, is computed once: three blends before it, three after, those not wanted with
     # factor 1. (A scan, because unrolled XLA fuses the rounds and computes the early ones many times over.)
@@ -355,9 +384,12 @@ def color_jitter(image: Planes, order: Array, factors: Array, shift: ArrayLike) 
     def blend(image, operation_and_factor):
         operation, factor = operation_and_factor
         gray = luma(image)
-        background = jnp.where(operation == BRIGHTNESS, 0.0, jnp.where(operation == CONTRAST, _mean_level(gray), gray))
+        mean = _mean_level(gray, size)
+        background = jnp.where(operation == BRIGHTNESS, 0.0, jnp.where(operation == CONTRAST, mean, gray))
         return _blend(background, image, factor), None
 
+    if not hue:
+        return jax.lax.scan(blend, image, (order, factors))[0]
     image, _ = jax.lax.scan(blend, image, (order[:3], jnp.where(before, factors, 1.0)[:3]))
     image = _where(shift == 0, image, adjust_hue(image, shift))
     image, _ = jax.lax.scan(blend, image, (order[1:], jnp.where(before, 1.0, factors)[1:]))
@@ -415,8 +447,11 @@ def _where(condition: ArrayLike, yes: Planes, no: Planes) -> Planes:
     return jax.tree.map(lambda yes, no: jnp.where(condition, yes, no), yes, no)
 
 
-def _mean_level(gray: Array) -> Array:
-    return jnp.floor(jnp.mean(gray) + 0.5)
+def _mean_level(gray: Array, size: Array | None = None) -> Array:
+    if size is None:
+        return jnp.floor(jnp.mean(gray) + 0.5)
+    rows, columns = (jnp.arange(n) < s for n, s in zip(gray.shape, size))
+    return jnp.floor(jnp.sum(gray * rows[:, None] * columns) / jnp.prod(size) + 0.5)
 
 
 def _to_levels(values: Array) -> Array:

@@ -21,6 +21,7 @@ MAX_SUBSTITUTES = 100
 
 Batch = dict[str, np.ndarray]
 OnBad = Callable[[int, str], None]
+DrawMasks = Callable[[np.ndarray], np.ndarray]
 
 
 def train_batches(
@@ -33,6 +34,7 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int = 0,
+    masks: DrawMasks | None = None,
     on_bad: OnBad | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of process p: rows `[p * b, (p + 1) * b)` of each global batch, `b = batch_size / process_count`.
@@ -43,11 +45,12 @@ def train_batches(
       canvas: side of the square every image is placed on, in pixels; larger images are reduced to fit.
       start: number of the first batch; to resume, the number of updates done.
       workers: processes that decode; 0 decodes in threads of this process.
+      masks: positions int64 [b] in the stream -> masks bool [b, crops, N]; drawn where the images are decoded.
       on_bad: called in this process with (row, name) each time a bad image is met; by default, each is logged once.
 
     Yields:
       "image" uint8 [b, canvas, canvas, 3], the picture at the top left and zeros around it; "size" int32 [b, 2], its
-      height and width; "label" int32 [b], -1 when unknown; "index" int32 [b], the row in the source.
+      height and width; "label" int32 [b], -1 when unknown; "index" int32 [b], the row in the source; "mask" if `masks`.
 
     Raises:
       ValueError: a bad argument (at once), or MAX_SUBSTITUTES bad images in a row (while iterating).
@@ -55,8 +58,14 @@ def train_batches(
     if batch_size % process_count:
         raise ValueError(f"The batch size {batch_size} must be divisible by the number of processes {process_count}.")
     rows = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    blocks = rows.batch(batch_size // process_count, drop_remainder=True)  # Of an endless stream: nothing to drop.
-    batches = blocks[process_index::process_count][start:].map(lambda rows: load(source, rows, canvas))
+    size = batch_size // process_count
+    blocks = rows.batch(size, drop_remainder=True)  # Of an endless stream: nothing to drop.
+
+    def make(block: int, rows: np.ndarray) -> Batch:
+        batch = load(source, rows, canvas)
+        return batch if masks is None else batch | {"mask": masks(block * size + np.arange(size))}
+
+    batches = blocks.map_with_index(make)[process_index::process_count][start:]
     if workers == 0:
         iterator = batches.to_iter_dataset(_read_options(source))
     else:

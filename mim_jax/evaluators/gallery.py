@@ -13,6 +13,7 @@ from mim_jax.data.augment import center_crop, denormalize
 from mim_jax.evaluators import Monitor, pictures
 from mim_jax.methods.base import make_views
 from mim_jax.sharding import everywhere
+from mim_jax.state import TrainState
 
 QUERIES, NEIGHBORS, RECONSTRUCTED = 8, 8, 16
 
@@ -20,6 +21,8 @@ QUERIES, NEIGHBORS, RECONSTRUCTED = 8, 8, 16
 def crop_picture(batch: Mapping[str, np.ndarray], method: Any, data: ml_collections.ConfigDict) -> Image.Image:
     """The first images of a host batch beside all crops that the step makes of them, and the masks on them."""
     rows = {name: column[:6] for name, column in batch.items()}
+    if method.mask and method.mask.on_host:
+        rows["mask"] = method.mask.examples(len(rows["image"]), len(method.crops[0].policies))
     views = jax.jit(lambda rows: everywhere(make_views(method, rows, jax.random.key(0), data)))(rows)
     crops = {group.name: np.asarray(denormalize(views[group.name], data.mean, data.std)) for group in method.crops}
     if "mask" in views:
@@ -29,30 +32,54 @@ def crop_picture(batch: Mapping[str, np.ndarray], method: Any, data: ml_collecti
 
 
 def evaluation_pictures(
-    monitor: Monitor, method: Any, params: Any, class_names: Sequence[str]
+    monitor: Monitor, method: Any, state: TrainState, frozen: Any, class_names: Sequence[str]
 ) -> Iterator[tuple[str, Image.Image]]:
-    """(name, picture) of all that there is to see of an encoder: what the method declares, and its neighbors."""
+    """(name, picture) of all that there is to see of a model: what the method declares, and its neighbors."""
+    params = state.teacher or state.params
     if "reconstruction" in method.pictures:
-        yield "reconstruction", reconstruction_picture(monitor, method, params)
+        yield "reconstruction", reconstruction_picture(monitor, method, state, frozen)
+    if "tokens" in method.pictures:
+        yield "codebook", codebook_picture(monitor, method, state)
     if "attention" in method.pictures:
         yield "attention", attention_picture(monitor, method, params)
     yield "neighbors", neighbor_picture(monitor, params, class_names)
 
 
-def reconstruction_picture(monitor: Monitor, method: Any, params: Any) -> Image.Image:
+def reconstruction_picture(monitor: Monitor, method: Any, state: TrainState, frozen: Any) -> Image.Image:
     """Held-out images, what the masks leave of them, and what the model makes of that; the same images and masks always."""
     rows = {name: column[:RECONSTRUCTED] for name, column in monitor.test.items()}
+    masks = {"mask": method.mask.examples(len(rows["image"]), 1)} if method.mask else {}
+    group = monitor.crops
 
     @jax.jit
-    def reconstruct(params: Any, image: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        picture = center_crop(image, size, monitor.crops.size, monitor.fraction, monitor.mean, monitor.std)[:, None]
-        mask = method.masks[0].draw(jax.random.key(0), jnp.arange(len(image)), 1)
-        painted = method.reconstruction(params, {"global": picture, "mask": mask})
-        images, painted = (denormalize(x, monitor.mean, monitor.std)[:, 0] for x in (picture, painted))
-        return everywhere((images, painted, mask[:, 0]))
+    def reconstruct(params: Any, extra: Any, frozen: Any, image: jax.Array, size: jax.Array) -> dict[str, jax.Array]:
+        picture = center_crop(image, size, group.size, monitor.fraction, monitor.mean, monitor.std)[:, None]
+        views = {"global": picture, **masks}
+        if group.target:
+            views["target"] = center_crop(image, size, group.target.size, monitor.fraction, (0,) * 3, (1,) * 3)[:, None]
+        painted = {"image": picture} | method.reconstruction(params, extra, frozen, views)
+        return everywhere({name: denormalize(x, monitor.mean, monitor.std)[:, 0] for name, x in painted.items()})
 
-    images, painted, mask = jax.device_get(reconstruct(params, rows["image"], rows["size"]))
-    return pictures.reconstructions(images, painted, mask)
+    painted = jax.device_get(reconstruct(state.params, state.extra, frozen, rows["image"], rows["size"]))
+    shown = {"image": painted.pop("image")}
+    if masks:
+        shown["masked"] = pictures.darkened(shown["image"], masks["mask"][:, 0])
+    return pictures.reconstructions(shown | painted)
+
+
+def codebook_picture(monitor: Monitor, method: Any, state: TrainState) -> Image.Image:
+    """How often a tokenizer uses each of its codes for the held-out images."""
+
+    @jax.jit
+    def counts(params: Any, extra: Any, image: jax.Array, size: jax.Array) -> jax.Array:
+        picture = center_crop(image, size, monitor.crops.size, monitor.fraction, monitor.mean, monitor.std)
+        return everywhere(jnp.bincount(method.tokens(params, extra, picture).reshape(-1), length=method.codes))
+
+    step, total = monitor.batch_size, np.zeros(method.codes, int)
+    for start in range(0, len(monitor.test["image"]), step):
+        rows = (monitor.test[name][start : start + step] for name in ("image", "size"))
+        total += np.asarray(counts(state.params, state.extra, *rows))
+    return pictures.usage(total)
 
 
 def attention_picture(monitor: Monitor, method: Any, params: Any) -> Image.Image:

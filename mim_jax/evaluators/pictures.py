@@ -125,19 +125,28 @@ def darkened(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.where(masked_pixels(mask, images.shape[-2])[..., None], np.uint8(HIDDEN), images)
 
 
-def reconstructions(images: np.ndarray, painted: np.ndarray, mask: np.ndarray, side: int = TILE) -> Image.Image:
-    """Two images a row, each as four pictures: itself, what its mask leaves, with the hidden patches painted in, and all
-    that the model paints.
-
-    Args:
-        images, painted: uint8 [B, H, H, 3].
-        mask: bool [B, N].
-    """
-    pasted = np.where(masked_pixels(mask, images.shape[1])[..., None], painted, images)
-    four = [[enlarge(one, side) for one in tiles] for tiles in zip(images, darkened(images, mask), pasted, painted)]
-    rows = [[*four[i], None, *(four[i + 1] if i + 1 < len(four) else ())] for i in range(0, len(four), 2)]
-    names = ["image", "masked", "painted in", "all painted"]
+def reconstructions(columns: Mapping[str, np.ndarray], side: int = TILE) -> Image.Image:
+    """Two images a row, each as several pictures side by side: by heading, uint8 [B, H, W, 3]."""
+    names = list(columns)
+    each = [[enlarge(one, side) for one in tiles] for tiles in zip(*columns.values(), strict=True)]
+    rows = [[*each[i], None, *(each[i + 1] if i + 1 < len(each) else ())] for i in range(0, len(each), 2)]
     return table(rows, headings=[*names, "", *names][: max(map(len, rows))])
+
+
+def usage(counts: np.ndarray, height: int = 160) -> Image.Image:
+    """How often each code of a codebook is used, int [K], as bars from the most used on; the line is where all are equal."""
+    share = np.sort(counts)[::-1] / max(counts.sum(), 1)
+    some = share[share > 0]
+    perplexity = np.exp(-np.sum(some * np.log(some)))
+    width = max(1, round(768 / len(share)))
+    top = max(share[0], 2 / len(share))
+    bars = np.full((height, len(share) * width, 3), PAPER, np.uint8)
+    filled = np.round(share / top * height).astype(int).repeat(width)
+    rows = np.arange(height, 0, -1)[:, None]
+    bars[rows <= filled] = colorize(np.array(0.45))
+    bars[height - round(height / len(share) / top)] = FAINT
+    words = f"{len(some)} of {len(share)} codes used, perplexity {perplexity:.0f}"
+    return table([[Image.fromarray(bars)]], [[words]])
 
 
 def attention_threshold(attention: np.ndarray, keep: float = 0.6) -> np.ndarray:

@@ -7,18 +7,22 @@ sharding, checkpoints, logging and evaluation are shared, and none of them knows
 only sharded axis:
 
     global [B, G, H, W, C] float, local [B, L, h, w, C] float, label [B] int32, index [B] int32,
-    mask [B, G, N] bool, True where masked, patches of the global crops row-major
+    mask [B, G, N] bool, True where masked, patches of the global crops row-major,
+    target [B, G, H', W', C] float in 0..1, the same crops as a tokenizer or teacher is to see them
 """
 
 import importlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import ml_collections
 
+from mim_jax.config import load_config
 from mim_jax.data.augment import Crops, augment
-from mim_jax.masking import RandomMask
+from mim_jax.masking import Mask
 from mim_jax.optim import Schedule
 
 Params = dict[str, Any]  # part name -> pytree
@@ -30,8 +34,8 @@ class Method(Protocol):
         """The crops that the device makes of each image. Fixes every static shape."""
 
     @property
-    def masks(self) -> tuple[RandomMask, ...]:
-        """The masks of the global crops that the device draws; () for a method without."""
+    def mask(self) -> Mask | None:
+        """How the patches of the global crops are masked; None for a method without."""
 
     @property
     def teacher_parts(self) -> tuple[str, ...]:
@@ -48,8 +52,9 @@ class Method(Protocol):
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         """(params, extra): trained parameters by part, and the state that gets no gradient (centre, queue; or {})."""
 
-    def frozen(self) -> Params:
-        """Parameters of a fixed target network: loaded once, never trained, never saved; {} for most."""
+    def frozen(self, key: jax.Array) -> Params:
+        """The fixed network that makes the targets, as that part of its own run's state which it needs, under the state's
+        names (`{"params": ..., "extra": ...}`); {} for most. Here are first values: `mim_jax.target` loads learned ones."""
 
     def loss(
         self, params: Params, teacher: Params, frozen: Params, extra: Params, views: Params, key: jax.Array, step: jax.Array
@@ -66,8 +71,8 @@ class Method(Protocol):
     def attention(self, params: Params, images: jax.Array) -> jax.Array:
         """What the CLS token of the last block attends to: [B, heads, N] over the patches, row-major."""
 
-    def reconstruction(self, params: Params, views: Params) -> jax.Array:
-        """The global crops as the model paints them, visible patches too: normalised pixels [B, G, H, W, C]."""
+    def reconstruction(self, params: Params, extra: Params, frozen: Params, views: Params) -> dict[str, jax.Array]:
+        """What the model paints of the global crops, under captions: normalised pixels, [B, G, H, W, C] each."""
 
 
 AUGMENT, LOSS, MASK = range(3)  # streams of randomness; each is a function of (seed, step, stream) and the example's index
@@ -76,9 +81,9 @@ AUGMENT, LOSS, MASK = range(3)  # streams of randomness; each is a function of (
 def make_views(method: Any, batch: Params, key: jax.Array, data: ml_collections.ConfigDict) -> Params:
     """A host batch -> the views that `method` declares. `data`: the config's section. See `augment` for the batch."""
     views = augment(batch, method.crops, jax.random.fold_in(key, AUGMENT), data.mean, data.std)
-    for mask in method.masks:
+    if method.mask and not method.mask.on_host:
         crops = len(method.crops[0].policies)
-        views["mask"] = mask.draw(jax.random.fold_in(key, MASK), batch["index"], crops)
+        views["mask"] = method.mask.draw(jax.random.fold_in(key, MASK), batch["index"], crops)
     return views
 
 
@@ -91,3 +96,11 @@ def make_method(config: ml_collections.ConfigDict) -> Any:
             raise
         raise ValueError(f"config.method is {config.method!r}, but there is no mim_jax/methods/{config.method}.py") from None
     return module.make(config)
+
+
+def target_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The config of the network that `config.target` names: what its run had, where there is one, else its file's."""
+    saved = Path(config.target.workdir or "") / "config.json"
+    if config.target.workdir and saved.is_file():
+        return ml_collections.ConfigDict(json.loads(saved.read_text())).lock()
+    return load_config(config.target.config)

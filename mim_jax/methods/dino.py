@@ -14,7 +14,7 @@ import ml_collections
 
 from mim_jax import health, losses, optim
 from mim_jax.data.augment import Crops, Policy
-from mim_jax.masking import RandomMask
+from mim_jax.masking import Mask
 from mim_jax.methods.base import Params
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.vit import ViT, features, last_attention
@@ -28,7 +28,7 @@ class Dino:
     schedules: Mapping[str, optim.Schedule]
     student_temp: float
     center_momentum: float
-    masks: tuple[RandomMask, ...] = ()
+    mask: Mask | None = None
     teacher_parts: tuple[str, ...] = ("backbone", "head")
     pictures: tuple[str, ...] = ("attention",)
 
@@ -45,7 +45,7 @@ class Dino:
         center = jnp.zeros((1, self.head.out_dim), params["head"]["last_layer"]["weight_v"].dtype)
         return params, {"center": center, "student_stats": stats, "teacher_stats": jax.tree.map(jnp.copy, stats)}
 
-    def frozen(self) -> Params:
+    def frozen(self, key: jax.Array) -> Params:
         return {}
 
     def loss(self, params, teacher, frozen, extra, views, key, step):

@@ -17,7 +17,7 @@ from mim_jax.data.augment import FLIP, Crops
 from mim_jax.masking import RandomMask
 from mim_jax.methods.base import Params
 from mim_jax.models.decoders import MaeDecoder
-from mim_jax.models.layers import patchify, unpatchify
+from mim_jax.models.layers import painted_in, patchify, unpatchify
 from mim_jax.models.vit import ViT, features, last_attention
 
 
@@ -26,7 +26,7 @@ class Mae:
     backbone: ViT
     decoder: MaeDecoder
     crops: tuple[Crops, ...]
-    masks: tuple[RandomMask, ...]
+    mask: RandomMask
     norm_pix_loss: bool
     schedules: Mapping[str, optim.Schedule] = dataclasses.field(default_factory=dict)
     fixed: str = r"pos_embed$"
@@ -41,7 +41,7 @@ class Mae:
         decoder = self.decoder.init(decoder_key, **out[0], mask=mask)
         return {"backbone": backbone["params"], "decoder": decoder["params"]}, {}
 
-    def frozen(self) -> Params:
+    def frozen(self, key: jax.Array) -> Params:
         return {}
 
     def loss(self, params, teacher, frozen, extra, views, key, step):
@@ -52,7 +52,7 @@ class Mae:
 
     def predict(self, params: Params, views: Params, key: jax.Array | None = None) -> jax.Array:
         """All patches as the decoder sees them, [B, G, N, p * p * C]; `key` is for stochastic depth."""
-        encode = functools.partial(self.backbone.apply, masks=[views["mask"]], visible=self.masks[0].visible)
+        encode = functools.partial(self.backbone.apply, masks=[views["mask"]], visible=self.mask.visible)
         rngs, train = ({}, False) if key is None else ({"drop_path": key}, True)
         out = encode({"params": params["backbone"]}, [views["global"]], train=train, rngs=rngs)[0]
         return self.decoder.apply({"params": params["decoder"]}, **out, mask=views["mask"])
@@ -63,12 +63,13 @@ class Mae:
     def attention(self, params: Params, images: jax.Array) -> jax.Array:
         return last_attention(self.backbone, params["backbone"], images)[:, :, 0, 1:]
 
-    def reconstruction(self, params: Params, views: Params) -> jax.Array:
+    def reconstruction(self, params: Params, extra: Params, frozen: Params, views: Params) -> dict[str, jax.Array]:
         patches = self.predict(params, views)
         if self.norm_pix_loss:  # the prediction says nothing of a patch's mean and contrast: they are the image's own
             _, mean, std = losses.normalized_patches(patchify(views["global"], self.backbone.patch_size))
             patches = patches * std + mean
-        return unpatchify(patches, self.backbone.patch_size)
+        painted = unpatchify(patches, self.backbone.patch_size)
+        return {"painted in": painted_in(views["global"], painted, views["mask"]), "all painted": painted}
 
 
 def make(config: ml_collections.ConfigDict) -> Mae:
@@ -95,6 +96,6 @@ def make(config: ml_collections.ConfigDict) -> Mae:
         decoder=MaeDecoder(m.patch_size**2 * 3, grid, **config.decoder, mlp_ratio=m.mlp_ratio, unroll=m.unroll, dtype=dtype),
         crops=(Crops("global", m.img_size, tuple(c.global_crops_scale), (FLIP,) * c.global_crops_number),),
         # truncated, in floating point, as the official code does
-        masks=(RandomMask(grid, grid**2 - int(grid**2 * (1 - config.mask.ratio))),),
+        mask=RandomMask(grid, grid**2 - int(grid**2 * (1 - config.mask.ratio))),
         norm_pix_loss=config.loss.norm_pix_loss,
     )

@@ -17,7 +17,7 @@ from mim_jax.data.augment import FLIP, Crops
 from mim_jax.masking import RandomMask
 from mim_jax.methods.base import Params
 from mim_jax.models.decoders import PixelHead
-from mim_jax.models.layers import patchify, unpatchify
+from mim_jax.models.layers import painted_in, patchify, unpatchify
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT, features, last_attention, rescale_residual
 
@@ -27,7 +27,7 @@ class SimMim:
     backbone: ViT | Swin
     decoder: PixelHead
     crops: tuple[Crops, ...]
-    masks: tuple[RandomMask, ...]
+    mask: RandomMask
     norm_target_window: int
     pictures: tuple[str, ...]
     schedules: Mapping[str, optim.Schedule] = dataclasses.field(default_factory=dict)
@@ -43,7 +43,7 @@ class SimMim:
             backbone = backbone | {"blocks": rescale_residual(backbone["blocks"])}
         return {"backbone": backbone, "decoder": self.decoder.init(decoder_key, out[0]["patch"])["params"]}, {}
 
-    def frozen(self) -> Params:
+    def frozen(self, key: jax.Array) -> Params:
         return {}
 
     def loss(self, params, teacher, frozen, extra, views, key, step):
@@ -70,9 +70,10 @@ class SimMim:
     def attention(self, params: Params, images: jax.Array) -> jax.Array:
         return last_attention(self.backbone, params["backbone"], images)[:, :, 0, 1:]
 
-    def reconstruction(self, params: Params, views: Params) -> jax.Array:
+    def reconstruction(self, params: Params, extra: Params, frozen: Params, views: Params) -> dict[str, jax.Array]:
         _, mean, std = self.target(views["global"])
-        return self.predict(params, views) * std + mean
+        painted = self.predict(params, views) * std + mean
+        return {"painted in": painted_in(views["global"], painted, views["mask"]), "all painted": painted}
 
 
 def make(config: ml_collections.ConfigDict) -> SimMim:
@@ -115,7 +116,7 @@ def make(config: ml_collections.ConfigDict) -> SimMim:
         backbone=backbone,
         decoder=PixelHead(backbone.stride**2 * 3, dtype),
         crops=(Crops("global", size, scale, (FLIP,) * number, interpolation="bilinear"),),
-        masks=(RandomMask(grid, math.ceil(grid**2 * config.mask.ratio), square // m.patch_size),),
+        mask=RandomMask(grid, math.ceil(grid**2 * config.mask.ratio), square // m.patch_size),
         norm_target_window=window,
         pictures=("reconstruction", "attention") if m.arch == "vit" else ("reconstruction",),
     )

@@ -71,6 +71,14 @@ def unpatchify(patches: jax.Array, size: int) -> jax.Array:
     return images.reshape(*batch, side * size, side * size, -1)
 
 
+def painted_in(images: jax.Array, painted: jax.Array, mask: jax.Array) -> jax.Array:
+    """Images [..., H, H, C] with the masked patches, bool [..., N], taken from other ones of the same shape."""
+    grid = round(mask.shape[-1] ** 0.5)
+    squares = mask.reshape(*mask.shape[:-1], grid, grid)
+    pixels = jnp.repeat(jnp.repeat(squares, images.shape[-3] // grid, -2), images.shape[-2] // grid, -1)
+    return jnp.where(pixels[..., None], painted, images)
+
+
 def layer_norm(dtype: Any, name: str | None = None, eps: float = 1e-6) -> nn.LayerNorm:
     """Layer normalisation, by default with the ViTs' eps, statistics in float32 at least; the output has `dtype`."""
     return nn.LayerNorm(eps, dtype=dtype, param_dtype=param_dtype(dtype), use_fast_variance=False, name=name)

@@ -1,0 +1,41 @@
+"""Masks of blocks, which the host draws: the official generators draw for draw, and what is promised of a stream's masks."""
+
+import random
+
+import numpy as np
+import pytest
+
+from mim_jax.masking import BlockMask
+
+
+@pytest.mark.parametrize("name, grid, count, exact", [
+    ("beit_14x14_75", 14, 75, False),
+    ("beit2_14x14_75", 14, 75, True),
+    ("eva_16x16_105", 16, 105, False),
+])  # fmt: skip
+def test_masks_are_the_official_ones_after_the_same_seed(golden, name, grid, count, exact):
+    arrays, _ = golden("mask_generators")
+    mask, rng, fill = BlockMask(grid, count, exact=exact), random.Random(0), np.random.RandomState(0)
+    drawn = np.stack([mask.one(rng, fill) for _ in range(1000)]).reshape(1000, grid, grid)
+    np.testing.assert_array_equal(drawn[:5], arrays[f"{name}/first5_masks"])
+    np.testing.assert_array_equal(drawn.sum((1, 2)), arrays[f"{name}/counts"])
+    np.testing.assert_allclose(drawn.mean(0), arrays[f"{name}/position_frequency"], atol=1e-12)
+
+
+@pytest.mark.parametrize("grid, count, smallest, exact", [(8, 26, 4, False), (8, 26, 4, True), (4, 15, 16, True)])
+def test_masks_of_a_stream(grid, count, smallest, exact):
+    mask = BlockMask(grid, count, smallest, exact)
+    drawn = mask.draw(7, np.arange(200), 2)
+    assert drawn.shape == (200, 2, grid**2) and drawn.dtype == bool
+    counts = drawn.sum(-1)
+    assert counts.max() == count and (counts.min() == count if exact else counts.min() > 0)
+    np.testing.assert_array_equal(mask.draw(7, np.array([3, 150]), 2), drawn[[3, 150]])  # whatever else is drawn
+    others = mask.draw(8, np.arange(200), 2)
+    different = [np.any(a != b, -1).mean() for a, b in ((drawn, others), (drawn[:, 0], drawn[:, 1]), (drawn[1:], drawn[:-1]))]
+    assert min(different) > 0.9
+
+
+@pytest.mark.parametrize("count", [0, 16])
+def test_masks_of_nothing_or_all_are_refused(count):
+    with pytest.raises(ValueError, match=f"mask.count={count} of 16"):
+        BlockMask(4, count)
