@@ -11,6 +11,7 @@ the layout changes. The two directions read the same table, so a round trip is e
 
 import importlib
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from mim_jax.convert.table import Dim
 from mim_jax.models.positions import relative_position_index
 
+CHUNK = re.compile(r"\bblocks\.\d+\.(?=\d+\.)")
 BUFFERS = (".relative_position_index", ".attn_mask")
 
 
@@ -34,12 +36,14 @@ def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
     """{official state-dict key: array} -> parameters by part, as `method.init` lays them out.
 
     Families: "dino" (a backbone alone comes without a prefix in its keys, a full model with `backbone.` and `head.`),
+    "ibot" (the same, the head's last layer shared or not), "dinov2" (a backbone without a prefix, a full model with
+    `backbone.`, `dino_head.` and `ibot_head.`; of `blocks.<chunk>.<block>`, as its trainer writes, the chunk is dropped),
     "mae" (encoder, with or without decoder, or with a classifier), "simmim" (ViT or Swin, with or without decoder), "dalle"
     (the dVAE's encoder or decoder, or both with `encoder.` and `decoder.` before their keys) and "dvae" (BEiT's small
     discrete VAE). A leading `module.` and buffers that follow from the model's shape are dropped. Raises ValueError that
     names every tensor which is missing, unexpected or misshapen.
     """
-    arrays = {key.removeprefix("module."): np.asarray(value) for key, value in arrays.items()}
+    arrays = {CHUNK.sub("blocks.", key.removeprefix("module.")): np.asarray(value) for key, value in arrays.items()}
     arrays = {key: value for key, value in arrays.items() if not key.endswith(BUFFERS)}
     problems: list[str] = []
     sizes: dict[str, int] = {}

@@ -1,6 +1,6 @@
 """The rows of a converter's table."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ class Layout(NamedTuple):
 
 SAME = Layout(lambda a: a, lambda a: a)
 TRANSPOSED = Layout(lambda a: a.T, lambda a: a.T)  # linear: (out, in) <-> (in, out)
+ROW = Layout(lambda a: a[None], lambda a: a[0])  # a token that has two axes there: (1, D) <-> (1, 1, D)
 CONV = Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))  # (O, I, h, w) <-> (h, w, I, O)
 
 Dim = int | str  # a size, a symbol, or "<factor>*<factor>*...*<symbol>"
@@ -38,6 +39,21 @@ class Row(NamedTuple):
 def under(part: str, rows: Iterable[Row]) -> list[Row]:
     """The rows with `part/` before their paths."""
     return [row._replace(path=f"{part}/{row.path}") for row in rows]
+
+
+def parts(tables: Mapping[str, Iterable[Row]], prefixed: bool) -> list[Row]:
+    """The rows of a model's parts under their paths, the keys of each with `<part>.` before them if `prefixed`.
+
+    Batch norm's running figures are no parameters: they become a part `batch_stats`.
+    """
+    return [
+        row._replace(
+            key=f"{part}.{row.key}" if prefixed else row.key,
+            path=row.path if row.path.startswith("batch_stats/") else f"{part}/{row.path}",
+        )
+        for part, rows in tables.items()
+        for row in rows
+    ]
 
 
 def block_rows(blocks: str = "blocks", dim: str = "D", mlp: str = "MLP") -> tuple[Row, ...]:

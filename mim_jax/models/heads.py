@@ -1,6 +1,7 @@
 """The projection heads that the losses see."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -65,6 +66,9 @@ class DinoHead(nn.Module):
 
     Source: DINO (Caron et al. 2021), appendix C. `nlayers=1` is a single linear layer; `use_bn` puts batch
     normalisation (collection `batch_stats`) before each GELU. Logits are float32 (float64 where `dtype` is).
+
+    iBOT (Zhou et al. 2021, section 3.2) sends patches through the same head: give them beside CLS, and the logits of both
+    come back. With a `patch_out_dim` they have a last layer of their own, `last_layer2`, of so many prototypes.
     """
 
     out_dim: int
@@ -73,21 +77,36 @@ class DinoHead(nn.Module):
     nlayers: int = 3
     use_bn: bool = False
     norm_last_layer: bool = True
+    patch_out_dim: int = 0
     init_std: float = 0.02
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        shape = x.shape[:-1]
+    def __call__(
+        self, cls: jax.Array, patch: jax.Array | None = None, train: bool = False
+    ) -> jax.Array | tuple[jax.Array, jax.Array]:
+        """cls [..., D] -> [..., out_dim]. With patch [B, M, D], cls is [B, n, D]: a pair, the second [B, M, out_dim] (or
+        `patch_out_dim`)."""
+        # side by side along the axis that is not sharded
+        x = cls if patch is None else jnp.concatenate([cls, patch], axis=1)
+        shape, dtype = x.shape[:-1], param_dtype(self.dtype)
         x = x.reshape(-1, x.shape[-1])
         linear = functools.partial(dense, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std))
         for i in range(self.nlayers - 1):
             x = linear(self.hidden_dim, name=f"mlp_{i}")(x)
             x = gelu(BatchNorm(name=f"bn_{i}")(x, train).astype(self.dtype) if self.use_bn else x)
-        x = linear(self.bottleneck_dim, name=f"mlp_{self.nlayers - 1}")(x).astype(param_dtype(self.dtype))
-        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-        x = WeightNormDense(self.out_dim, not self.norm_last_layer, self.dtype, name="last_layer")(x)
-        return pin_batch(x.astype(param_dtype(self.dtype)).reshape(*shape, self.out_dim))
+        x = linear(self.bottleneck_dim, name=f"mlp_{self.nlayers - 1}")(x).astype(dtype)
+        x = (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)).reshape(*shape, -1)
+
+        def prototypes(number: int, name: str) -> Callable[[jax.Array], jax.Array]:
+            layer = WeightNormDense(number, not self.norm_last_layer, self.dtype, name=name)
+            return lambda x: pin_batch(layer(x.reshape(-1, x.shape[-1])).astype(dtype).reshape(*x.shape[:-1], number))
+
+        last_layer = prototypes(self.out_dim, "last_layer")
+        if patch is None:
+            return last_layer(x)
+        last_layer2 = prototypes(self.patch_out_dim, "last_layer2") if self.patch_out_dim else last_layer
+        return last_layer(x[:, : cls.shape[1]]), last_layer2(x[:, cls.shape[1] :])
 
 
 class Classifier(nn.Module):
