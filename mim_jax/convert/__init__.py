@@ -19,7 +19,10 @@ import numpy as np
 from mim_jax.convert.table import Dim
 from mim_jax.models.positions import relative_position_index
 
-BUFFERS = (".relative_position_index", ".attn_mask")
+BUFFERS = (
+    *(".relative_position_index", ".attn_mask"),
+    *(f"quantize.embedding.{name}" for name in ("cluster_size", "embed_avg", "initted")),
+)
 
 
 def family_module(family: str) -> Any:
@@ -34,10 +37,11 @@ def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
     """{official state-dict key: array} -> parameters by part, as `method.init` lays them out.
 
     Families: "dino" (a backbone alone comes without a prefix in its keys, a full model with `backbone.` and `head.`),
-    "mae" (encoder, with or without decoder, or with a classifier), "simmim" (ViT or Swin, with or without decoder), "dalle"
-    (the dVAE's encoder or decoder, or both with `encoder.` and `decoder.` before their keys) and "dvae" (BEiT's small
-    discrete VAE). A leading `module.` and buffers that follow from the model's shape are dropped. Raises ValueError that
-    names every tensor which is missing, unexpected or misshapen.
+    "mae" (encoder, with or without decoder, or with a classifier), "simmim" (ViT or Swin, with or without decoder), "beit"
+    (BEiT and BEiT v2, or with a classifier), "vqkd" (BEiT v2's tokenizer), "dalle" (the dVAE's encoder or decoder, or both
+    with `encoder.` and `decoder.` before their keys) and "dvae" (BEiT's small discrete VAE). A leading `module.` and buffers
+    that follow from the model's shape are dropped. Raises ValueError that names every tensor which is missing, unexpected or
+    misshapen.
     """
     arrays = {key.removeprefix("module."): np.asarray(value) for key, value in arrays.items()}
     arrays = {key: value for key, value in arrays.items() if not key.endswith(BUFFERS)}
@@ -83,7 +87,7 @@ def buffers(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     out = {}
     for key, table in arrays.items():
         if key.endswith("relative_position_bias_table"):
-            cls = key.endswith("rel_pos_bias.relative_position_bias_table")
+            cls = math.isqrt(len(table)) ** 2 != len(table)  # a square grid's alone, or three rows more
             side = (round((len(table) - 3 * cls) ** 0.5) + 1) // 2
             index = relative_position_index(side, side, cls)
             out[key.replace("bias_table", "index")] = index

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.layers import TORCH_UNIFORM, dense, gelu, layer_norm, param_dtype
+from mim_jax.models.layers import TORCH_UNIFORM, Initializer, dense, gelu, layer_norm, param_dtype
 from mim_jax.sharding import pin_batch
 
 
@@ -88,6 +88,19 @@ class DinoHead(nn.Module):
         x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
         x = WeightNormDense(self.out_dim, not self.norm_last_layer, self.dtype, name="last_layer")(x)
         return pin_batch(x.astype(param_dtype(self.dtype)).reshape(*shape, self.out_dim))
+
+
+class TokenHead(nn.Module):
+    """A linear map from tokens to scores over a vocabulary, [..., D] -> [..., vocab_size], float32 at least (BEiT)."""
+
+    vocab_size: int
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        logits = dense(self.vocab_size, self.dtype, self.kernel_init, name="linear")(x.reshape(-1, x.shape[-1]))
+        return pin_batch(logits.astype(param_dtype(self.dtype)).reshape(*x.shape[:-1], self.vocab_size))
 
 
 class Classifier(nn.Module):
