@@ -22,6 +22,26 @@ SMALLER = {
     },
     "mae": VIT | {"model.patch_size": 4, "decoder.dim": 16, "decoder.depth": 2, "decoder.heads": 2},
     "simmim": VIT | {"model.patch_size": 4, "model.drop_path_rate": 0.1},
+    "vqkd": VIT
+    | {
+        "target.config": "tests/tiny.py:dino",
+        "target.workdir": None,
+        "model.patch_size": 4,
+        "quantizer.codes": 16,
+        "quantizer.dim": 4,
+    },
+    "beit2": VIT
+    | {
+        "target.config": "tests/tiny.py:vqkd",
+        "target.workdir": None,
+        "model.patch_size": 4,
+        "model.early_layers": 1,
+        "model.drop_path_rate": 0.1,
+        "head.vocab_size": 16,
+        "crops.target_size": 16,
+        "mask.count": 6,
+        "mask.smallest": 2,
+    },
     "simmim_swin": {"model.dim": 8, "model.heads": (2, 4), "model.window": 2, "model.drop_path_rate": 0.1},
 }
 

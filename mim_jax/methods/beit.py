@@ -29,10 +29,10 @@ class Beit:
     tokenizer: Any  # see `base.Tokenizer`
     mean: tuple[float, ...]  # of the global crops, for what is painted
     std: tuple[float, ...]
+    pictures: tuple[str, ...]
     schedules: Mapping[str, optim.Schedule] = dataclasses.field(default_factory=dict)
     fixed: str = ""
     teacher_parts: tuple[str, ...] = ()
-    pictures: tuple[str, ...] = ("reconstruction", "attention")
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         backbone_key, head_key = jax.random.split(key)
@@ -146,4 +146,5 @@ def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
         tokenizer=tokenizer,
         mean=tuple(config.data.mean),
         std=tuple(config.data.std),
+        pictures=("reconstruction", "attention") if "reconstruction" in tokenizer.pictures else ("attention",),
     )
