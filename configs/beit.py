@@ -82,7 +82,7 @@ def demo(config):
     on_cifar10(config)
     config.total_steps, config.data.batch_size = 1500, 64
     config.target.update(config="configs/vqvae.py:demo", workdir="runs/vqvae")
-    config.model.update(patch_size=4, dim=96, depth=4, heads=3, unroll=4, init_std=0.12)
+    config.model.update(patch_size=4, dim=96, depth=4, heads=3, drop_path_rate=0.0, unroll=4, init_std=0.12)
     config.head.vocab_size = 512
     config.crops.update(global_crops_scale=(0.2, 1.0), target_size=32)
     config.mask.update(count=26, smallest=4)

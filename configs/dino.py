@@ -94,7 +94,7 @@ def vitb8(config):
 def demo(config):
     on_cifar10(config)
     config.total_steps, config.data.batch_size = 3500, 64
-    config.model.update(depth=3, unroll=3)
+    config.model.update(patch_size=8, dim=96, depth=3, heads=3, drop_path_rate=0.0, unroll=3)
     config.model.init_std = 0.1  # about 1 / sqrt(dim): with 0.02 so narrow a network learns more slowly
     config.head.update(out_dim=1024, hidden_dim=256, bottleneck_dim=64, norm_last_layer=True)
     small_crops(config)

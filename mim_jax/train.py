@@ -245,7 +245,7 @@ class Loop:
         figures = metrics.latest(self.workdir)
         judged = {tag: value for tag, value in figures.items() if tag.split("/")[0] in ("health", "train", "eval")}
         prototypes = self.config.get("head", {}).get("out_dim")
-        verdict = health.verdict(judged, prototypes, step / self.total)
+        verdict = health.verdict(judged, prototypes, step / self.total, getattr(self.method, "codes", None))
         sizes = f"bank of {len(self.monitor.bank['image']):,}, {len(self.monitor.test['image']):,} held-out images"
         facts = {
             "data": self.source.description,

@@ -23,9 +23,13 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     # of the first absolute errors a quarter is noise that nobody can learn in so few steps
     "simmim": (0.75, {"model.layerscale": 1.0, "optim.lr": 0.03}),
     "simmim_swin": (0.75, {"optim.lr": 0.03}),
+    # 16 codes for noise
+    "vqvae": (0.75, {"optim.lr": 0.01}),
+    "dvae": (0.75, {"optim.lr": 0.01}),
+    # the tokens of an untrained tokenizer are noise
+    "beit": (0.85, {"model.layerscale": 1.0, "optim.lr": 0.01}),
     # features of an untrained teacher
     "vqkd": (0.75, {"optim.lr": 0.01}),
-    # the tokens of an untrained tokenizer are noise, too
     "beit2": (0.85, {"model.layerscale": 1.0, "optim.lr": 0.01}),
 }
 STEPS = 20
@@ -85,6 +89,8 @@ def views(method, batch_size, seed=0):
     colors = 2 * rng.normal(size=(batch_size, 1, 1, 1, 3))
     shapes = {crops.name: (batch_size, len(crops.policies), crops.size, crops.size, 3) for crops in method.crops}
     views = {name: (colors + 0.5 * rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
+    if hasattr(method, "codes"):  # a tokenizer's images are in 0..1
+        views = {name: 1 / (1 + np.exp(-images)) for name, images in views.items()}
     group = method.crops[0]
     if group.target:
         views["target"] = rng.uniform(size=(*shapes["global"][:2], group.target.size, group.target.size, 3)).astype(np.float32)

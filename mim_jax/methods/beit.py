@@ -51,7 +51,7 @@ class Beit:
         places, weight = masked_first(views["mask"], self.mask.count)
         targets = jnp.take_along_axis(self.tokens(frozen, views["target"]), places, axis=-1)
         predictions = self.predict(params, views, places, key)
-        loss = sum(losses.masked_cross_entropy(logits, targets, weight) for logits in predictions)
+        loss = jnp.stack([losses.masked_cross_entropy(logits, targets, weight) for logits in predictions]).sum()
         right = jnp.sum((predictions[0].argmax(-1) == targets) * weight) / jnp.sum(weight)
         counts = jnp.bincount(targets.reshape(-1), weight.reshape(-1).astype(loss.dtype), length=self.head.vocab_size)
         return loss, (extra, {"train/masked_accuracy": right, "train/most_frequent_token": counts.max() / counts.sum()})

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from mim_jax import losses, optim
+from mim_jax import health, losses, optim
 from mim_jax.data.augment import FLIP, Crops, Target
 from mim_jax.masking import Mask
 from mim_jax.methods.base import Params, make_method, target_config
@@ -87,7 +87,8 @@ class VqKd:
             state = jax.lax.cond(step == 0, lambda: self.first_codes(state, z, key), lambda: state)
         quantized, state = self.quantizer(state, z, train=True)
         loss = quantized.loss + losses.cosine_distance(self.rebuild(params, quantized.z), self.target(frozen, views["target"]))
-        return loss, ({"quantizer": state}, {"train/commitment": quantized.loss})
+        figures = health.codebook_figures(state["cluster_size"]) | {"train/commitment": quantized.loss}
+        return loss, ({"quantizer": state}, figures)
 
     def encode(self, params: Params, images: jax.Array) -> jax.Array:
         """Images [B, G, H, W, 3] in 0..1 -> what is quantised, [B, G, N, code]."""
