@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from arrays import prefixed
 from PIL import Image
 
 import mim_jax
@@ -58,6 +59,27 @@ def test_official_weights(config, tmp_path):
     np.savez(tmp_path / "dino.npz", **convert.to_torch(mim_jax.make_method(larger).init(jax.random.key(7))[0], "dino"))
     with pytest.raises(ValueError, match=re.escape("teacher/backbone/pos_embed: (1, 10, 16) -> (1, 5, 16)")):
         load_frozen(method, config)
+
+
+def test_dalles_tokenizer_from_its_published_weights(golden, tmp_path):
+    """The tokens of a fixed tokenizer of BEiT are those of the official encoder."""
+    arrays, _ = golden("dvae_dalle")
+    encoder, decoder = (prefixed(arrays, f"w_{part}/") for part in ("enc", "dec"))
+    weights = {f"encoder.{key}": a for key, a in encoder.items()} | {f"decoder.{key}": a for key, a in decoder.items()}
+    np.savez(tmp_path / "dalle.npz", **weights)
+    tokenizer = mim_jax.load_config("configs/dvae.py:dalle")
+    tokenizer.model.update(img_size=32, hidden=8, codes=32, codebook_dim=16, dtype="float32")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/config.json").write_text(tokenizer.to_json_best_effort())
+    config = mim_jax.load_config("tests/tiny.py:beit")
+    config.update_from_flattened_dict({"head.vocab_size": 32, "crops.target_size": 32, "target.family": "dalle"})
+    config.target.update(workdir=str(tmp_path / "tokenizer"), weights=str(tmp_path / "dalle.npz"))
+    method = mim_jax.make_method(config)
+    frozen = load_frozen(method, config)
+    images = np.moveaxis(arrays["in/image01"], 1, -1)
+    np.testing.assert_array_equal(method.tokens(frozen, images[:, None]).reshape(2, 4, 4), arrays["out/indices"])
+    painted = method.tokenizer.decode(frozen["params"], {}, arrays["out/indices"].reshape(2, 16))
+    assert painted.shape == (2, 32, 32, 3) and 0 <= painted.min() and painted.max() <= 1
 
 
 def test_what_is_missing_is_named(config, tmp_path):
