@@ -94,7 +94,7 @@ def vitb8(config):
 def demo(config):
     on_cifar10(config)
     config.total_steps, config.data.batch_size = 3500, 64
-    config.model.update(depth=3, unroll=3)
+    config.model.update(patch_size=8, dim=96, depth=3, heads=3, drop_path_rate=0.0, unroll=3)
     config.model.init_std = 0.1  # about 1 / sqrt(dim): with 0.02 so narrow a network learns more slowly
     config.head.update(out_dim=1024, hidden_dim=256, bottleneck_dim=64, norm_last_layer=True)
     small_crops(config)
@@ -106,15 +106,13 @@ def demo(config):
 
 def cifar10(config):
     demo(config)
-    config.total_steps, config.total_epochs = placeholder(int), 200.0
-    config.data.batch_size = 256
-    config.model.update(patch_size=4, dim=192, depth=6, heads=6, drop_path_rate=0.1, init_std=0.07, unroll=1)
-    config.head.update(out_dim=4096, hidden_dim=1024, bottleneck_dim=128)
-    config.crops.local_crops_number = 4
-    config.optim.update(lr=5e-4, min_lr=1e-6, warmup_epochs=10.0, warmup_steps=None, weight_decay_end=0.4)
-    config.optim.update(freeze_last_layer_epochs=1.0, freeze_last_layer_steps=None, momentum_teacher=0.99)
-    config.eval.update(every_epochs=5.0, every_steps=None, bank=50_000, test=10_000)
-    config.checkpoint.update(every_epochs=1.0, every_steps=None)
+    config.total_steps, config.total_epochs = placeholder(int), 36.0
+    config.model.update(dim=128, heads=4, init_std=0.09)
+    config.optim.update(lr=6e-3, warmup_steps=500, weight_decay_end=0.4)
+    config.optim.update(freeze_last_layer_steps=500, momentum_teacher=0.99)
+    config.eval.update(every_steps=2500, test=10_000, img_size=64)
+    config.checkpoint.every_steps = 2500
+    config.log_every_steps = 100
 
 
 def small_crops(config):

@@ -80,7 +80,7 @@ def demo(config):
     on_cifar10(config)
     config.total_steps, config.data.batch_size = 1500, 64
     # as wide as a patch has values; larger first weights, with which so small a network learns faster
-    config.model.update(dim=192, depth=4, heads=6, unroll=4, init_std=0.12)
+    config.model.update(patch_size=8, dim=192, depth=4, heads=6, drop_path_rate=0.0, unroll=4, init_std=0.12)
     config.mask.mask_patch_size = 8
     config.optim.update(schedule="mae", lr_batch_size=256, lr=2e-3, warmup_steps=150)
     config.eval.every_steps = 500

@@ -102,10 +102,10 @@ def skeleton() -> ml_collections.ConfigDict:
 
 
 def on_cifar10(config: ml_collections.ConfigDict) -> None:
-    """Turns a recipe into one for CIFAR-10, a small ViT and a laptop."""
+    """Turns a recipe into one for CIFAR-10 and a laptop."""
     config.total_epochs = None
     config.data.update(name="cifar10", eval_split="test", num_examples=50_000, canvas=32, workers=0)
-    config.model.update(img_size=32, patch_size=8, dim=96, heads=3, drop_path_rate=0.0, dtype="float32")
+    config.model.update(img_size=32, dtype="float32")
     config.eval.update(every_steps=500, bank=5000, test=2000, resize=1.0)
     config.checkpoint.every_steps = 500
     config.log_every_steps = 25

@@ -68,7 +68,8 @@ def step_flops(config: ml_collections.ConfigDict, make: Callable[[ml_collections
     XLA counts the body of a loop once, however often it runs: so the blocks are unrolled first.
     """
     config = config.copy_and_resolve_references()
-    config.model.unroll = 1000
+    if "unroll" in config.model:
+        config.model.unroll = 1000
     method = make(config)
     args = abstract_state(method, config), abstract_frozen(method), abstract_batch(method, config)
     lowered = make_train_step(method, config).lower(*args)

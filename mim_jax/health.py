@@ -22,6 +22,8 @@ SAME_VOTE = 0.05
 # Prototypes in use by a whole batch, below which nearly all images vote for the same. Without centering the same model is
 # below 2 after 20 steps.
 FEW_PROTOTYPES = 3.0
+# Share of a codebook whose use by equal parts says as much as a tokenizer's use of all of it.
+FEW_CODES = 0.05
 # Share of ln K from which votes that are all the same are called uniform.
 UNIFORM = 0.95
 # Features of unit length whose spread is below this share of the possible one are equal for all practical purposes.
@@ -67,6 +69,18 @@ def vote_figures(teacher: jax.Array, student_log: jax.Array, center: jax.Array |
     return figures
 
 
+def codebook_figures(counts: jax.Array) -> dict[str, jax.Array]:
+    """How a tokenizer uses its codes, from how often it used each, [K] (in a batch, or on a moving average).
+
+    Returns:
+        Scalars f32: `health/codebook_perplexity` (exp of the entropy of their shares: K when all are used alike) and
+        `health/codebook_usage` (the share of codes in use: of those with more than a hundredth of an equal share).
+    """
+    share = counts.astype(jnp.float32) / jnp.maximum(counts.sum(), 1e-12)
+    used = share > 0.01 / len(counts)
+    return {"health/codebook_perplexity": jnp.exp(_entropy(share)), "health/codebook_usage": used.mean()}
+
+
 def rank_me(features: Array, eps: float = 1e-7) -> jax.Array:
     """Effective rank of features [N, D]: exp of the entropy of their singular values, between 1 and min(N, D).
 
@@ -99,7 +113,9 @@ class Verdict:
         return f"{self.status}: {self.sentence}"
 
 
-def verdict(figures: Mapping[str, float | None], num_prototypes: int | None = None, progress: float = 1.0) -> Verdict:
+def verdict(
+    figures: Mapping[str, float | None], num_prototypes: int | None = None, progress: float = 1.0, codes: int | None = None
+) -> Verdict:
     """Judges a run by its latest figures; what is not among them is not judged.
 
     Args:
@@ -107,6 +123,7 @@ def verdict(figures: Mapping[str, float | None], num_prototypes: int | None = No
             `health/feature_std`, `train/loss`, `eval/view_retrieval`, `eval/knn` and their `..._floor_untrained`.
         num_prototypes: K, needed for the entropies.
         progress: share of the run that is done, 0 to 1.
+        codes: of a tokenizer, which is judged by their use and not by its features.
     """
     lost = [tag for tag, value in figures.items() if value is None or not math.isfinite(value)]
     if lost:
@@ -140,6 +157,15 @@ def verdict(figures: Mapping[str, float | None], num_prototypes: int | None = No
                 reason = "all images get the same vote"
             return Verdict("collapsing", f"{votes}: {reason}.")
         signs = [votes, f"KL to the student {known['kl']:.2g} nats", *signs]
+
+    if codes and "codebook_perplexity" in known:
+        told = f"codebook perplexity {known['codebook_perplexity']:.0f} of {codes}"
+        told += f", {known['codebook_usage']:.0%} of the codes in use"
+        if known["codebook_perplexity"] >= FEW_CODES * codes:
+            return Verdict("healthy", f"{', '.join([told, *signs])}.")
+        if progress < EARLY:
+            return Verdict("too early", f"{told}; {progress:.0%} of the run is done.")
+        return Verdict("collapsing", f"{told}: the others stand for nothing.")
 
     compared = []
     for name, what in (("eval/view_retrieval", "view retrieval"), ("eval/knn", "k-NN")):

@@ -74,6 +74,23 @@ def locally_normalized(images: jax.Array, window: int, eps: float = 1e-6) -> tup
     return (images - mean) / std, mean, std
 
 
+def masked_cross_entropy(logits: jax.Array, targets: jax.Array, weight: jax.Array) -> jax.Array:
+    """The mean cross-entropy of the positions whose `weight` is True: logits [..., K], targets int and weight [...].
+
+    The mean is over all masked patches of the batch, so an image with more of them weighs more (BEiT, equation 2).
+    """
+    log_probs = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    return -jnp.sum(picked * weight) / jnp.sum(weight)
+
+
+def cosine_distance(pred: jax.Array, target: jax.Array, eps: float = 1e-12) -> jax.Array:
+    """1 less the mean cosine of vectors [..., D] (BEiT v2, equation 2)."""
+    products = jnp.sum(pred * target, axis=-1)
+    lengths = [jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1), eps**2)) for x in (pred, target)]
+    return 1 - jnp.mean(products / (lengths[0] * lengths[1]))
+
+
 def commitment_loss(z: jax.Array, codes: jax.Array) -> jax.Array:
     """The mean squared distance of vectors to their codes, both [..., D]; z alone gets gradient (VQ-VAE, equation 3)."""
     return jnp.mean((z - jax.lax.stop_gradient(codes)) ** 2)

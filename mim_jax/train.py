@@ -7,6 +7,7 @@ killed and resumed tells each step once, and loses none.
 import dataclasses
 import functools
 import signal
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,15 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
     Raises what its parts raise: FileNotFoundError for data, ValueError for a config or a checkpoint that does not fit,
     OSError for a disk, NotFinite for a run that has blown up. None of them harms a checkpoint.
 
-    Where the method's targets come from a network of `config.target.workdir` that is not learned yet, that run comes first
-    (and is what is returned if it is told to stop).
+    Where the method's targets come from a network of `config.target.workdir` that is not learned yet, that run comes first,
+    on the same images (and its state is what is returned if it is told to stop).
     """
     if not is_learned(config):
-        first, where = target_config(config), config.target.workdir
+        first, where = target_config(config).unlock(), config.target.workdir
+        first.data.update({key: config.data[key] for key in ("name", "dir", "split", "eval_split", "canvas", "workers")})
         if jax.process_index() == 0:
-            print(f"{config.method} needs what {first.method} learns, and {where} does not hold it yet: training it first")
+            told = f"{config.method} needs what {first.method} learns, and {where} does not hold it yet: training it first"
+            print(told, file=sys.stderr)
         state = run(first, where)
         if int(state.step) < total_steps(first):
             return state
@@ -242,7 +245,7 @@ class Loop:
         figures = metrics.latest(self.workdir)
         judged = {tag: value for tag, value in figures.items() if tag.split("/")[0] in ("health", "train", "eval")}
         prototypes = self.config.get("head", {}).get("out_dim")
-        verdict = health.verdict(judged, prototypes, step / self.total)
+        verdict = health.verdict(judged, prototypes, step / self.total, getattr(self.method, "codes", None))
         sizes = f"bank of {len(self.monitor.bank['image']):,}, {len(self.monitor.test['image']):,} held-out images"
         facts = {
             "data": self.source.description,

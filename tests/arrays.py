@@ -6,6 +6,7 @@ import numpy as np
 
 import mim_jax
 from mim_jax import convert
+from mim_jax.state import create
 
 
 def prefixed(arrays, prefix):
@@ -30,18 +31,18 @@ def official(tree, family):
     return convert.to_torch(jax.device_get(tree), family)
 
 
-def follow_four_steps(config, family, arrays, views_of_step):
+def follow_four_steps(config, family, arrays, views_of_step, frozen=None):
     """Holds the real train step, in float64, against a stored trajectory of four official ones: losses, norms of all
     gradients, learning rates, weight decays, and every weight at the end. `views_of_step(method, step)` are its views."""
     method = mim_jax.make_method(config)
-    state, frozen = mim_jax.init_state(method, config)
+    state, frozen = create(method, config), frozen or {}
     state = state.replace(params=double(convert.from_torch(prefixed(arrays, "w/"), family)))
     train_step = mim_jax.make_train_step(method, config)
     gradient = jax.jit(jax.grad(method.loss, has_aux=True))
 
     for step in range(4):
         views = views_of_step(method, step)
-        grads, _ = gradient(state.params, {}, {}, {}, views, jax.random.key(0), state.step)
+        grads, _ = gradient(state.params, {}, frozen, {}, views, jax.random.key(0), state.step)
         grads = official(grads, family)
         norms = [np.linalg.norm(grads[str(name)]) for name in arrays["grad_norms_names"]]
         np.testing.assert_allclose(norms, arrays[f"out/grad_norms_step{step}"], rtol=1e-8, atol=1e-14)

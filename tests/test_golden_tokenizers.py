@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from arrays import channels_last, double, official, prefixed, relative_error
 
+import mim_jax
 from mim_jax import convert, losses, sharding
 from mim_jax.models import dvae
 from mim_jax.models.quantizers import (
@@ -250,6 +251,23 @@ def test_discrete_vae(golden, divergence, loose, x64):
     assert stored
     for key, want in stored.items():
         assert relative_error(grads[key], want) < 1e-12 * loose, key
+
+
+def test_dead_codes_of_the_method_begin_anew_as_vectors_of_the_batch():
+    config = mim_jax.load_config("tests/tiny.py:vqvae")
+    config.quantizer.threshold = 0.5
+    method = mim_jax.make_method(config)
+    params, extra = method.init(jax.random.key(0))
+    images = jax.random.uniform(jax.random.key(1), (8, 1, 16, 16, 3))
+    state = extra["quantizer"] | {"cluster_size": jnp.zeros(16).at[3].set(1e6)}  # all but one are dead
+    args = (params, {}, {}, {"quantizer": state}, {"global": images}, jax.random.key(2), jnp.int32(0))
+    new = jax.jit(method.loss)(*args)[1][0]["quantizer"]
+    vectors = np.asarray(method.encode(params, images[:, 0]).reshape(-1, 4))
+    distance = np.abs(np.asarray(new["codebook"])[:, None] - vectors).max(-1).min(-1)
+    revived = np.asarray(new["cluster_size"]) == 0.5
+    assert 10 < revived.sum() < 16 and not revived[3]
+    assert distance[revived].max() < 1e-6
+    assert len(np.unique(np.asarray(new["codebook"])[revived], axis=0)) > 5
 
 
 FAMILIES = {"dvae_dalle": "dalle", "dvae_gumbel": "dvae"}

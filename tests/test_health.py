@@ -137,5 +137,15 @@ def test_no_better_than_untrained_is_not_learning():
     assert health.verdict(figures | {"eval/view_retrieval": 0.2}).status == "healthy"
 
 
+@pytest.mark.parametrize("counts, status", [(np.ones(64), "healthy"), (np.eye(64)[3], "collapsing")])
+def test_a_tokenizer_is_judged_by_the_use_of_its_codes(counts, status):
+    figures = {name: float(value) for name, value in health.codebook_figures(np.float32(counts)).items()}
+    assert figures["health/codebook_perplexity"] == pytest.approx(counts.sum(), rel=1e-5)
+    assert figures["health/codebook_usage"] == counts.sum() / 64
+    # features that tell images apart no better than at first are not what it is for
+    verdict = health.verdict(figures | {"eval/knn": 0.2, "eval/knn_floor_untrained": 0.3}, codes=64)
+    assert verdict.status == status and f"codebook perplexity {counts.sum():.0f} of 64" in verdict.sentence
+
+
 def test_nothing_measured_is_too_early():
     assert health.verdict({}, K).status == "too early"

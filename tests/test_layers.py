@@ -60,3 +60,30 @@ def test_windows_and_back():
 def test_shifted_windows_hide_what_was_not_near(golden):
     arrays, _ = golden("simmim_swin")
     np.testing.assert_array_equal(shift_mask(8, 8, 4, 2), arrays["w/encoder.layers.0.blocks.1.attn_mask"])
+
+
+@pytest.mark.parametrize("size, stride, padding", [(4, 2, 1), (3, 1, 1), (1, 1, 0), (7, 1, 3)])
+def test_convolutions_are_those_of_jax(size, stride, padding):
+    """Values and gradients of the products that stand in for them on a CPU."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, kernel = jax.random.normal(keys[0], (2, 6, 10, 3)), jax.random.normal(keys[1], (size, size, 3, 5))
+    window = (stride, stride), ((padding, padding),) * 2
+    names = ("NHWC", "HWIO", "NHWC")
+    ours = lambda x, k: layers.convolve(x, k, *window)  # noqa: E731
+    theirs = lambda x, k: jax.lax.conv_general_dilated(x, k, *window, dimension_numbers=names)  # noqa: E731
+    check_alike(ours, theirs, x, kernel)
+
+
+def test_transposed_convolutions_are_those_of_jax():
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, kernel = jax.random.normal(keys[0], (2, 3, 5, 3)), jax.random.normal(keys[1], (4, 4, 3, 5))
+    check_alike(layers.convolve_to_twice, lambda x, k: jax.lax.conv_transpose(x, k, (2, 2), "SAME"), x, kernel)
+
+
+def check_alike(ours, theirs, x, kernel):
+    got, want = ours(x, kernel), theirs(x, kernel)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    weights = jnp.cos(want)
+    gradients = [jax.grad(lambda x, k, f=f: jnp.sum(f(x, k) * weights), argnums=(0, 1))(x, kernel) for f in (ours, theirs)]
+    for a, b in zip(*gradients):
+        np.testing.assert_allclose(a, b, atol=1e-3)

@@ -7,6 +7,15 @@ import ml_collections
 from mim_jax import load_config
 
 VIT = {"model.patch_size": 8, "model.dim": 16, "model.depth": 2, "model.heads": 2}
+BEIT = VIT | {
+    "target.workdir": None,
+    "model.patch_size": 4,
+    "model.drop_path_rate": 0.1,
+    "head.vocab_size": 16,
+    "crops.target_size": 16,
+    "mask.count": 6,
+    "mask.smallest": 2,
+}
 # What of a demo is to be smaller.
 SMALLER = {
     "dino": VIT
@@ -22,6 +31,18 @@ SMALLER = {
     },
     "mae": VIT | {"model.patch_size": 4, "decoder.dim": 16, "decoder.depth": 2, "decoder.heads": 2},
     "simmim": VIT | {"model.patch_size": 4, "model.drop_path_rate": 0.1},
+    "vqvae": {"model.hidden": 8, "quantizer.codes": 16, "quantizer.dim": 4},
+    "dvae": {"model.hidden": 8, "model.codes": 16, "model.codebook_dim": 8},
+    "beit": BEIT | {"target.config": "tests/tiny.py:vqvae"},
+    "vqkd": VIT
+    | {
+        "target.config": "tests/tiny.py:dino",
+        "target.workdir": None,
+        "model.patch_size": 4,
+        "quantizer.codes": 16,
+        "quantizer.dim": 4,
+    },
+    "beit2": BEIT | {"target.config": "tests/tiny.py:vqkd", "model.early_layers": 1},
     "simmim_swin": {"model.dim": 8, "model.heads": (2, 4), "model.window": 2, "model.drop_path_rate": 0.1},
 }
 
@@ -32,7 +53,9 @@ def get_config(variant: str = "dino") -> ml_collections.ConfigDict:
     config = load_config(f"{Path(__file__).parent.parent}/configs/{method}.py:{demo}").unlock()
     config.total_steps = 6
     config.data.update(name="folder", dir="", eval_split="train", batch_size=8, canvas=16)
-    config.model.update(img_size=16, unroll=1)
+    config.model.img_size = 16
+    if "unroll" in config.model:
+        config.model.unroll = 1
     config.optim.warmup_steps = 2
     config.eval.update(every_steps=3, bank=24, test=8, batch_size=8)
     config.checkpoint.update(every_steps=2, keep=2)

@@ -21,7 +21,10 @@ from mim_jax.convert.table import Dim
 from mim_jax.models.positions import relative_position_index
 
 CHUNK = re.compile(r"\bblocks\.\d+\.(?=\d+\.)")
-BUFFERS = (".relative_position_index", ".attn_mask")
+BUFFERS = (
+    *(".relative_position_index", ".attn_mask"),
+    *(f"quantize.embedding.{name}" for name in ("cluster_size", "embed_avg", "initted")),
+)
 
 
 def family_module(family: str) -> Any:
@@ -38,10 +41,11 @@ def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
     Families: "dino" (a backbone alone comes without a prefix in its keys, a full model with `backbone.` and `head.`),
     "ibot" (the same, the head's last layer shared or not), "dinov2" (a backbone without a prefix, a full model with
     `backbone.`, `dino_head.` and `ibot_head.`; of `blocks.<chunk>.<block>`, as its trainer writes, the chunk is dropped),
-    "mae" (encoder, with or without decoder, or with a classifier), "simmim" (ViT or Swin, with or without decoder), "dalle"
-    (the dVAE's encoder or decoder, or both with `encoder.` and `decoder.` before their keys) and "dvae" (BEiT's small
-    discrete VAE). A leading `module.` and buffers that follow from the model's shape are dropped. Raises ValueError that
-    names every tensor which is missing, unexpected or misshapen.
+    "mae" (encoder, with or without decoder, or with a classifier), "simmim" (ViT or Swin, with or without decoder), "beit"
+    (BEiT and BEiT v2, or with a classifier), "vqkd" (BEiT v2's tokenizer), "dalle" (the dVAE's encoder or decoder, or both
+    with `encoder.` and `decoder.` before their keys) and "dvae" (BEiT's small discrete VAE). A leading `module.` and buffers
+    that follow from the model's shape are dropped. Raises ValueError that names every tensor which is missing, unexpected or
+    misshapen.
     """
     arrays = {CHUNK.sub("blocks.", key.removeprefix("module.")): np.asarray(value) for key, value in arrays.items()}
     arrays = {key: value for key, value in arrays.items() if not key.endswith(BUFFERS)}
@@ -87,7 +91,7 @@ def buffers(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     out = {}
     for key, table in arrays.items():
         if key.endswith("relative_position_bias_table"):
-            cls = key.endswith("rel_pos_bias.relative_position_bias_table")
+            cls = math.isqrt(len(table)) ** 2 != len(table)  # a square grid's alone, or three rows more
             side = (round((len(table) - 3 * cls) ** 0.5) + 1) // 2
             index = relative_position_index(side, side, cls)
             out[key.replace("bias_table", "index")] = index

@@ -26,7 +26,8 @@ SHARED = dino.last_layer("last_layer2", "K", "BOTTLENECK", path="last_layer")
 def rows_for_keys(arrays: Mapping[str, np.ndarray]) -> list[Row]:
     """Whether the last layer is shared, no key tells: it is if both are the same numbers."""
     found, at = dino.parts_of_keys(arrays)
-    pairs = [[arrays.get(f"{at}{layer}.{name}") for layer in ("last_layer", "last_layer2")] for name in ("weight_g", "weight_v")]
+    layers, names = ("last_layer", "last_layer2"), ("weight_g", "weight_v")
+    pairs = [[arrays.get(f"{at}{layer}.{name}") for layer in layers] for name in names]
     separate = not all(np.array_equal(a, b) for a, b in pairs if a is not None and b is not None)
     tables = {
         "backbone": backbone(

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from mim_jax.convert.table import EMBEDDING, NORM, POSITIONS, TRANSPOSED, Row, block_rows, under
+from mim_jax.convert.table import EMBEDDING, FC_NORM, LINEAR, NORM, POSITIONS, TRANSPOSED, Row, block_rows, under
 
 DECODER = (
     Row("mask_token", "mask_token", (1, 1, "DD")),
@@ -15,8 +15,6 @@ DECODER = (
     Row("decoder_pred.weight", "pred/kernel", ("PIXELS", "DD"), TRANSPOSED),
     Row("decoder_pred.bias", "pred/bias", ("PIXELS",)),
 )
-FC_NORM = (Row("fc_norm.weight", "fc_norm/scale", ("D",)), Row("fc_norm.bias", "fc_norm/bias", ("D",)))
-LINEAR = (Row("head.weight", "linear/kernel", ("CLASSES", "D"), TRANSPOSED), Row("head.bias", "linear/bias", ("CLASSES",)))
 
 
 def table(decoder: bool, fc_norm: bool, linear: bool) -> list[Row]:

@@ -5,7 +5,18 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from mim_jax.convert.table import EMBEDDING, NORM, TRANSPOSED, Layout, Row, block_rows, under
+from mim_jax.convert.table import (
+    EMBEDDING,
+    MASK_TOKEN,
+    NORM,
+    SHARED_BIAS,
+    TRANSPOSED,
+    Layout,
+    Row,
+    beit_block_rows,
+    block_rows,
+    under,
+)
 
 
 def to_last(a: np.ndarray) -> np.ndarray:
@@ -26,16 +37,7 @@ DECODER = (
     Row("decoder.0.weight", "linear/kernel", ("PIXELS", "OUT", 1, 1), PIXELS),
     Row("decoder.0.bias", "linear/bias", ("PIXELS",), Layout(to_last, to_first)),
 )
-MASK_TOKEN = Row("mask_token", "mask_token", (1, 1, "D"))
-VIT = (
-    *EMBEDDING,
-    MASK_TOKEN,
-    Row("rel_pos_bias.relative_position_bias_table", "relative_position_bias_table", ("TABLE", "HEADS")),
-    *(row for row in block_rows() if row.path != "blocks/qkv/bias"),
-    *(Row(f"blocks.{{}}.{name}", f"blocks/{name}", ("D",)) for name in ("gamma_1", "gamma_2")),
-    *(Row(f"blocks.{{}}.attn.{name}", f"blocks/{name}", ("D",)) for name in ("q_bias", "v_bias")),
-    *NORM,
-)
+VIT = (*EMBEDDING, MASK_TOKEN, SHARED_BIAS, *beit_block_rows(), *NORM)
 
 
 def swin(stages: int) -> list[Row]:

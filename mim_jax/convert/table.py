@@ -74,10 +74,23 @@ def block_rows(blocks: str = "blocks", dim: str = "D", mlp: str = "MLP") -> tupl
     )
 
 
+def beit_block_rows(blocks: str = "blocks", layerscale: bool = True) -> tuple[Row, ...]:
+    """Those of BEiT's ViT: queries and values have biases, keys have none, and there may be LayerScale."""
+    return (
+        *(row for row in block_rows(blocks) if row.path != "blocks/qkv/bias"),
+        *(Row(f"{blocks}.{{}}.{name}", f"blocks/{name}", ("D",)) for name in ("gamma_1", "gamma_2") if layerscale),
+        *(Row(f"{blocks}.{{}}.attn.{name}", f"blocks/{name}", ("D",)) for name in ("q_bias", "v_bias")),
+    )
+
+
 EMBEDDING = (
     Row("cls_token", "cls_token", (1, 1, "D")),
     Row("patch_embed.proj.weight", "patch_embed/kernel", ("D", "C", "P", "P"), CONV),
     Row("patch_embed.proj.bias", "patch_embed/bias", ("D",)),
 )
 POSITIONS = (Row("pos_embed", "pos_embed", (1, "1+N", "D")),)
+MASK_TOKEN = Row("mask_token", "mask_token", (1, 1, "D"))
+SHARED_BIAS = Row("rel_pos_bias.relative_position_bias_table", "relative_position_bias_table", ("TABLE", "HEADS"))
+FC_NORM = (Row("fc_norm.weight", "fc_norm/scale", ("D",)), Row("fc_norm.bias", "fc_norm/bias", ("D",)))
+LINEAR = (Row("head.weight", "linear/kernel", ("CLASSES", "D"), TRANSPOSED), Row("head.bias", "linear/bias", ("CLASSES",)))
 NORM = (Row("norm.weight", "norm/scale", ("D",)), Row("norm.bias", "norm/bias", ("D",)))

@@ -39,7 +39,7 @@ def evaluation_pictures(
     if "reconstruction" in method.pictures:
         yield "reconstruction", reconstruction_picture(monitor, method, state, frozen)
     if "tokens" in method.pictures:
-        yield "codebook", codebook_picture(monitor, method, state)
+        yield "tokens", codebook_picture(monitor, method, state)
     if "attention" in method.pictures:
         yield "attention", attention_picture(monitor, method, params)
     yield "neighbors", neighbor_picture(monitor, params, class_names)

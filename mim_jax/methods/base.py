@@ -75,6 +75,25 @@ class Method(Protocol):
         """What the model paints of the global crops, under captions: normalised pixels, [B, G, H, W, C] each."""
 
 
+class Tokenizer(Method, Protocol):
+    """A method whose model turns images into visual tokens, the targets of others. Its configs set data.mean to 0 and
+    data.std to 1: its global crops are images in 0..1. One that paints has `reconstruction` among its pictures."""
+
+    @property
+    def codes(self) -> int:
+        """The size of the vocabulary."""
+
+    @property
+    def stride(self) -> int:
+        """Pixels that a token stands for, a side."""
+
+    def tokens(self, params: Params, extra: Params, images: jax.Array) -> jax.Array:
+        """Images [B, H, W, 3] in 0..1 -> int32 [B, N], row-major."""
+
+    def decode(self, params: Params, extra: Params, tokens: jax.Array) -> jax.Array:
+        """Tokens [B, N] of square images -> what is painted of them, [B, H, W, 3] in 0..1."""
+
+
 AUGMENT, LOSS, MASK = range(3)  # streams of randomness; each is a function of (seed, step, stream) and the example's index
 
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.layers import TORCH_UNIFORM, param_dtype, torch_bias
+from mim_jax.models.layers import TORCH_UNIFORM, convolve, convolve_to_twice, param_dtype, torch_bias
 from mim_jax.sharding import pin_batch
 
 LOGIT_LAPLACE_EPS = 0.1
@@ -34,8 +34,8 @@ def dalle_pixels(stats: jax.Array) -> jax.Array:
 
 def conv(features: int, size: int, dtype: Any, name: str) -> nn.Conv:
     """A convolution that keeps the image's size, as DALL-E begins it."""
-    dtypes = dict(dtype=dtype, param_dtype=param_dtype(dtype))
-    return nn.Conv(features, (size, size), padding=(size - 1) // 2, kernel_init=FAN_IN_NORMAL, name=name, **dtypes)
+    how = dict(dtype=dtype, param_dtype=param_dtype(dtype), conv_general_dilated=convolve)
+    return nn.Conv(features, (size, size), padding=(size - 1) // 2, kernel_init=FAN_IN_NORMAL, name=name, **how)
 
 
 class DalleBlock(nn.Module):
@@ -100,8 +100,23 @@ class DalleDecoder(nn.Module):
 def torch_conv(features: int, size: int, dtype: Any, name: str, fan_in: int, stride: int = 1) -> nn.Conv:
     """A convolution, padded so that a size is divided by the stride, as PyTorch begins it."""
     inits = dict(kernel_init=TORCH_UNIFORM, bias_init=torch_bias(fan_in * size**2))
-    dtypes = dict(dtype=dtype, param_dtype=param_dtype(dtype))
-    return nn.Conv(features, (size, size), stride, padding=(size - stride) // 2, name=name, **inits, **dtypes)
+    how = dict(dtype=dtype, param_dtype=param_dtype(dtype), conv_general_dilated=convolve)
+    return nn.Conv(features, (size, size), stride, padding=(size - stride) // 2, name=name, **inits, **how)
+
+
+class TransposedConv(nn.Module):
+    """A transposed convolution, 4 x 4, to twice the side, as PyTorch begins it: [B, H, W, I] -> [B, 2 * H, 2 * W, features]."""
+
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = param_dtype(self.dtype)
+        fan_out = nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform")  # PyTorch counts the outputs here
+        kernel = self.param("kernel", fan_out, (4, 4, x.shape[-1], self.features), dtype)
+        bias = self.param("bias", torch_bias(self.features * 4**2), (self.features,), dtype)
+        return convolve_to_twice(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
 
 class ResBlock(nn.Module):
@@ -153,13 +168,7 @@ class DvaeDecoder(nn.Module):
         dtype = param_dtype(self.dtype)
         shape = sample.shape[-1], self.codebook_dim
         x = (sample @ self.param("codebook", nn.initializers.normal(1.0), shape, dtype)).astype(self.dtype)
-        inits = dict(
-            kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_out", "uniform"),  # PyTorch counts the outputs here
-            bias_init=torch_bias(self.hidden * 4**2),
-        )
         for i in range(self.layers):
-            up = nn.ConvTranspose(
-                self.hidden, (4, 4), (2, 2), "SAME", dtype=self.dtype, param_dtype=dtype, name=f"conv_{i}", **inits
-            )
-            x = ResBlock(self.dtype, name=f"res_{i}")(nn.relu(up(x)))
+            x = nn.relu(TransposedConv(self.hidden, self.dtype, name=f"conv_{i}")(x))
+            x = ResBlock(self.dtype, name=f"res_{i}")(x)
         return pin_batch(torch_conv(3, 1, self.dtype, "output", self.hidden)(x).astype(dtype))

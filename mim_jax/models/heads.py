@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.layers import TORCH_UNIFORM, dense, gelu, layer_norm, param_dtype
+from mim_jax.models.layers import TORCH_UNIFORM, Initializer, dense, gelu, layer_norm, param_dtype
 from mim_jax.sharding import pin_batch
 
 
@@ -107,6 +107,19 @@ class DinoHead(nn.Module):
             return last_layer(x)
         last_layer2 = prototypes(self.patch_out_dim, "last_layer2") if self.patch_out_dim else last_layer
         return last_layer(x[:, : cls.shape[1]]), last_layer2(x[:, cls.shape[1] :])
+
+
+class TokenHead(nn.Module):
+    """A linear map from tokens to scores over a vocabulary, [..., D] -> [..., vocab_size], float32 at least (BEiT)."""
+
+    vocab_size: int
+    kernel_init: Initializer = nn.initializers.normal(0.02)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        logits = dense(self.vocab_size, self.dtype, self.kernel_init, name="linear")(x.reshape(-1, x.shape[-1]))
+        return pin_batch(logits.astype(param_dtype(self.dtype)).reshape(*x.shape[:-1], self.vocab_size))
 
 
 class Classifier(nn.Module):

@@ -71,6 +71,46 @@ def unpatchify(patches: jax.Array, size: int) -> jax.Array:
     return images.reshape(*batch, side * size, side * size, -1)
 
 
+def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **rest: Any) -> jax.Array:
+    """`jax.lax.conv_general_dilated` without dilation, x [B, H, W, I], kernel [h, w, I, O]: what `flax.linen.Conv` calls.
+
+    On a CPU it is one product with all shifted images side by side: XLA has slow loops there for the gradients of
+    convolutions with a stride, and is no faster for the others.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **rest)
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    (height, width, _, out), (rows, columns) = kernel.shape, strides
+    bottom, right = x.shape[1] - height + 1, x.shape[2] - width + 1
+    shifted = [x[:, i : i + bottom : rows, j : j + right : columns] for i in range(height) for j in range(width)]
+    taps = jnp.concatenate(shifted, axis=-1)
+    return (taps.reshape(-1, taps.shape[-1]) @ kernel.reshape(-1, out)).reshape(*taps.shape[:-1], out)
+
+
+def convolve_to_twice(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`jax.lax.conv_transpose` with stride 2: x [B, H, W, I], kernel [4, 4, I, O] -> [B, 2 * H, 2 * W, O].
+
+    On a CPU, for the same reason, one product, whose results are added where they overlap.
+    """
+    if jax.default_backend() != "cpu":
+        return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME")
+    batch, rows, columns, dim = x.shape
+    flat = x.reshape(-1, dim) @ jnp.moveaxis(kernel, 2, 0).reshape(dim, -1)
+    y = flat.reshape(batch, rows, columns, 4, 4, -1)
+
+    def doubled(y: jax.Array, axis: int, taps: int) -> jax.Array:
+        """Pixel 2 * i is tap 2 of place i and tap 0 of the one before, pixel 2 * i + 1 tap 1 and tap 3 of the one after."""
+        one, two, three, four = (jnp.take(y, k, axis=taps) for k in range(4))
+
+        def shifted(z: jax.Array, by: int) -> jax.Array:
+            return jax.lax.pad(z, jnp.zeros((), z.dtype), [(by, -by, 0) if i == axis else (0, 0, 0) for i in range(z.ndim)])
+
+        pairs = jnp.stack([three + shifted(one, 1), two + shifted(four, -1)], axis=axis + 1)
+        return pairs.reshape(*pairs.shape[:axis], -1, *pairs.shape[axis + 2 :])
+
+    return doubled(doubled(y, 1, 3), 2, 3)
+
+
 def painted_in(images: jax.Array, painted: jax.Array, mask: jax.Array) -> jax.Array:
     """Images [..., H, H, C] with the masked patches, bool [..., N], taken from other ones of the same shape."""
     grid = round(mask.shape[-1] ** 0.5)

@@ -66,6 +66,12 @@ def relative_position_index(rows: int, columns: int, cls: bool) -> np.ndarray:
     return index
 
 
+def relative_bias(table: jax.Array, grid: int, to: tuple[int, int]) -> jax.Array:
+    """The bias [heads, 1 + N, 1 + N] of CLS and a grid `to` of patches, from the table [rows, heads] of a square grid."""
+    table = interpolate_bias_table(table, (grid, grid), to, cls=True)
+    return jnp.moveaxis(table[relative_position_index(*to, cls=True)], -1, 0)
+
+
 def progression(size: int, to: int) -> tuple[float, np.ndarray]:
     """(ratio, places): a table's side `size` stretched over a side `to` so that its middle keeps its resolution.
 

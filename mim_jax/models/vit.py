@@ -26,9 +26,8 @@ from mim_jax.models.layers import (
     torch_bias,
 )
 from mim_jax.models.positions import (
-    interpolate_bias_table,
     interpolate_positions,
-    relative_position_index,
+    relative_bias,
     sincos_positions,
 )
 from mim_jax.sharding import pin_batch
@@ -53,7 +52,8 @@ class Block(nn.Module):
     """A pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     `layerscale` (0: none) is the first value of the factors gamma on both branches (Touvron et al. 2021, CaiT). Without
-    `k_bias`, queries and values have a bias of their own and keys have none (BEiT).
+    `k_bias`, queries and values have a bias of their own and keys have none (BEiT). With `bias_grid` (0: none) the block has
+    a table of relative position biases of its own, for a square grid of this side; `grids` are those of the layout's crops.
     """
 
     heads: int
@@ -65,6 +65,8 @@ class Block(nn.Module):
     layerscale: float = 0.0
     k_bias: bool = True
     norm_eps: float = 1e-6
+    bias_grid: int = 0
+    grids: tuple[tuple[int, int], ...] = ()
 
     @nn.compact
     def __call__(
@@ -81,6 +83,9 @@ class Block(nn.Module):
                 y = y * gamma.astype(self.dtype)
             return drop_path(y, drop_path_rate, self.layout, self.make_rng("drop_path")) if self.stochastic else y
 
+        if self.bias_grid:
+            table = bias_table(self, self.bias_grid, self.heads, self.dtype)
+            biases = [relative_bias(table, self.bias_grid, grid) for grid in self.grids]
         y = layer_norm(self.dtype, "norm1", self.norm_eps)(x)
         qkv = linear(3 * dim, name="qkv", use_bias=self.k_bias)(y.reshape(-1, dim))
         if not self.k_bias:
@@ -111,6 +116,12 @@ class Block(nn.Module):
         return jnp.concatenate(out, axis=1)
 
 
+def bias_table(module: nn.Module, grid: int, heads: int, dtype: Any) -> jax.Array:
+    """The parameter `relative_position_bias_table` of the module that is being called."""
+    shape = (2 * grid - 1) ** 2 + 3, heads
+    return module.param("relative_position_bias_table", nn.initializers.zeros, shape, param_dtype(dtype))
+
+
 def stack(depth: int, unroll: int, **block: Any) -> nn.Module:
     """`depth` blocks, their parameters stacked under `blocks`: called with (x, [depth] drop-path rates, biases)."""
     return nn.scan(
@@ -123,10 +134,11 @@ def stack(depth: int, unroll: int, **block: Any) -> nn.Module:
     )(**block, name="blocks")
 
 
-def rescale_residual(blocks: dict[str, Any]) -> dict[str, Any]:
-    """Stacked blocks with what each adds to the tokens divided by sqrt(2 * layer), counted from 1 (BEiT's first values)."""
+def rescale_residual(blocks: dict[str, Any], before: int = 0) -> dict[str, Any]:
+    """Stacked blocks with what each adds to the tokens divided by sqrt(2 * layer), counted from `before` + 1 (BEiT's first
+    values)."""
     depth = len(blocks["proj"]["kernel"])
-    scale = (2.0 * np.arange(1, depth + 1)[:, None, None]) ** -0.5
+    scale = (2.0 * (before + np.arange(1, depth + 1))[:, None, None]) ** -0.5
     rescaled = {
         name: blocks[name] | {"kernel": (blocks[name]["kernel"] * scale).astype(blocks[name]["kernel"].dtype)}
         for name in ("proj", "fc2")
@@ -169,8 +181,9 @@ class ViT(nn.Module):
     positions are interpolated. `dtype` is that of the computation; parameters are float32 (float64 where `dtype` is).
 
     Attributes:
-        pos: "learned" or "sincos" tables added to the tokens (the second is a parameter, too, that gets no gradient), or
-            "relative": a bias on the attention of every block, shared by all (BEiT, SimMIM).
+        pos: "learned" or "sincos" tables added to the tokens (the second is a parameter, too, that gets no gradient), or a
+            bias on the attention of every block, "relative": one for all, "relative_each": one for each (BEiT, SimMIM;
+            before and in fine-tuning).
         mask_token: whether masked patches are replaced by a learned token; if not, they are dropped.
         layerscale, k_bias: see `Block`.
         kernel_init, patch_init, patch_bias_init, token_init: first values of linear layers, of the patch embedding, and of
@@ -202,9 +215,12 @@ class ViT(nn.Module):
         """Pixels that a patch token stands for, a side."""
         return self.patch_size
 
-    def block(self, layout: Layout, stochastic: bool) -> dict[str, Any]:
-        """The settings of a block."""
+    def block(self, layout: Layout, stochastic: bool, grids: tuple[tuple[int, int], ...] = ()) -> dict[str, Any]:
+        """The settings of a block; `grids` are for blocks with biases of their own."""
+        own = self.pos == "relative_each"
         return dict(
+            bias_grid=self.img_size // self.patch_size if own else 0,
+            grids=grids if own else (),
             heads=self.heads,
             mlp_ratio=self.mlp_ratio,
             layout=layout,
@@ -235,13 +251,12 @@ class ViT(nn.Module):
         if self.pos == "learned":
             pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), (1, 1 + grid**2, self.dim), dtype)
         elif self.pos == "sincos":
-            table = lambda _: jnp.asarray(sincos_positions(self.dim, grid, grid), dtype)  # noqa: E731
-            pos_embed = jax.lax.stop_gradient(self.param("pos_embed", table))
+            waves = lambda _: jnp.asarray(sincos_positions(self.dim, grid, grid), dtype)  # noqa: E731
+            pos_embed = jax.lax.stop_gradient(self.param("pos_embed", waves))
         elif self.pos == "relative":
-            rows = (2 * grid - 1) ** 2 + 3
-            bias_table = self.param("relative_position_bias_table", nn.initializers.zeros, (rows, self.heads), dtype)
-        else:
-            raise ValueError(f'model.pos is {self.pos!r}, but must be "learned", "sincos" or "relative"')
+            table = bias_table(self, grid, self.heads, self.dtype)
+        elif self.pos != "relative_each":
+            raise ValueError(f'pos is {self.pos!r}, but must be "learned", "sincos", "relative" or "relative_each"')
 
         def embed(images: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
             """Tokens [B, n * T, D] and their bias."""
@@ -253,9 +268,8 @@ class ViT(nn.Module):
             if mask is not None and self.mask_token:
                 patches = jnp.where(mask[..., None], mask_token.astype(self.dtype), patches)
             if self.pos == "relative":
-                table = interpolate_bias_table(bias_table, (grid, grid), (rows, columns), cls=True)
-                bias = jnp.moveaxis(table[relative_position_index(rows, columns, cls=True)], -1, 0)
-            else:
+                bias = relative_bias(table, grid, (rows, columns))
+            elif self.pos != "relative_each":
                 offset = 0.1 if self.pos == "learned" else 0.0  # DINO's and MAE's ways
                 positions = interpolate_positions(pos_embed, rows, columns, offset).astype(self.dtype)
                 patches, cls = patches + positions[:, 1:], cls + positions[:, :1]
@@ -269,7 +283,8 @@ class ViT(nn.Module):
         x = pin_batch(jnp.concatenate(tokens, axis=1))
         self.sow("intermediates", "tokens", x)
         self.sow("intermediates", "biases", biases)
-        blocks = stack(self.depth, self.unroll, **self.block(layout, train and self.drop_path_rate > 0))
+        grids = tuple((images.shape[2] // self.patch_size, images.shape[3] // self.patch_size) for images in crops)
+        blocks = stack(self.depth, self.unroll, **self.block(layout, train and self.drop_path_rate > 0, grids))
         x, _ = blocks(x, jnp.linspace(0, self.drop_path_rate, self.depth), biases)
 
         norm = layer_norm(dtype, name="norm") if self.final_norm else lambda x: x.astype(dtype)
@@ -300,6 +315,13 @@ def seen(vit: ViT, params: Any, images: jax.Array) -> tuple[jax.Array, Any]:
     return jnp.concatenate([kept["tokens"][0][None], kept["blocks"]["tokens"][0]]), kept["biases"][0]
 
 
+def masked_first(mask: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """(the places [..., count] of a mask's masked patches, in the order of the image; bool [..., count], False for those
+    that had to be added where fewer are masked)"""
+    places = jnp.argsort(~mask, axis=-1, stable=True)[..., :count]
+    return places, jnp.take_along_axis(mask, places, axis=-1)
+
+
 def intermediate_layers(vit: ViT, params: Any, images: jax.Array, n: int = 1) -> jax.Array:
     """The outputs of the last `n` blocks after the final norm, oldest first: [n, B, 1 + N, D]."""
     norm = layer_norm(param_dtype(vit.dtype))
@@ -309,7 +331,8 @@ def intermediate_layers(vit: ViT, params: Any, images: jax.Array, n: int = 1) ->
 def last_attention(vit: ViT, params: Any, images: jax.Array) -> jax.Array:
     """The attention of the last block, from each token (row) to each: [B, heads, 1 + N, 1 + N]."""
     tokens, biases = seen(vit, params, images)
-    block = Block(**vit.block(((1, tokens.shape[2]),), stochastic=False))
+    grid = images.shape[1] // vit.patch_size, images.shape[2] // vit.patch_size
+    block = Block(**vit.block(((1, tokens.shape[2]),), stochastic=False, grids=(grid,)))
     last = jax.tree.map(lambda p: p[-1], params["blocks"])
     _, variables = block.apply({"params": last}, tokens[-2], jnp.zeros(()), biases, mutable="attention")
     return variables["attention"]["weights"][0]

@@ -1,0 +1,62 @@
+"""VQ-VAE (van den Oord et al. 2017, "Neural Discrete Representation Learning", arXiv:1711.00937).
+
+Variants:
+
+    imagenet128   128 px, 32 x 32 tokens of 512 (sections 4.1 and 4.2), 250,000 steps, batch 128; codes by moving averages
+
+    python -m mim_jax.main --config=configs/vqvae.py:imagenet128 --config.data.dir=/data/tensorflow_datasets \
+      --workdir=runs/vqvae
+
+It has not been trained with this code yet; `--dry_run` prints its plan. One more:
+
+    demo          CIFAR-10, 8 x 8 tokens of 512: the tokenizer of configs/beit.py:demo
+"""
+
+import ml_collections
+
+from mim_jax.config import on_cifar10, skeleton
+
+
+def get_config(variant: str = "imagenet128") -> ml_collections.ConfigDict:
+    config = skeleton()
+    config.method = "vqvae"
+    config.total_steps = 250_000
+    config.data.batch_size = 128
+    config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # images in 0..1, as tokenizers take them
+
+    del config.model.mlp_ratio, config.model.drop_path_rate, config.model.unroll
+    config.model.img_size = 128
+    config.model.hidden = 256
+    config.model.layers = 2  # each halves the side
+    config.model.blocks = 2
+
+    config.quantizer = ml_collections.ConfigDict()
+    config.quantizer.codes = 512
+    config.quantizer.dim = 64
+    config.quantizer.decay = 0.99
+    config.quantizer.commitment = 0.25
+    config.quantizer.threshold = 0.0  # codes with fewer members, on the moving average, begin anew as vectors of the batch
+
+    config.crops.global_crops_scale = (0.35, 1.0)
+
+    config.optim.lr_batch_size = 0  # the rate is absolute
+    config.optim.lr = config.optim.min_lr = 2e-4
+    config.optim.warmup_steps = 0
+    config.optim.weight_decay = config.optim.weight_decay_end = 0.0
+
+    config.mesh.rules = ()
+    config.eval.tokens = "patch"
+
+    VARIANTS[variant](config)
+    return config
+
+
+def demo(config):
+    on_cifar10(config)
+    config.total_steps, config.data.batch_size = 1500, 64
+    config.model.hidden = 64
+    config.quantizer.update(dim=16, threshold=0.5)
+    config.optim.update(lr=2e-3, min_lr=1e-5, warmup_steps=50)
+
+
+VARIANTS = {"imagenet128": lambda config: None, "demo": demo}

@@ -1,0 +1,148 @@
+"""VQ-KD: the tokenizer of BEiT v2 (Peng et al. 2022, arXiv:2208.06366, section 3.2).
+
+An encoder's tokens become codes of unit length, from which a small decoder predicts what a fixed teacher sees in each patch:
+so the codes are of meaning rather than of pixels.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from mim_jax import health, losses, optim
+from mim_jax.data.augment import FLIP, Crops, Target
+from mim_jax.masking import Mask
+from mim_jax.methods.base import Params, make_method, target_config
+from mim_jax.models.layers import dense, param_dtype
+from mim_jax.models.quantizers import NormEmaQuantizer, State, cosine_kmeans, unit
+from mim_jax.models.vit import ViT, features, rescale_residual
+
+
+class TaskLayer(nn.Module):
+    """Linear, tanh, linear on tokens [..., D] -> [..., out_dim], float32 whatever is around it."""
+
+    out_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype, shape = param_dtype(self.dtype), x.shape[:-1]
+        x, init = x.reshape(-1, x.shape[-1]).astype(dtype), nn.initializers.normal(0.02)
+        x = jnp.tanh(dense(x.shape[-1], dtype, init, name="hidden")(x))
+        return dense(self.out_dim, dtype, init, name="out")(x).reshape(*shape, self.out_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class VqKd:
+    encoder: ViT
+    encode_task: TaskLayer
+    quantizer: NormEmaQuantizer
+    decoder: ViT
+    decode_task: TaskLayer
+    crops: tuple[Crops, ...]
+    teacher: Any  # the method that the teacher learned by
+    teacher_mean: tuple[float, ...]
+    teacher_std: tuple[float, ...]
+    kmeans_init: bool
+    schedules: Mapping[str, optim.Schedule] = dataclasses.field(default_factory=dict)
+    mask: Mask | None = None
+    fixed: str = ""
+    teacher_parts: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ("tokens",)
+
+    @property
+    def codes(self) -> int:
+        return self.quantizer.codes
+
+    @property
+    def stride(self) -> int:
+        return self.encoder.patch_size
+
+    def init(self, key: jax.Array) -> tuple[Params, Params]:
+        keys = jax.random.split(key, 5)
+        grid, code = self.decoder.img_size, self.quantizer.dim
+        params = {
+            "encoder": self.encoder.init(keys[0], [jnp.zeros((1, 1, self.encoder.img_size, self.encoder.img_size, 3))]),
+            "encode_task": self.encode_task.init(keys[1], jnp.zeros((1, self.encoder.dim))),
+            "decoder": self.decoder.init(keys[2], [jnp.zeros((1, 1, grid, grid, code))]),
+            "decode_task": self.decode_task.init(keys[3], jnp.zeros((1, self.decoder.dim))),
+        }
+        params = {name: variables["params"] for name, variables in params.items()}
+        for name in ("encoder", "decoder"):
+            params[name] = params[name] | {"blocks": rescale_residual(params[name]["blocks"])}
+        return params, {"quantizer": self.quantizer.init(keys[4], param_dtype(self.encoder.dtype))}
+
+    def frozen(self, key: jax.Array) -> Params:
+        params, _ = self.teacher.init(key)
+        return {"teacher" if self.teacher.teacher_parts else "params": {"backbone": params["backbone"]}}
+
+    def loss(self, params, teacher, frozen, extra, views, key, step):
+        images, state = views["global"], extra["quantizer"]
+        z = self.encode(params, images)
+        if self.kmeans_init:
+            state = jax.lax.cond(step == 0, lambda: self.first_codes(state, z, key), lambda: state)
+        quantized, state = self.quantizer(state, z, train=True)
+        loss = quantized.loss + losses.cosine_distance(self.rebuild(params, quantized.z), self.target(frozen, views["target"]))
+        figures = health.codebook_figures(state["cluster_size"]) | {"train/commitment": quantized.loss}
+        return loss, ({"quantizer": state}, figures)
+
+    def encode(self, params: Params, images: jax.Array) -> jax.Array:
+        """Images [B, G, H, W, 3] in 0..1 -> what is quantised, [B, G, N, code]."""
+        out = self.encoder.apply({"params": params["encoder"]}, [2 * images - 1])[0]
+        return self.encode_task.apply({"params": params["encode_task"]}, out["patch"])
+
+    def first_codes(self, state: State, z: jax.Array, key: jax.Array) -> State:
+        """The codebook from the first batch: its k-means, from random vectors of it."""
+        vectors = unit(jax.lax.stop_gradient(z.reshape(-1, z.shape[-1])))
+        first = vectors[jax.random.randint(key, (self.codes,), 0, len(vectors))]
+        means, counts = cosine_kmeans(vectors, first)
+        return {"codebook": means, "cluster_size": counts}
+
+    def rebuild(self, params: Params, codes: jax.Array) -> jax.Array:
+        """Codes [B, G, N, code] -> the teacher's features as the decoder predicts them, [B, G, N, D]."""
+        grid = self.decoder.img_size
+        out = self.decoder.apply({"params": params["decoder"]}, [codes.reshape(*codes.shape[:2], grid, grid, -1)])[0]
+        return self.decode_task.apply({"params": params["decode_task"]}, out["patch"])
+
+    def target(self, frozen: Params, images: jax.Array) -> jax.Array:
+        """The teacher's features of the crops, [B, G, H, W, 3] in 0..1 -> [B, G, N, D]."""
+        (backbone,) = frozen.values()
+        images = (images - jnp.array(self.teacher_mean)) / jnp.array(self.teacher_std)
+        patch = self.teacher.features(backbone, images.reshape(-1, *images.shape[2:]))["patch"]
+        return jax.lax.stop_gradient(patch.reshape(*images.shape[:2], *patch.shape[1:]))
+
+    def tokens(self, params: Params, extra: Params, images: jax.Array) -> jax.Array:
+        quantized, _ = self.quantizer(extra["quantizer"], self.encode(params, images[:, None]))
+        return quantized.indices[:, 0]
+
+    def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
+        return features(self.encoder, params["encoder"], 2 * images - 1)
+
+
+def make(config: ml_collections.ConfigDict) -> VqKd:
+    m, q, first = config.model, config.quantizer, target_config(config)
+    teacher, grid, dtype = make_method(first), m.img_size // m.patch_size, jnp.dtype(m.dtype)
+    common = dict(heads=m.heads, mlp_ratio=m.mlp_ratio, k_bias=False, unroll=m.unroll, dtype=dtype)
+    group = Crops(
+        "global",
+        m.img_size,
+        tuple(config.crops.global_crops_scale),
+        (FLIP,) * config.crops.global_crops_number,
+        target=Target(grid * teacher.backbone.stride),
+    )
+    return VqKd(
+        encoder=ViT(patch_size=m.patch_size, img_size=m.img_size, dim=m.dim, depth=m.depth, **common),
+        encode_task=TaskLayer(q.dim, dtype),
+        quantizer=NormEmaQuantizer(q.codes, q.dim, q.decay, q.beta),
+        decoder=ViT(patch_size=1, img_size=grid, dim=m.dim, depth=m.decoder_depth, **common),
+        decode_task=TaskLayer(teacher.backbone.dim, dtype),
+        crops=(group,),
+        teacher=teacher,
+        teacher_mean=tuple(first.data.mean),
+        teacher_std=tuple(first.data.std),
+        kmeans_init=q.kmeans_init,
+    )

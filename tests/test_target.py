@@ -1,0 +1,108 @@
+"""The fixed network that targets come from: of another run, trained first if need be, or official weights."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from arrays import prefixed
+from PIL import Image
+
+import mim_jax
+from mim_jax import convert, train
+from mim_jax.target import is_learned, load_frozen
+
+
+@pytest.fixture
+def config(tmp_path):
+    """VQ-KD, whose teacher is a run of DINO."""
+    (tmp_path / "images").mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)):
+        Image.fromarray(image).save(tmp_path / f"images/{i}.png")
+    config = mim_jax.load_config("tests/tiny.py:vqkd")
+    config.total_steps, config.data.dir, config.target.workdir = 2, str(tmp_path / "images"), str(tmp_path / "dino")
+    return config
+
+
+def same(a, b):
+    return jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), a, b))
+
+
+def test_the_teacher_is_trained_first_and_once(config, tmp_path, capsys):
+    assert not is_learned(config)
+    state = train.run(config, tmp_path / "vqkd")
+    words = f"vqkd needs what dino learns, and {tmp_path / 'dino'} does not hold it yet: training it first"
+    assert words in capsys.readouterr().err and is_learned(config)
+    assert int(state.step) == 2 and set(state.params) == {"encoder", "encode_task", "decoder", "decode_task"}
+    assert (tmp_path / "dino/report.html").exists() and (tmp_path / "vqkd/report.html").exists()
+
+    method = mim_jax.make_method(config)
+    frozen, first = load_frozen(method, config), method.frozen(jax.random.key(config.seed))
+    assert jax.tree.structure(frozen) == jax.tree.structure(first) and not same(frozen, first)
+
+
+def test_a_stop_of_the_first_run_stops_both(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.Loop, "stopping", lambda self, step: step >= 1)
+    assert train.run(config, tmp_path / "vqkd").teacher  # DINO's
+    assert not (tmp_path / "vqkd").exists()
+
+
+def test_official_weights(config, tmp_path):
+    method = mim_jax.make_method(config)
+    params, _ = method.teacher.init(jax.random.key(7))
+    np.savez(tmp_path / "dino.npz", **convert.to_torch({"backbone": params["backbone"]}, "dino"))
+    config.target.update(workdir=None, weights=str(tmp_path / "dino.npz"))
+    assert same(load_frozen(method, config), {"teacher": {"backbone": params["backbone"]}})
+
+    larger = mim_jax.load_config("tests/tiny.py:dino")
+    larger.model.img_size = 24
+    np.savez(tmp_path / "dino.npz", **convert.to_torch(mim_jax.make_method(larger).init(jax.random.key(7))[0], "dino"))
+    with pytest.raises(ValueError, match=re.escape("teacher/backbone/pos_embed: (1, 10, 16) -> (1, 5, 16)")):
+        load_frozen(method, config)
+
+
+def test_dalles_tokenizer_from_its_published_weights(golden, tmp_path):
+    """The tokens of a fixed tokenizer of BEiT are those of the official encoder."""
+    arrays, _ = golden("dvae_dalle")
+    encoder, decoder = (prefixed(arrays, f"w_{part}/") for part in ("enc", "dec"))
+    weights = {f"encoder.{key}": a for key, a in encoder.items()} | {f"decoder.{key}": a for key, a in decoder.items()}
+    np.savez(tmp_path / "dalle.npz", **weights)
+    tokenizer = mim_jax.load_config("configs/dvae.py:dalle")
+    tokenizer.model.update(img_size=32, hidden=8, codes=32, codebook_dim=16, dtype="float32")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/config.json").write_text(tokenizer.to_json_best_effort())
+    config = mim_jax.load_config("tests/tiny.py:beit")
+    config.update_from_flattened_dict({"head.vocab_size": 32, "crops.target_size": 32, "target.family": "dalle"})
+    config.target.update(workdir=str(tmp_path / "tokenizer"), weights=str(tmp_path / "dalle.npz"))
+    method = mim_jax.make_method(config)
+    frozen = load_frozen(method, config)
+    images = np.moveaxis(arrays["in/image01"], 1, -1)
+    np.testing.assert_array_equal(method.tokens(frozen, images[:, None]).reshape(2, 4, 4), arrays["out/indices"])
+    painted = method.tokenizer.decode(frozen["params"], {}, arrays["out/indices"].reshape(2, 16))
+    assert painted.shape == (2, 32, 32, 3) and 0 <= painted.min() and painted.max() <= 1
+
+
+def test_what_is_missing_is_named(config, tmp_path):
+    method = mim_jax.make_method(config)
+    with pytest.raises(FileNotFoundError, match="there is no run in .*dino"):
+        load_frozen(method, config)
+    config.target.workdir = None
+    with pytest.raises(ValueError, match="vqkd learns from tests/tiny.py:dino: name its run, --config.target.workdir"):
+        load_frozen(method, config)
+    config.target.weights = "no/such.npz"
+    with pytest.raises(FileNotFoundError, match="there is no file no/such.npz"):
+        load_frozen(method, config)
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("head.vocab_size", 20, "the tokenizer of config.target has 16 tokens, but head.vocab_size is 20"),
+    ("crops.target_size", 24, "24 pixels has 6 tokens a side (of 4 pixels), but the model's image has 4 patches a side"),
+    ("crops.target_size", 18, "18 pixels has 4.5 tokens a side"),
+    ("mask.count", 16, "mask.count=16 of 16 patches"),
+    ("model.early_layers", 2, "model.early_layers=2 must be between 0 and model.depth=2"),
+])  # fmt: skip
+def test_a_tokenizer_that_does_not_fit_is_refused(key, value, message):
+    config = mim_jax.load_config("tests/tiny.py:beit2")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        mim_jax.make_method(config)
