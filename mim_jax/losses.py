@@ -30,6 +30,22 @@ def update_center(center: jax.Array, teacher_logits: jax.Array, momentum: float)
     return momentum * center + (1 - momentum) * jax.lax.stop_gradient(mean)
 
 
+def ibot_patch_loss(
+    student_log_probs: jax.Array, teacher_probs: jax.Array, weight: jax.Array, per_image: bool = True
+) -> jax.Array:
+    """The cross-entropy of masked patches with what the teacher makes of them unmasked (iBOT, equation 2).
+
+    Args:
+      student_log_probs, teacher_probs: [B, G, M, K], of M patches of each global crop.
+      weight: bool [B, G, M], False for those that are not masked.
+      per_image: as in the official code, each crop's mean over its masked patches, averaged over all crops, those without a
+        masked patch too; else the sum over masked patches, averaged over crops, as the paper has it.
+    """
+    cross_entropy = -jnp.einsum("bgmk,bgmk->bgm", teacher_probs, student_log_probs)
+    total = jnp.sum(cross_entropy * weight, axis=-1)
+    return jnp.mean(total / jnp.maximum(jnp.sum(weight, axis=-1), 1) if per_image else total)
+
+
 def normalized_patches(patches: jax.Array, eps: float = 1e-6) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(patches less their mean over their std, mean, std), each patch [..., P] by itself (MAE, section 3.3).
 

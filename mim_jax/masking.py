@@ -57,7 +57,7 @@ class RandomMask:
 
 
 def blocks(
-    rng: random.Random, grid: int, count: int, smallest: int = 16, largest: int | None = None, aspect: float = 0.3
+    rng: random.Random, grid: int, count: float, smallest: float = 16, largest: float | None = None, aspect: float = 0.3
 ) -> np.ndarray:
     """A mask bool [grid, grid] of rectangles, of `count` patches or a few less (BEiT, algorithm 1).
 
@@ -87,8 +87,27 @@ def blocks(
     return mask
 
 
+class HostMask:
+    """What the masks that the host draws have in common."""
+
+    on_host: ClassVar[bool] = True
+
+    def one(self, rng: random.Random, numbers: np.random.RandomState) -> np.ndarray:
+        """A mask bool [N]; the official codes take their random numbers from both."""
+        raise NotImplementedError
+
+    def draw(self, seed: int, positions: np.ndarray, crops: int) -> np.ndarray:
+        """Masks [B, crops, N] for the examples at these places of the stream, [B]: a function of `seed` and place alone."""
+        rngs = [[random.Random(f"{seed}/{position}/{crop}") for crop in range(crops)] for position in positions.tolist()]
+        return np.stack([[self.one(rng, np.random.RandomState(rng.getrandbits(32))) for rng in row] for row in rngs])
+
+    def examples(self, number: int, crops: int, seed: int = 0) -> np.ndarray:
+        """Masks [number, crops, N] for pictures and tests, always the same."""
+        return self.draw(seed, np.arange(number), crops)
+
+
 @dataclasses.dataclass(frozen=True)
-class BlockMask:
+class BlockMask(HostMask):
     """Masks of rectangles, at most `count` of the `grid` x `grid` patches of each global crop, see `blocks`.
 
     `exact` (BEiT v2): single patches, drawn at random, fill up what is missing. Raises ValueError where nothing is masked or
@@ -99,27 +118,50 @@ class BlockMask:
     count: int
     smallest: int = 16
     exact: bool = False
-    on_host: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.count < self.grid**2:
             raise ValueError(f"mask.count={self.count} of {self.grid**2} patches: some must be masked, and some be left")
 
-    def draw(self, seed: int, positions: np.ndarray, crops: int) -> np.ndarray:
-        """Masks [B, crops, N] for the examples at these places of the stream, [B]: a function of `seed` and place alone."""
-        rngs = [[random.Random(f"{seed}/{position}/{crop}") for crop in range(crops)] for position in positions.tolist()]
-        return np.stack([[self.one(rng, np.random.RandomState(rng.getrandbits(32))) for rng in row] for row in rngs])
-
-    def one(self, rng: random.Random, fill: np.random.RandomState) -> np.ndarray:
-        """A mask bool [N]; `fill` draws the patches that complete it."""
+    def one(self, rng: random.Random, numbers: np.random.RandomState) -> np.ndarray:
         mask = blocks(rng, self.grid, self.count, self.smallest).reshape(-1)
         if self.exact and (missing := self.count - mask.sum()):
-            mask[fill.choice(np.flatnonzero(~mask), missing, replace=False)] = True
+            mask[numbers.choice(np.flatnonzero(~mask), missing, replace=False)] = True
         return mask
 
-    def examples(self, number: int, crops: int, seed: int = 0) -> np.ndarray:
-        """Masks [number, crops, N] for pictures and tests, always the same."""
-        return self.draw(seed, np.arange(number), crops)
+
+@dataclasses.dataclass(frozen=True)
+class RatioMask(HostMask):
+    """iBOT's masks: for each global crop a share of the patches is drawn, then which they are (Zhou et al. 2022, section 3.1).
+
+    One of `ratios`, each (mean, half-width) of a uniform distribution, is chosen. `shape` "block": rectangles of a ninth of
+    the grid at least, see `blocks`; "random": single patches. A crop may have no masked patch. Numbers are drawn in the order
+    of the official code. Raises ValueError for ratios that cannot be.
+    """
+
+    grid: int
+    ratios: tuple[tuple[float, float], ...]
+    shape: str = "block"
+
+    def __post_init__(self) -> None:
+        if self.shape not in ("block", "random"):
+            raise ValueError(f'mask.shape is {self.shape!r}, but must be "block" or "random"')
+        if not all(half <= mean and mean + half < 1 for mean, half in self.ratios) or self.count < 1:
+            raise ValueError(f"mask.ratios={self.ratios}: each is (mean, half-width) within 0 and 1, and one masks a patch")
+
+    @property
+    def count(self) -> int:
+        """Patches that are masked at most."""
+        return int(max(mean + half for mean, half in self.ratios) * self.grid**2)
+
+    def one(self, rng: random.Random, numbers: np.random.RandomState) -> np.ndarray:
+        drawn = [rng.uniform(mean - half, mean + half) if half > 0 else mean for mean, half in self.ratios]
+        high = (rng.choice(drawn) if len(drawn) > 1 else drawn[0]) * self.grid**2
+        if self.shape == "block":
+            return blocks(rng, self.grid, high, smallest=(self.grid // 3) ** 2).reshape(-1)
+        mask = np.arange(self.grid**2) >= self.grid**2 - int(high)
+        numbers.shuffle(mask)
+        return mask
 
 
-Mask = RandomMask | BlockMask
+Mask = RandomMask | BlockMask | RatioMask

@@ -54,3 +54,46 @@ def follow_four_steps(config, family, arrays, views_of_step, frozen=None):
     got = official(state.params, family)
     for key, want in prefixed(arrays, "w_after/").items():
         np.testing.assert_allclose(got[key], want, atol=1e-8, rtol=1e-7, err_msg=key)
+
+
+def follow_four_steps_with_a_teacher(config, family, arrays, centers, more_views):
+    """The same for DINO and iBOT, whose crops are stored: also the centres (name in `extra` -> stored name) before and after
+    each step, and student and teacher after it. `more_views(at)` are what a step has besides its crops."""
+    method = mim_jax.make_method(config)
+    state, frozen = mim_jax.init_state(method, config)
+    params = convert.from_torch(prefixed(arrays, "params_init/"), family)
+    params = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), params, state.params)
+    state = state.replace(params=params, teacher=jax.tree.map(jnp.copy, params))
+    train_step = mim_jax.make_train_step(method, config)
+    gradient = jax.jit(jax.grad(method.loss, has_aux=True))
+    names = [str(n).removeprefix("module.") for n in arrays["grad_norms_names"]]
+
+    def check_centers(state, when):
+        for name, stored in centers.items():
+            if f"{stored}_{when}" in arrays:  # what is not stored after a step is stored before the next
+                np.testing.assert_allclose(state.extra[name], arrays[f"{stored}_{when}"], atol=1e-12)
+
+    for step in range(4):
+        at = f"epoch{step // 2}_it{step % 2}"
+        crops = [channels_last(arrays[f"images/{at}_crop{c}"]).astype(float) for c in range(4)]
+        views = {"global": jnp.stack(crops[:2], axis=1), "local": jnp.stack(crops[2:], axis=1)} | more_views(at)
+        check_centers(state, f"before_step{step}")
+        grads, _ = gradient(state.params, state.teacher, frozen, state.extra, views, jax.random.key(0), state.step)
+        grads = official(grads, family)
+        norms = np.array([np.linalg.norm(grads[n]) for n in names])
+        np.testing.assert_allclose(norms, arrays[f"grad_norms_step{step}"], rtol=1e-8, atol=1e-14)
+        for key, want in prefixed(arrays, f"grads_preclip_step{step}/").items():
+            assert np.max(np.abs(grads[key] - want)) < 1e-10 * max(np.max(np.abs(want)), 1e-3), key
+
+        state, metrics = train_step(state, frozen, views)
+        told = {"lr": "lr_used", "weight_decay": "wd_used"} | {name: name for name in ("loss", "loss_cls", "loss_patch")}
+        for tag, name in told.items():
+            if f"{name}_step{step}" in arrays:
+                rtol = 1e-9 if "loss" in tag else 1e-12
+                np.testing.assert_allclose(metrics[f"train/{tag}"], arrays[f"{name}_step{step}"], rtol=rtol, err_msg=tag)
+        np.testing.assert_allclose(metrics["train/momentum_teacher"], arrays["momentum_schedule"][step], rtol=1e-12)
+        check_centers(state, f"after_step{step}")
+        for part, tree in (("student", state.params), ("teacher", state.teacher)):
+            got = official(tree, family)
+            for key, value in prefixed(arrays, f"{part}_after_step{step}/").items():
+                np.testing.assert_allclose(got[key], value, atol=1e-7, rtol=1e-7, err_msg=f"{part} {key}")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import channels_last, prefixed, relative_error
+from arrays import channels_last, follow_four_steps_with_a_teacher, prefixed, relative_error
 
 import mim_jax
 from mim_jax import convert, losses, optim
@@ -236,38 +236,4 @@ def test_four_training_steps(golden, name, x64):
     config.optim.update(warmup_steps=None, freeze_last_layer_steps=None, warmup_epochs=1.0, freeze_last_layer_epochs=1.0)
     config.optim.momentum_teacher = 0.9
 
-    method = mim_jax.make_method(config)
-    state, frozen = mim_jax.init_state(method, config)
-    params = convert.from_torch(prefixed(arrays, "params_init/"), "dino")
-    params = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), params, state.params)
-    state = state.replace(params=params, teacher=jax.tree.map(jnp.copy, params))
-    train_step = mim_jax.make_train_step(method, config)
-    gradient = jax.jit(jax.grad(method.loss, has_aux=True))
-    names = [str(n).removeprefix("module.") for n in arrays["grad_norms_names"]]
-
-    for step in range(4):
-        crops = [channels_last(arrays[f"images/epoch{step // 2}_it{step % 2}_crop{c}"]).astype(float) for c in range(4)]
-        views = {"global": jnp.stack(crops[:2], axis=1), "local": jnp.stack(crops[2:], axis=1)}
-        np.testing.assert_allclose(state.extra["center"], arrays[f"center_before_step{step}"], atol=1e-12)
-        grads, _ = gradient(
-            state.params, state.teacher, frozen, state.extra, views, jax.random.key(0), state.step
-        )
-        grads = convert.to_torch(jax.device_get(grads), "dino")
-        norms = np.array([np.linalg.norm(grads[n]) for n in names])
-        np.testing.assert_allclose(norms, arrays[f"grad_norms_step{step}"], rtol=1e-8, atol=1e-14)
-        for key, want in prefixed(arrays, f"grads_preclip_step{step}/").items():
-            assert np.max(np.abs(grads[key] - want)) < 1e-10 * max(np.max(np.abs(want)), 1e-3), key
-
-        state, metrics = train_step(state, frozen, views)
-        np.testing.assert_allclose(metrics["train/loss"], arrays[f"loss_step{step}"], rtol=1e-9)
-        np.testing.assert_allclose(metrics["train/lr"], arrays[f"lr_used_step{step}"], rtol=1e-12)
-        np.testing.assert_allclose(metrics["train/weight_decay"], arrays[f"wd_used_step{step}"], rtol=1e-12)
-        np.testing.assert_allclose(metrics["train/momentum_teacher"], arrays["momentum_schedule"][step], rtol=1e-12)
-        np.testing.assert_allclose(state.extra["center"], arrays[f"center_after_step{step}"], atol=1e-12)
-        for part in ("student", "teacher"):
-            want = prefixed(arrays, f"{part}_after_step{step}/")
-            tree = state.params if part == "student" else state.teacher
-            got = convert.to_torch(jax.device_get(tree), "dino")
-            for key, value in want.items():
-                np.testing.assert_allclose(got[key], value, atol=1e-7, rtol=1e-7, err_msg=f"{part} {key}")
-    assert int(state.step) == 4
+    follow_four_steps_with_a_teacher(config, "dino", arrays, {"center": "center"}, lambda _: {})

@@ -1,13 +1,20 @@
 """iBOT held against numbers that the official PyTorch code produced (bytedance/ibot at da316d8)."""
 
+import random
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import double, prefixed, relative_error
+from arrays import channels_last, double, follow_four_steps_with_a_teacher, prefixed, relative_error
 
-from mim_jax import convert
+import mim_jax
+from mim_jax import convert, losses, optim
+from mim_jax.masking import RatioMask
 from mim_jax.models.heads import DinoHead
+from mim_jax.models.vit import ViT
+from mim_jax.sharding import tree_paths
 
 
 @pytest.mark.parametrize("variant", ["shared", "separate", "separate_unfrozen"])
@@ -70,3 +77,132 @@ def test_a_head_without_its_last_layer_for_patches_is_refused(golden):
     del arrays["last_layer2.weight_v"]
     with pytest.raises(ValueError, match="missing: last_layer2.weight_v"):
         convert.from_torch(arrays, "ibot")
+
+
+@pytest.mark.parametrize("variant", ["plain", "layerscale"])
+def test_vit(golden, variant, x64):
+    """Masked and not; the token for masked patches comes before the positions."""
+    case = prefixed(golden("ibot_vit")[0], f"{variant}/")
+    params = double(convert.from_torch(prefixed(case, "params/"), "ibot"))["backbone"]
+    settings = dict(mask_token=True, layerscale=0.1 * (variant == "layerscale"), dtype=jnp.float64)
+    vit = ViT(patch_size=4, img_size=16, dim=32, depth=2, heads=2, **settings)
+
+    def tokens(params, name, mask=None):
+        images = channels_last(case[name])[:, None].astype(float)
+        out = vit.apply({"params": params}, [images], masks=None if mask is None else [mask])[0]
+        return jnp.concatenate([out["cls"], out["patch"][:, 0]], axis=1)
+
+    mask = jnp.asarray(case["mask"]).reshape(3, 1, 16)
+    np.testing.assert_allclose(tokens(params, "x", mask), case["tokens_masked"], atol=1e-12)
+    np.testing.assert_allclose(tokens(params, "x"), case["tokens_unmasked"], atol=1e-12)
+    np.testing.assert_allclose(tokens(params, "x_local"), case["tokens_local"], atol=1e-12)
+    grads = jax.grad(lambda p: jnp.sum(tokens(p, "x", mask) ** 2))(params)
+    assert relative_error(grads["mask_token"][0], case["grad_masked_embed"]) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["ibot_loss", "ibot_loss_local0"])
+@pytest.mark.parametrize("step", [0, 1])
+def test_loss(golden, name, step, x64):
+    """Both terms, their gradients and both centres, from stored logits; the official ones are crop-major."""
+    a, _ = golden(name)
+
+    def crops(x, number):
+        return jnp.moveaxis(jnp.asarray(x, jnp.float64).reshape(number, 4, *x.shape[1:]), 0, 1)
+
+    teacher, patch_teacher = crops(a[f"teacher_cls_{step}"], 2), crops(a[f"teacher_patch_{step}"], 2)
+    student = {"cls": crops(a[f"student_cls_{step}"], 2), "patch": crops(a[f"student_patch_{step}"], 2)}
+    if name == "ibot_loss":
+        student["local"] = crops(a[f"student_local_cls_{step}"], 2)
+    mask = jnp.moveaxis(jnp.asarray(a[f"masks_{step}"]), 0, 1).reshape(4, 2, 16)
+    temps = [optim.warmup_by_epoch(0.04, end, 2, 1)(step) for end in (0.06, 0.07)]
+    np.testing.assert_allclose(temps, [a[f"teacher_{kind}temp_schedule"][step] for kind in ("", "patch_")], rtol=1e-6)
+    centers = [jnp.asarray(a[f"center_{kind}_{step}"], jnp.float64) for kind in ("cls", "patch")]
+    targets = [losses.dino_teacher(*args) for args in zip((teacher, patch_teacher), centers, temps)]
+
+    def terms(student):
+        cls = jnp.concatenate([student["cls"], *([student["local"]] if "local" in student else [])], axis=1)
+        log_cls, log_patch = jax.nn.log_softmax(cls / 0.1), jax.nn.log_softmax(student["patch"] / 0.1)
+        both = losses.dino_loss(log_cls, targets[0]), 0.7 * losses.ibot_patch_loss(log_patch, targets[1], mask)
+        return sum(both), both
+
+    (total, (cls, patch)), grads = jax.value_and_grad(terms, has_aux=True)(student)
+    np.testing.assert_allclose([total, cls, patch], [a[f"loss{kind}_{step}"] for kind in ("", "_cls", "_patch")], rtol=1e-6)
+    for kind, key in (("cls", "student_cls"), ("patch", "student_patch"), ("local", "student_local_cls")):
+        if kind in grads:
+            want = crops(a[f"grad_{key}_{step}"], 2)
+            assert relative_error(grads[kind], want) < 1e-5, kind
+    for center, logits, kind in zip(centers, (teacher, patch_teacher), ("cls", "patch")):
+        np.testing.assert_allclose(losses.update_center(center, logits, 0.9), a[f"center_{kind}_{step + 1}"], atol=1e-7)
+
+
+def test_the_papers_sum_is_not_divided_by_the_masked_patches(x64):
+    log_probs = jax.nn.log_softmax(jax.random.normal(jax.random.key(0), (3, 2, 5, 7)))
+    probs = jax.nn.softmax(jax.random.normal(jax.random.key(1), (3, 2, 5, 7)))
+    weight = jnp.arange(30).reshape(3, 2, 5) % 3 == 0
+    want = -sum(float(probs[at] @ log_probs[at]) for at in zip(*np.nonzero(weight))) / 6
+    np.testing.assert_allclose(losses.ibot_patch_loss(log_probs, probs, weight, per_image=False), want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name, ratios, shape", [
+    ("block_readme_0_or_03pm02", ((0.0, 0.0), (0.3, 0.2)), "block"),
+    ("block_03", ((0.3, 0.0),), "block"),
+    ("rand_065", ((0.65, 0.0),), "random"),
+    ("rand_065_var005", ((0.65, 0.05),), "random"),
+])  # fmt: skip
+def test_masks_are_the_official_ones_after_the_same_seed(golden, name, ratios, shape):
+    arrays = prefixed(golden("ibot_masks")[0], f"{name}/")
+    mask, rng, numbers = RatioMask(14, ratios, shape), random.Random(7), np.random.RandomState(7)
+    drawn = np.stack([mask.one(rng, numbers) for _ in range(2000)]).reshape(2000, 14, 14)
+    np.testing.assert_array_equal(drawn[:32], arrays["first32"])
+    np.testing.assert_array_equal(drawn.sum((1, 2)), arrays["counts"])
+    np.testing.assert_allclose(drawn.mean(0), arrays["freq_map"], atol=1e-12)
+    assert drawn.sum((1, 2)).max() <= mask.count
+
+
+def small(name="ibot", **head):
+    config = mim_jax.load_config(f"configs/{name}.py:demo")
+    config.model.update(img_size=16, patch_size=4, dim=16, depth=2, heads=2)
+    config.head.update(out_dim=32, hidden_dim=24, bottleneck_dim=8, **head)
+    config.crops.update(global_crops_size=16, local_crops_number=2, local_crops_size=8)
+    return config
+
+
+@pytest.mark.parametrize("shared, shared_teacher", [(True, True), (False, True), (False, False)])
+def test_parameter_groups(golden, shared, shared_teacher):
+    """Which are decayed, and which the teacher has (a last layer for patches of its own only if it is not shared there)."""
+    _, meta = golden("ibot_param_groups")
+    groups = meta["cases"][f"shared_head={shared},shared_head_teacher={shared_teacher}"]
+    config = small(norm_last_layer=True, patch_out_dim=0 if shared else 32)
+    config.loss.shared_head_teacher = shared_teacher
+    method = mim_jax.make_method(config)
+    params = jax.eval_shape(method.init, jax.random.key(0))[0]
+
+    def label(path, decayed, p):
+        fixed = re.search(method.fixed, path)
+        return np.full(p.shape, "not_in_optimizer" if fixed else "regularized" if decayed else "not_regularized")
+
+    labels = jax.tree.map(label, tree_paths(params), optim.decayed(params, config.optim.not_decayed), params)
+    got = {key: value.flat[0] for key, value in convert.to_torch(labels, "ibot").items()}
+    want = {key.removeprefix("module."): value for key, value in groups["student"].items()}
+    assert {key: got[key] for key in want} == want
+    assert got.keys() - want.keys() <= {"head.last_layer2.weight_g", "head.last_layer2.weight_v"}  # stored twice if shared
+    used = method.teacher_head.init(jax.random.key(0), jnp.zeros((1, 1, 16)), jnp.zeros((1, 1, 16)))["params"]
+    assert ("last_layer2" in used) == any("last_layer2" in key for key in groups["teacher_parameters"])
+
+
+def test_four_training_steps(golden, x64):
+    arrays, _ = golden("ibot_train_steps")
+    config = small(norm_last_layer=True)
+    config.data.update(batch_size=4, num_examples=8)  # 2 steps an epoch
+    config.total_steps, config.total_epochs, config.model.dtype = None, 3.0, "float64"
+    config.loss.update(warmup_teacher_temp=0.04, teacher_temp=0.07, teacher_patch_temp=0.07, warmup_teacher_temp_epochs=2)
+    config.optim.update(lr=2e-3 * 256 / 4, min_lr=1e-6, weight_decay=0.04, weight_decay_end=0.4, clip_grad=0.5)
+    config.optim.update(warmup_steps=None, freeze_last_layer_steps=None, warmup_epochs=1.0, freeze_last_layer_epochs=1.0)
+    config.optim.momentum_teacher = 0.9
+    config.mask.ratios = ((0.0, 0.0), (0.6, 0.3))  # room for the stored masks
+
+    def more_views(at):
+        return {"mask": jnp.moveaxis(jnp.asarray(arrays[f"masks/{at}"]), 0, 1).reshape(4, 2, 16)}
+
+    centers = {"center": "center_cls", "patch_center": "center_patch"}
+    follow_four_steps_with_a_teacher(config, "ibot", arrays, centers, more_views)

@@ -7,6 +7,7 @@ and sharpened distribution over prototypes from every other crop.
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +82,11 @@ class Dino:
 
 
 def make(config: ml_collections.ConfigDict) -> Dino:
+    return Dino(**parts(config))
+
+
+def parts(config: ml_collections.ConfigDict, **vit: Any) -> dict[str, Any]:
+    """What DINO and iBOT have in common; `vit` are more settings of the backbone."""
     m, c, o, epoch = config.model, config.crops, config.optim, optim.steps_per_epoch(config)
     dtype = jnp.dtype(m.dtype)
     if c.global_crops_number < 2:
@@ -92,7 +98,7 @@ def make(config: ml_collections.ConfigDict) -> Dino:
     if c.local_crops_number:
         policies = (policy(blur=0.5),) * c.local_crops_number
         crops.append(Crops("local", c.local_crops_size, tuple(c.local_crops_scale), policies))
-    return Dino(
+    return dict(
         backbone=ViT(
             patch_size=m.patch_size,
             img_size=m.img_size,
@@ -104,6 +110,7 @@ def make(config: ml_collections.ConfigDict) -> Dino:
             kernel_init=jax.nn.initializers.normal(m.init_std),
             unroll=m.unroll,
             dtype=dtype,
+            **vit,
         ),
         head=DinoHead(**config.head, init_std=m.init_std, dtype=dtype),
         crops=tuple(crops),

@@ -207,6 +207,7 @@ class ViT(nn.Module):
     patch_init: Initializer = TORCH_UNIFORM
     patch_bias_init: Initializer | None = None
     token_init: Initializer = nn.initializers.normal(0.02)
+    mask_token_init: Initializer | None = None  # None: as CLS
     unroll: int = 1
     dtype: Any = jnp.float32
 
@@ -247,7 +248,7 @@ class ViT(nn.Module):
             self.patch_size, self.dim, self.patch_init, self.dtype, self.patch_bias_init, name="patch_embed"
         )
         if self.mask_token:
-            mask_token = self.param("mask_token", self.token_init, (1, 1, self.dim), dtype)
+            mask_token = self.param("mask_token", self.mask_token_init or self.token_init, (1, 1, self.dim), dtype)
         if self.pos == "learned":
             pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), (1, 1 + grid**2, self.dim), dtype)
         elif self.pos == "sincos":
