@@ -16,9 +16,12 @@ from mim_jax.sharding import path_name
 from mim_jax.state import TrainState, abstract_state
 
 # What share of the first loss a few steps on one batch must come below, and the overrides of tests/tiny.py for it.
+# targets that are sharp, which the student is not at first, and stand still
+SHARP = {"optim.momentum_teacher": 1.0, "loss.center_momentum": 1.0, "loss.teacher_temp": 0.005}
 METHODS: dict[str, tuple[float, dict[str, Any]]] = {
-    # targets that are sharp, which the student is not at first, and stand still
-    "dino": (0.5, {"optim.momentum_teacher": 1.0, "loss.center_momentum": 1.0, "loss.teacher_temp": 0.005}),
+    "dino": (0.5, SHARP),
+    # hidden patches are noise around the image's color
+    "ibot": (0.5, SHARP | {"loss.patch_center_momentum": 1.0, "loss.teacher_patch_temp": 0.005, "optim.lr": 0.003}),
     "mae": (0.5, {"loss.norm_pix_loss": False, "optim.lr": 0.03}),
     # of the first absolute errors a quarter is noise that nobody can learn in so few steps
     "simmim": (0.75, {"model.layerscale": 1.0, "optim.lr": 0.03}),

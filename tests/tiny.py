@@ -7,6 +7,16 @@ import ml_collections
 from mim_jax import load_config
 
 VIT = {"model.patch_size": 8, "model.dim": 16, "model.depth": 2, "model.heads": 2}
+DINO = VIT | {
+    "head.out_dim": 32,
+    "head.hidden_dim": 16,
+    "head.bottleneck_dim": 8,
+    "crops.global_crops_size": 16,
+    "crops.local_crops_number": 1,
+    "crops.local_crops_size": 8,
+    "model.drop_path_rate": 0.1,
+    "optim.freeze_last_layer_steps": 1,
+}
 BEIT = VIT | {
     "target.workdir": None,
     "model.patch_size": 4,
@@ -18,17 +28,8 @@ BEIT = VIT | {
 }
 # What of a demo is to be smaller.
 SMALLER = {
-    "dino": VIT
-    | {
-        "head.out_dim": 32,
-        "head.hidden_dim": 16,
-        "head.bottleneck_dim": 8,
-        "crops.global_crops_size": 16,
-        "crops.local_crops_number": 1,
-        "crops.local_crops_size": 8,
-        "model.drop_path_rate": 0.1,
-        "optim.freeze_last_layer_steps": 1,
-    },
+    "dino": DINO,
+    "ibot": DINO | {"model.patch_size": 4, "mask.ratios": ((0.0, 0.0), (0.4, 0.1))},
     "mae": VIT | {"model.patch_size": 4, "decoder.dim": 16, "decoder.depth": 2, "decoder.heads": 2},
     "simmim": VIT | {"model.patch_size": 4, "model.drop_path_rate": 0.1},
     "vqvae": {"model.hidden": 8, "quantizer.codes": 16, "quantizer.dim": 4},
