@@ -54,7 +54,8 @@ def skeleton() -> ml_collections.ConfigDict:
 
     config.optim = ml_collections.ConfigDict()
     config.optim.schedule = "dino"  # of the learning rate: see mim_jax/optim.py
-    config.optim.lr_batch_size = 256  # that lr is for; scaled linearly with data.batch_size
+    config.optim.lr_batch_size = 256  # that lr is for; 0: whatever data.batch_size
+    config.optim.lr_batch_power = 1.0  # lr is scaled by (data.batch_size / lr_batch_size) ** this
     config.optim.min_lr = 0.0
     config.optim.warmup_epochs = 10.0
     config.optim.warmup_steps = placeholder(int)
@@ -65,10 +66,12 @@ def skeleton() -> ml_collections.ConfigDict:
     config.optim.beta2 = 0.999
     config.optim.eps = 1e-8
     config.optim.clip_grad = 0.0  # L2 norm; 0: never
-    config.optim.clip_per = "model"  # or "parameter"
+    config.optim.clip_per = "model"  # or "parameter", or "part": backbone, head, ...
     config.optim.layer_decay = 1.0
+    config.optim.patch_embed_lr = 1.0  # a factor
     config.optim.freeze_last_layer_epochs = 0.0
     config.optim.freeze_last_layer_steps = placeholder(int)
+    config.optim.freeze_last_layer_by = "update"  # or "lr": only the rate is 0, Adam's averages move
 
     config.eval = ml_collections.ConfigDict()
     config.eval.every_steps = placeholder(int)

@@ -30,20 +30,49 @@ def update_center(center: jax.Array, teacher_logits: jax.Array, momentum: float)
     return momentum * center + (1 - momentum) * jax.lax.stop_gradient(mean)
 
 
-def ibot_patch_loss(
-    student_log_probs: jax.Array, teacher_probs: jax.Array, weight: jax.Array, per_image: bool = True
-) -> jax.Array:
+def patch_loss(student_log_probs: jax.Array, teacher_probs: jax.Array, weight: jax.Array, crops: int) -> jax.Array:
     """The cross-entropy of masked patches with what the teacher makes of them unmasked (iBOT, equation 2).
 
     Args:
-      student_log_probs, teacher_probs: [B, G, M, K], of M patches of each global crop.
-      weight: bool [B, G, M], False for those that are not masked.
-      per_image: as in the official code, each crop's mean over its masked patches, averaged over all crops, those without a
-        masked patch too; else the sum over masked patches, averaged over crops, as the paper has it.
+      student_log_probs, teacher_probs: [..., K].
+      weight: [...], 1 for a masked patch: the sum that the paper has; or one over the masked patches of its crop: the mean
+        over them, as the official codes do. 0 for patches that are not masked.
+      crops: all global crops of the batch, those without a masked patch too, over which the mean is.
     """
-    cross_entropy = -jnp.einsum("bgmk,bgmk->bgm", teacher_probs, student_log_probs)
-    total = jnp.sum(cross_entropy * weight, axis=-1)
-    return jnp.mean(total / jnp.maximum(jnp.sum(weight, axis=-1), 1) if per_image else total)
+    cross_entropy = -jnp.einsum("...k,...k->...", teacher_probs, student_log_probs)
+    return jnp.sum(cross_entropy * weight) / crops
+
+
+def sinkhorn_knopp(logits: jax.Array, temp: jax.Array, weight: jax.Array | None = None, iterations: int = 3) -> jax.Array:
+    """Targets that use all prototypes alike: [..., K] -> probabilities [..., K] without gradient (SwAV; DINOv2, section 4).
+
+    All rows of the batch are balanced together. `weight` [...] is 0 for rows that only fill a buffer: they get no
+    probability and count for nothing. Computed in float32 at least; the largest logit is subtracted, which changes nothing.
+    """
+    dtype = jnp.promote_types(jnp.float32, logits.dtype)
+    x = jax.lax.stop_gradient(logits).astype(dtype).reshape(-1, logits.shape[-1]) / temp
+    weight = jnp.ones(len(x), dtype) if weight is None else weight.reshape(-1).astype(dtype)
+    x = jnp.where(weight[:, None] > 0, x, -jnp.inf)
+    q, rows, tiny = jnp.exp(x - x.max()), weight.sum(), jnp.finfo(dtype).tiny
+    for _ in range(iterations):
+        q = q / jnp.maximum(q.sum(axis=0, keepdims=True) * q.shape[1], tiny)
+        q = q / jnp.maximum(q.sum(axis=1, keepdims=True) * rows, tiny)
+    return (q * rows).reshape(logits.shape)
+
+
+def koleo(features: jax.Array, group_size: int, eps: float = 1e-8) -> jax.Array:
+    """The Kozachenko-Leonenko entropy estimate, which spreads features [B, D] (DINOv2, section 4; Sablayrolles et al. 2019).
+
+    The mean of -log of each one's distance to its nearest neighbour, of unit length, among the `group_size` in a row that it
+    is one of: in the official code those of one GPU.
+    """
+    x = features.astype(jnp.promote_types(jnp.float32, features.dtype)).reshape(-1, group_size, features.shape[-1])
+    x = x / jnp.maximum(jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), eps**2)), eps)
+    products = jnp.einsum("gad,gbd->gab", x, x, precision="highest")
+    nearest = jnp.argmax(jnp.where(jnp.eye(group_size, dtype=bool), -1.0, products), axis=-1)
+    neighbor = jnp.take_along_axis(x, nearest[..., None], axis=1)
+    distance = jnp.sqrt(jnp.sum((x - neighbor + eps) ** 2, axis=-1))
+    return -jnp.mean(jnp.log(distance + eps))
 
 
 def normalized_patches(patches: jax.Array, eps: float = 1e-6) -> tuple[jax.Array, jax.Array, jax.Array]:

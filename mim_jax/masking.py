@@ -164,4 +164,57 @@ class RatioMask(HostMask):
         return mask
 
 
-Mask = RandomMask | BlockMask | RatioMask
+@dataclasses.dataclass(frozen=True)
+class GroupMask:
+    """DINOv2's masks: of the global crops of a group of images the share `probability` is masked, the i-th of n of them by a
+    share of its patches that is uniform in the i-th part of `ratio` (Oquab et al. 2024, appendix B).
+
+    A group is `group_size` examples that follow each other in the stream: in the official code the batch of one GPU. `upper`
+    patches of a group are masked at most. Numbers are drawn in the order of the official code; crops come crop by crop there.
+    Raises ValueError where no patch would be masked.
+    """
+
+    grid: int
+    group_size: int
+    crops: int
+    probability: float = 0.5
+    ratio: tuple[float, float] = (0.1, 0.5)
+    on_host: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.upper < 1 or not 0 <= self.ratio[0] <= self.ratio[1] < 1:
+            raise ValueError(f"mask.ratio={self.ratio} and mask.probability={self.probability} mask no patch, or all of a crop")
+
+    @property
+    def bounds(self) -> np.ndarray:
+        """The parts of `ratio`, from one of the masked crops to the next."""
+        return np.linspace(*self.ratio, int(self.group_size * self.crops * self.probability) + 1)
+
+    @property
+    def upper(self) -> int:
+        return sum(int(self.grid**2 * high) for high in self.bounds[1:])
+
+    def draw(self, seed: int, positions: np.ndarray, crops: int) -> np.ndarray:
+        """Masks [B, crops, N] for the examples at these places of the stream, [B]: a function of `seed` and place alone."""
+        numbers = np.unique(positions // self.group_size)
+        groups = {number: self.group(random.Random(f"{seed}/{number}")) for number in numbers.tolist()}
+        return np.stack([groups[at // self.group_size][at % self.group_size] for at in positions.tolist()])
+
+    def group(self, rng: random.Random) -> np.ndarray:
+        """The masks of a group, [group_size, crops, N]."""
+        parts = zip(self.bounds, self.bounds[1:])
+        masks = [self.one(rng, int(self.grid**2 * rng.uniform(low, high))) for low, high in parts]
+        masks += [np.zeros(self.grid**2, bool)] * (self.group_size * self.crops - len(masks))
+        rng.shuffle(masks)
+        return np.stack(masks).reshape(self.crops, self.group_size, -1).swapaxes(0, 1)
+
+    def one(self, rng: random.Random, count: int) -> np.ndarray:
+        """A mask bool [N] of `count` patches, or a few less."""
+        return blocks(rng, self.grid, count, smallest=4, largest=0.5 * self.grid**2).reshape(-1)
+
+    def examples(self, number: int, crops: int, seed: int = 0) -> np.ndarray:
+        """Masks [number, crops, N] for pictures and tests, always the same."""
+        return self.draw(seed, np.arange(number), self.crops)[:, :crops]
+
+
+Mask = RandomMask | BlockMask | RatioMask | GroupMask

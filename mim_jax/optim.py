@@ -75,7 +75,7 @@ def warmup_by_epoch(start: float, final: float, epochs: int, epoch_steps: int) -
 
 def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
     """`optim.schedule`, named after the code that it is the schedule of. The recipe's rate is for a batch of
-    `optim.lr_batch_size` and scaled linearly; 0 there: it is absolute.
+    `optim.lr_batch_size` and scaled with the batch, see `lr_batch_power`; 0 there: it is absolute.
 
     "dino" (and BEiT, iBOT, DINOv2): `cosine_schedule`. "mae" (and MoCo v3): the same, but the warm-up's last step is one
     short of the peak. "timm_cosine" and "timm_multistep" (SimMIM): step s has the value for step s - 1, warm-up starts at
@@ -83,7 +83,7 @@ def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
     divide the rate by 1 / `decay_rate` at each of `decay_epochs`; `warmup_lr` and `min_lr` are scaled with the batch.
     """
     o, total = config.optim, total_steps(config)
-    scale = config.data.batch_size / o.lr_batch_size if o.lr_batch_size else 1.0
+    scale = (config.data.batch_size / o.lr_batch_size) ** o.lr_batch_power if o.lr_batch_size else 1.0
     base, warmup = o.lr * scale, min(duration(config, o, "warmup"), total)
     if o.schedule == "dino":
         return cosine_schedule(base, o.min_lr, total, warmup)
@@ -114,7 +114,7 @@ def schedules(config: ml_collections.ConfigDict) -> dict[str, Schedule]:
 
 def clip(limit: float, per: str) -> optax.GradientTransformation:
     """Scale gradients down to an L2 norm of `limit` (0: never): of each tensor apart (`per` "parameter", as DINO does;
-    blocks are tensors apart), or of all together ("model")."""
+    blocks are tensors apart), of each part of the model ("part", as DINOv2 does), or of all together ("model")."""
 
     def factor(norm: jax.Array) -> jax.Array:
         return jnp.minimum(limit / (norm + 1e-6), 1.0)
@@ -127,12 +127,14 @@ def clip(limit: float, per: str) -> optax.GradientTransformation:
         scale = factor(optax.tree.norm(grads))
         return jax.tree.map(lambda g: g * scale, grads)
 
-    if per not in ("parameter", "model"):
-        raise ValueError(f'optim.clip_per is {per!r}, but must be "parameter" or "model"')
-    if not limit:
-        return optax.identity()
-    each = lambda grads: jax.tree_util.tree_map_with_path(one, grads)  # noqa: E731
-    return optax.stateless(lambda grads, _: each(grads) if per == "parameter" else all_alike(grads))
+    ways = {
+        "parameter": lambda grads: jax.tree_util.tree_map_with_path(one, grads),
+        "part": lambda grads: {part: all_alike(tree) for part, tree in grads.items()},
+        "model": all_alike,
+    }
+    if per not in ways:
+        raise ValueError(f'optim.clip_per is {per!r}, but must be "parameter", "part" or "model"')
+    return optax.stateless(lambda grads, _: ways[per](grads)) if limit else optax.identity()
 
 
 def decayed(params: Any, not_decayed: str) -> Any:
@@ -140,12 +142,12 @@ def decayed(params: Any, not_decayed: str) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: not re.search(not_decayed, path_name(path)), params)
 
 
-def layer_scales(params: Any, decay: float) -> Any:
+def layer_scales(params: Any, decay: float, patch_embed: float = 1.0) -> Any:
     """Layer-wise learning-rate decay (BEiT, MAE): a factor for each tensor, that of stacked blocks [depth, 1, ...].
 
-    It is decay ** (depth + 1 - id): id 0 is what comes before the blocks (patch embedding, CLS, mask token, absolute
-    positions), block k is id k + 1, all that comes after is depth + 1. Raises ValueError for parameters with more than one
-    stack of blocks (Swin, or a decoder).
+    It is decay ** (depth + 1 - id): id 0 is what comes before the blocks (patch embedding, tokens, absolute positions), block
+    k is id k + 1, all that comes after is depth + 1. `patch_embed` is a factor more for the patch embedding. Raises
+    ValueError for parameters with more than one stack of blocks (Swin, or a decoder).
     """
     paths = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
     stacks = {STACKED.split(name)[0]: len(leaf) for name, leaf in paths if STACKED.search(name)}
@@ -157,7 +159,8 @@ def layer_scales(params: Any, decay: float) -> Any:
         name = path_name(path)
         if STACKED.search(name):
             return (decay ** (depth - np.arange(depth))).reshape(depth, *[1] * (leaf.ndim - 1))
-        return decay ** (depth + 1 if re.search("patch_embed/|(cls_token|mask_token|pos_embed)$", name) else 0)
+        first = re.search("patch_embed/|(cls_token|mask_token|register_tokens|pos_embed)$", name)
+        return decay ** (depth + 1 if first else 0) * (patch_embed if "patch_embed/" in name else 1.0)
 
     return jax.tree_util.tree_map_with_path(scale, params)
 
@@ -165,17 +168,17 @@ def layer_scales(params: Any, decay: float) -> Any:
 def make_optimizer(config: ml_collections.ConfigDict, fixed: str) -> optax.GradientTransformation:
     """AdamW after clipping. `fixed`: a regex of parameters that are never updated nor decayed.
 
-    For `freeze_last_layer` steps the heads' last layers get no update, no decay and no moments, and their bias
-    correction starts when they do.
+    For `freeze_last_layer` steps the heads' last layers get no update and no decay. By "update" they get no moments either,
+    and their bias correction starts when they do; by "lr" (DINOv2) their moments move all the while.
     """
     o, s = config.optim, schedules(config)
     freeze = duration(config, o, "freeze_last_layer")
 
-    def adamw(start: int) -> optax.GradientTransformation:
+    def adamw(start: int = 0, frozen: int = 0) -> optax.GradientTransformation:
         return optax.chain(
             optax.scale_by_adam(o.beta1, o.beta2, o.eps),
             optax.add_decayed_weights(lambda count: s["weight_decay"](count + start), lambda p: decayed(p, o.not_decayed)),
-            optax.scale_by_learning_rate(lambda count: s["lr"](count + start)),
+            optax.scale_by_learning_rate(lambda count: jnp.where(count < frozen, 0.0, s["lr"](count + start))),
         )
 
     def label(path: tuple, _: jax.Array) -> str:
@@ -185,11 +188,16 @@ def make_optimizer(config: ml_collections.ConfigDict, fixed: str) -> optax.Gradi
         return "last_layer" if freeze and "/last_layer/" in name else "trained"
 
     def by_layer(updates: Any, params: Any) -> Any:
-        return jax.tree.map(lambda u, scale: (u * scale).astype(u.dtype), updates, layer_scales(params, o.layer_decay))
+        scales = layer_scales(params, o.layer_decay, o.patch_embed_lr)
+        return jax.tree.map(lambda u, scale: (u * scale).astype(u.dtype), updates, scales)
 
-    groups = {"trained": adamw(0), "fixed": optax.set_to_zero()}
-    if freeze:
-        groups["last_layer"] = optax.conditionally_mask(adamw(freeze), lambda step: step >= freeze)
+    if o.freeze_last_layer_by not in ("update", "lr"):
+        raise ValueError(f'optim.freeze_last_layer_by is {o.freeze_last_layer_by!r}, but must be "update" or "lr"')
+    groups = {"trained": adamw(), "fixed": optax.set_to_zero()}
+    if freeze and o.freeze_last_layer_by == "lr":
+        groups["last_layer"] = adamw(frozen=freeze)
+    elif freeze:
+        groups["last_layer"] = optax.conditionally_mask(adamw(start=freeze), lambda step: step >= freeze)
     labels = lambda params: jax.tree_util.tree_map_with_path(label, params)  # noqa: E731
-    scaled = optax.stateless(by_layer) if o.layer_decay != 1 else optax.identity()
+    scaled = optax.stateless(by_layer) if (o.layer_decay, o.patch_embed_lr) != (1, 1) else optax.identity()
     return optax.chain(clip(o.clip_grad, o.clip_per), optax.partition(groups, labels), scaled)

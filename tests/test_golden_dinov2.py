@@ -1,13 +1,24 @@
 """DINOv2 held against numbers that the official PyTorch code produced (facebookresearch/dinov2 at b8931f7)."""
 
+import dataclasses
+import random
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import double, prefixed, relative_error
+from arrays import channels_last, double, official, prefixed, relative_error
 
-from mim_jax import convert
+import mim_jax
+from mim_jax import convert, losses, optim
+from mim_jax.evaluators.knn import knn_accuracy
+from mim_jax.masking import GroupMask
 from mim_jax.models.heads import DinoHead
+from mim_jax.models.positions import interpolate_positions
+from mim_jax.models.vit import ViT, intermediate_layers, seen, swiglu_width
+from mim_jax.sharding import tree_paths
+from mim_jax.state import create
 
 
 @pytest.mark.parametrize("variant", ["default", "nobias"])
@@ -78,3 +89,277 @@ def test_what_is_missing_is_named(golden, missing):
         return
     with pytest.raises(ValueError, match=f"missing: {missing}"):
         convert.from_torch(arrays, "dinov2")
+
+
+SIZES = [(16, 16), (24, 24), (8, 8), (12, 20)]
+KINDS = {"dinov2_vit_mlp": {}, "dinov2_vit_reg_swiglu": dict(ffn="swiglu", registers=4, antialias=True)}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_vit(golden, name, x64):
+    """All outputs, masked and not, at every size. (The official code interpolates positions in float32.)"""
+    arrays, _ = golden(name)
+    params = double(convert.from_torch(prefixed(arrays, "params/"), "dinov2"))["backbone"]
+    settings = dict(mask_token=True, layerscale=0.1, dtype=jnp.float64, **KINDS[name])
+    vit = ViT(patch_size=4, img_size=16, dim=32, depth=2, heads=2, **settings)
+    for size in SIZES:
+        tag = f"{size[0]}x{size[1]}"
+        atol = 1e-12 if size == (16, 16) else 2e-6
+        rows, columns = size[0] // 4, size[1] // 4
+        offset = 0.0 if settings.get("antialias") else 0.1
+        positions = interpolate_positions(params["pos_embed"], rows, columns, offset, settings.get("antialias", False))
+        np.testing.assert_allclose(positions, arrays[f"{tag}/pos_embed"], atol=atol)
+        images = channels_last(arrays[f"{tag}/x"]).astype(float)
+        out = vit.apply({"params": params}, [images[:, None]])[0]
+        np.testing.assert_allclose(out["cls"][:, 0], arrays[f"{tag}/x_norm_clstoken"], atol=atol)
+        np.testing.assert_allclose(out["patch"][:, 0], arrays[f"{tag}/x_norm_patchtokens"], atol=atol)
+        if "registers" in out:
+            np.testing.assert_allclose(out["registers"][:, 0], arrays[f"{tag}/x_norm_regtokens"], atol=atol)
+        np.testing.assert_allclose(seen(vit, params, images)[0][-1], arrays[f"{tag}/x_prenorm"], atol=atol)
+        if f"{tag}/masks" in arrays:
+            mask = jnp.asarray(arrays[f"{tag}/masks"])[:, None]
+            out = vit.apply({"params": params}, [images[:, None]], masks=[mask])[0]
+            np.testing.assert_allclose(out["cls"][:, 0], arrays[f"{tag}/masked/x_norm_clstoken"], atol=atol)
+            np.testing.assert_allclose(out["patch"][:, 0], arrays[f"{tag}/masked/x_norm_patchtokens"], atol=atol)
+    layers = intermediate_layers(vit, params, channels_last(arrays["16x16/x"]).astype(float), n=2)
+    for i, tokens in enumerate(layers):
+        np.testing.assert_allclose(tokens[:, 0], arrays[f"16x16/inter_cls_{i}"], atol=1e-12)
+        patches = channels_last(arrays[f"16x16/inter_patch_{i}"]).reshape(2, 16, 32)
+        np.testing.assert_allclose(tokens[:, -16:], patches, atol=1e-12)
+
+
+def test_swiglu_widths(golden):
+    arrays, _ = golden("dinov2_swiglu")
+    assert [swiglu_width(hidden) for hidden in arrays["hidden_table"][:, 0]] == arrays["hidden_table"][:, 1].tolist()
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_cls_targets(golden, step, x64):
+    arrays, _ = golden("dinov2_dino_loss")
+    logits, temp = jnp.asarray(arrays[f"teacher_{step}"], jnp.float64), arrays["temps"][step]
+    center = jnp.asarray(arrays[f"center_used_{step}"])
+    np.testing.assert_allclose(losses.dino_teacher(logits, center, temp), arrays[f"centered_softmax_{step}"], atol=1e-12)
+    after = arrays[f"center_used_{step + 1}" if step < 2 else "center_after_3"]
+    np.testing.assert_allclose(losses.update_center(center, logits, 0.9), after, atol=1e-12)
+    for iterations in (1, 3):
+        got = losses.sinkhorn_knopp(logits, temp, iterations=iterations)
+        np.testing.assert_allclose(got, arrays[f"sinkhorn_{step}_iter{iterations}"], atol=2e-6)
+        np.testing.assert_allclose(got.sum(-1), 1, atol=1e-12)
+
+
+def test_cls_loss(golden, x64):
+    """The official two terms, together over the number of pairs, are DINO's mean."""
+    a, _ = golden("dinov2_dino_loss")
+
+    def crops(x, number):
+        return jnp.moveaxis(jnp.asarray(x, jnp.float64).reshape(number, 4, 64), 0, 1)
+
+    teacher = crops(a["teacher_probs_for_global"], 2)[:, ::-1]  # they come swapped
+
+    def loss(student):
+        return losses.dino_loss(jax.nn.log_softmax(jnp.concatenate(student, axis=1) / 0.1), teacher)
+
+    student = crops(a["student_global"], 2), crops(a["student_local"], 3)
+    value, grads = jax.value_and_grad(loss)(student)
+    np.testing.assert_allclose(value, (2 * a["loss_global"] + a["loss_local"]) / 8, rtol=1e-9)
+    assert relative_error(grads[0], 2 * crops(a["grad_student_global"], 2) / 8) < 1e-8
+    assert relative_error(grads[1], crops(a["grad_student_local"], 3) / 8) < 1e-8
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_patch_targets(golden, step, x64):
+    """Rows that only fill the buffer count for nothing."""
+    arrays, _ = golden("dinov2_ibot_patch_loss")
+    logits = jnp.asarray(arrays[f"teacher_masked_{step}"], jnp.float64)
+    center = jnp.asarray(arrays[f"center_used_{step}"])[0]
+    np.testing.assert_allclose(losses.dino_teacher(logits, center, 0.07), arrays[f"centered_softmax_{step}"], atol=1e-12)
+    after = arrays["center_used_1" if step == 0 else "center_after_2"][0]
+    np.testing.assert_allclose(losses.update_center(center, logits, 0.9), after, atol=1e-12)
+    filled = jnp.concatenate([logits, 50 * jnp.ones((3, 48))])
+    weight = jnp.arange(len(filled)) < len(logits)
+    for iterations in (1, 3):
+        want = arrays[f"sinkhorn_{step}_iter{iterations}"]
+        np.testing.assert_allclose(losses.sinkhorn_knopp(logits, 0.07, iterations=iterations), want, atol=2e-6)
+        got = losses.sinkhorn_knopp(filled, 0.07, weight, iterations)
+        np.testing.assert_allclose(got[: len(want)], want, atol=2e-6)
+        assert not np.any(got[len(want) :])
+
+
+def test_patch_loss(golden, x64):
+    a, _ = golden("dinov2_ibot_patch_loss")
+    probs, weight = jnp.asarray(a["teacher_masked_probs"], jnp.float64), jnp.asarray(a["masks_weight"], jnp.float64)
+
+    def loss(student):
+        return losses.patch_loss(jax.nn.log_softmax(student / 0.1), probs, weight, 4)
+
+    value, grad = jax.value_and_grad(loss)(jnp.asarray(a["student_masked"], jnp.float64))
+    np.testing.assert_allclose(value, a["loss_masked_weight"], rtol=1e-7)
+    np.testing.assert_allclose(value, a["loss_forward"], rtol=1e-7)
+    assert relative_error(grad, a["grad_masked_weight"]) < 1e-7
+
+
+@pytest.mark.parametrize("kind", ["random", "clustered", "duplicate"])
+def test_koleo(golden, kind, x64):
+    case = prefixed(golden("dinov2_koleo")[0], f"{kind}/")
+    x = jnp.asarray(case["x"], jnp.float64)
+    value, grad = jax.value_and_grad(losses.koleo)(x, len(x))
+    np.testing.assert_allclose(value, case["loss"], rtol=1e-9)
+    assert relative_error(grad, case["grad"]) < 1e-7
+    groups = jnp.concatenate([x, 3 * x[::-1]])
+    np.testing.assert_allclose(losses.koleo(groups, len(x)), case["loss"], rtol=1e-6)  # each group by itself
+
+
+def test_masks_are_the_official_ones_after_the_same_seed(golden):
+    arrays, _ = golden("dinov2_masks_collate")
+    mask, rng = GroupMask(grid=16, group_size=8, crops=2), random.Random(7)
+    for count in (25, 64, 128):
+        drawn = np.stack([mask.one(rng, count) for _ in range(1000)]).reshape(1000, 16, 16)
+        np.testing.assert_array_equal(drawn[:16], arrays[f"gen{count}/first16"])
+        np.testing.assert_array_equal(drawn.sum((1, 2)), arrays[f"gen{count}/counts"])
+        np.testing.assert_allclose(drawn.mean(0), arrays[f"gen{count}/freq_map"], atol=1e-12)
+    rng = random.Random(11)
+    for i in range(3):
+        drawn = mask.group(rng)  # the official order is crop by crop
+        np.testing.assert_array_equal(drawn.swapaxes(0, 1).reshape(16, -1), arrays[f"collate{i}/masks"])
+        assert mask.upper == arrays[f"collate{i}/upperbound"] and drawn.sum() == arrays[f"collate{i}/n_masked"]
+
+
+def test_masks_of_a_stream_are_those_of_its_groups():
+    mask = GroupMask(grid=8, group_size=4, crops=2)
+    drawn = mask.draw(3, np.arange(16), 2)
+    assert drawn.shape == (16, 2, 64) and drawn.dtype == bool
+    np.testing.assert_array_equal(mask.draw(3, np.array([5, 14, 4]), 2), drawn[[5, 14, 4]])
+    for group in drawn.reshape(4, 8, 64):
+        counts = np.sort(group.sum(-1))
+        assert not counts[:4].any() and (counts[4:] > 0).all() and counts.sum() <= mask.upper
+    assert not np.array_equal(drawn[:4], drawn[4:8])
+
+
+@pytest.mark.parametrize("decay", ["unchunked_lrd0.9", "unchunked_lrd1.0"])
+def test_parameter_groups(golden, decay):
+    """Factors of the learning rate, what is decayed, and which are the last layers."""
+    _, meta = golden("dinov2_param_groups")
+    groups = meta["groups"][decay]
+    config = mim_jax.load_config("configs/dinov2.py:demo")
+    config.model.update(depth=meta["depth"], registers=sum("register_tokens" in key for key in groups) * 2)
+    params = jax.eval_shape(mim_jax.make_method(config).init, jax.random.key(0))[0]
+    scales = optim.layer_scales(params, float(decay[-3:]), meta["patch_embed_lr_mult"])
+    decayed = optim.decayed(params, config.optim.not_decayed)
+    last = jax.tree.map(lambda path: "/last_layer/" in path, tree_paths(params))
+    got = {}
+    for kind, tree in (("lr_multiplier", scales), ("wd_multiplier", decayed), ("is_last_layer", last)):
+        filled = jax.tree.map(lambda value, p: np.broadcast_to(np.asarray(value, float), p.shape), tree, params)
+        got[kind] = {key: float(value.flat[0]) for key, value in convert.to_torch(filled, "dinov2").items()}
+    for key, want in groups.items():
+        ours = re.sub("^head|^dino_head", "dino_head", key)
+        for kind, value in want.items():
+            assert got[kind][ours] == pytest.approx(float(value), rel=1e-9), (key, kind)
+
+
+def test_schedules(golden):
+    arrays, meta = golden("dinov2_schedules")
+    for i, spec in enumerate(meta["specs"][:4]):
+        numbers = (spec.get(name, 0) for name in ("base_value", "final_value", "total_iters", "warmup_iters"))
+        schedule = optim.cosine_schedule(*numbers, start=spec.get("start_warmup_value", 0))
+        want = arrays[f"schedule_{i}"]
+        np.testing.assert_allclose([schedule(step) for step in range(len(want))], want, rtol=1e-5)
+
+
+def test_knn(golden):
+    """Its softmax over the neighbours ranks the classes as DINO's exponentials do."""
+    arrays, _ = golden("dino_knn")
+    want, _ = golden("dinov2_knn")
+    args = (arrays["train_features"], arrays["train_labels"], arrays["test_features"], arrays["test_labels"], 10)
+    for k in (3, 10, 20):
+        top1 = (want[f"probas_k{k}"].argmax(1) == arrays["test_labels"]).mean()
+        assert knn_accuracy(*args, k, 0.07)[0] == pytest.approx(top1, abs=1e-6)
+
+
+def test_initial_distributions(golden):
+    _, meta = golden("dinov2_init_stats")
+    settings = dict(registers=4, antialias=True, mask_token=True, layerscale=1e-5, mask_token_init=jax.nn.initializers.zeros)
+    vit = ViT(
+        patch_size=14, img_size=224, dim=384, depth=12, heads=6, token_init=jax.nn.initializers.normal(1e-6), **settings
+    )
+    image, mask = jnp.zeros((1, 1, 224, 224, 3)), jnp.zeros((1, 1, 256), bool)
+    backbone = jax.jit(vit.init)(jax.random.key(0), [image], masks=[mask])["params"]
+    arrays = convert.to_torch({"backbone": jax.device_get(backbone)}, "dinov2")
+    stats = {key.removeprefix("backbone."): value for key, value in meta["stats"].items() if not key.startswith("head.")}
+    assert set(arrays) == set(stats)
+    for key, want in stats.items():
+        got = arrays[key]
+        assert list(got.shape) == want["shape"], key
+        if want["std"] < 1e-12:
+            np.testing.assert_allclose(got, want["mean"], rtol=1e-6, err_msg=key)
+            continue
+        spread = 6 / np.sqrt(got.size)
+        assert abs(got.mean() - want["mean"]) < 2 * spread * want["std"], key
+        assert abs(got.std() / want["std"] - 1) < 2 * spread, key
+
+
+@pytest.mark.parametrize("centering", ["center", "sk"])
+@pytest.mark.parametrize("heads", ["sep", "shared"])
+def test_two_training_steps(golden, monkeypatch, centering, heads, x64):
+    """Two official steps through the real train_step: losses, gradients, their norms by part, centres, student, teacher."""
+    arrays, meta = golden(f"dinov2_step_{centering}_{heads}")
+    config = mim_jax.load_config("configs/dinov2.py:demo")
+    config.data.update(batch_size=4, num_examples=8)
+    config.total_steps = 2
+    config.model.update(img_size=16, patch_size=4, dim=16, depth=2, heads=2, registers=2, dtype="float64")
+    config.head.update(out_dim=64, hidden_dim=24, bottleneck_dim=16)
+    config.ibot_head.update(out_dim=48, hidden_dim=24, bottleneck_dim=16)
+    config.crops.update(global_crops_size=16, local_crops_number=3, local_crops_size=8)
+    config.mask.group_size = 4
+    config.loss.update(centering="centering" if centering == "center" else "sinkhorn_knopp", separate_head=heads == "sep")
+    config.optim.update(clip_grad=0.5, clip_per="part", layer_decay=0.9, patch_embed_lr=0.2)
+    config.optim.update(freeze_last_layer_steps=1, freeze_last_layer_by="lr")
+    steps = meta["steps"] if "steps" in meta else STEPS
+    given = {name: jnp.asarray([step[name] for step in steps]) for name in ("lr", "wd", "momentum", "teacher_temp")}
+    follow = lambda name: lambda step: given[name][step]  # noqa: E731
+    monkeypatch.setattr(optim, "schedules", lambda _: {"lr": follow("lr"), "weight_decay": follow("wd")})
+    method = mim_jax.make_method(config)
+    schedules = {"momentum_teacher": follow("momentum"), "teacher_temp": follow("teacher_temp")}
+    method = dataclasses.replace(method, schedules=schedules)
+    state = create(method, config)
+    params = convert.from_torch(prefixed(arrays, "params_init/"), "dinov2")
+    params = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), params, state.params)
+    state = state.replace(params=params, teacher={part: jax.tree.map(jnp.copy, params[part]) for part in method.teacher_parts})
+    train_step = mim_jax.make_train_step(method, config)
+    gradient = jax.jit(jax.grad(method.loss, has_aux=True))
+    loose = 1e4 if centering == "center" else 1e5  # positions are interpolated in float32 there, and targets balanced
+
+    def crops(x, number):
+        return jnp.moveaxis(channels_last(x).reshape(number, 4, *x.shape[2:], 3), 0, 1).astype(float)
+
+    for step in range(2):
+        at = prefixed(arrays, f"step{step}/")
+        masks = next(value for key, value in at.items() if key.endswith("masks") or key.endswith("collated_masks"))
+        views = {"global": crops(at["global_crops"], 2), "local": crops(at["local_crops"], 3)}
+        views["mask"] = jnp.moveaxis(jnp.asarray(masks).reshape(2, 4, 16), 0, 1)
+        if centering == "center":  # a step's centres are applied at the next one there
+            np.testing.assert_allclose(state.extra["center"], at["dino_center"], atol=1e-12)
+            np.testing.assert_allclose(state.extra["patch_center"], at["ibot_center"][0], atol=1e-12)
+        grads, _ = gradient(state.params, state.teacher, {}, state.extra, views, jax.random.key(0), state.step)
+        for part in method.teacher_parts:
+            norm = optim.optax.tree.norm(grads[part])
+            np.testing.assert_allclose(norm, at[f"grad_norm/{part}"], rtol=1e-9 * loose)
+        got = official(grads, "dinov2")
+        for key, want in prefixed(at, "grads/").items():
+            assert np.max(np.abs(got[key] - want)) < 1e-10 * loose * max(np.max(np.abs(want)), 1e-3), key
+        state, metrics = train_step(state, {}, views)
+        local, whole, koleo, ibot = (at[f"loss/{name}"] for name in LOSSES)
+        want = {"loss_cls": local + whole, "loss_koleo": 2 * koleo, "loss_patch": 2 * ibot}
+        want["loss"] = sum(want.values())
+        for tag, value in want.items():
+            np.testing.assert_allclose(metrics[f"train/{tag}"], value, rtol=1e-9 * loose, err_msg=tag)
+    for part, tree in (("student", state.params), ("teacher", state.teacher)):
+        got = official(tree, "dinov2")
+        for key, value in prefixed(arrays, f"{part}_after_step1/").items():
+            np.testing.assert_allclose(got[key], value, atol=2e-11 * loose, err_msg=f"{part} {key}")
+
+
+STEPS = [
+    {"lr": 0.001, "wd": 0.04, "momentum": 0.9, "teacher_temp": 0.05},
+    {"lr": 0.0005, "wd": 0.1, "momentum": 0.95, "teacher_temp": 0.06},
+]
+LOSSES = ("dino_local_crops_loss", "dino_global_crops_loss", "koleo_loss", "ibot_loss")

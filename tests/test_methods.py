@@ -26,6 +26,7 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     # of the first absolute errors a quarter is noise that nobody can learn in so few steps
     "simmim": (0.75, {"model.layerscale": 1.0, "optim.lr": 0.03}),
     "simmim_swin": (0.75, {"optim.lr": 0.03}),
+    "dinov2": (0.5, {"optim.momentum_teacher": 1.0, "loss.teacher_temp": 0.005, "optim.lr": 0.01, "loss.koleo_weight": 0.01}),
     # 16 codes for noise
     "vqvae": (0.75, {"optim.lr": 0.01}),
     "dvae": (0.75, {"optim.lr": 0.01}),

@@ -59,7 +59,9 @@ class Ibot(dino.Dino):
         patch_probs = losses.dino_teacher(picked, extra["patch_center"], self.schedules["teacher_patch_temp"](step))
         cls_log, patch_log = (jax.nn.log_softmax(logits / self.student_temp) for logits in student)
         cls_loss = self.cls_weight * losses.dino_loss(cls_log, cls_probs)
-        patch_loss = self.patch_weight * losses.ibot_patch_loss(patch_log, patch_probs, weight, self.per_image)
+        number = weight.sum(-1, keepdims=True)
+        weight = weight / jnp.maximum(number, 1) if self.per_image else weight
+        patch_loss = self.patch_weight * losses.patch_loss(patch_log, patch_probs, weight, number.size)
 
         extra = {
             "center": losses.update_center(extra["center"], cls, self.center_momentum),

@@ -39,14 +39,22 @@ def interpolation_weights(size: int, to: int, offset: float = 0.1) -> np.ndarray
     return weights
 
 
-def interpolate_positions(pos_embed: jax.Array, rows: int, columns: int, offset: float = 0.1) -> jax.Array:
-    """Positions [1, 1 + N, D] of a square grid for a grid of rows x columns: [1, 1 + rows * columns, D]. CLS is kept."""
+def interpolate_positions(
+    pos_embed: jax.Array, rows: int, columns: int, offset: float = 0.1, antialias: bool = False
+) -> jax.Array:
+    """Positions [1, 1 + N, D] of a square grid for a grid of rows x columns: [1, 1 + rows * columns, D]. CLS is kept.
+
+    `antialias`: with an antialiased cubic (a = -0.5), as DINOv2 does with registers; else see `interpolation_weights`.
+    """
     size = round((pos_embed.shape[1] - 1) ** 0.5)
     if rows == columns == size:
         return pos_embed
     grid = pos_embed[0, 1:].reshape(size, size, -1)
-    vertical, horizontal = (jnp.asarray(interpolation_weights(size, to, offset), grid.dtype) for to in (rows, columns))
-    grid = jnp.einsum("rh,cw,hwd->rcd", vertical, horizontal, grid, precision="highest")
+    if antialias:
+        grid = jax.image.resize(grid, (rows, columns, grid.shape[-1]), "bicubic", precision="highest")
+    else:
+        vertical, horizontal = (jnp.asarray(interpolation_weights(size, to, offset), grid.dtype) for to in (rows, columns))
+        grid = jnp.einsum("rh,cw,hwd->rcd", vertical, horizontal, grid, precision="highest")
     return jnp.concatenate([pos_embed[:, :1], grid.reshape(1, rows * columns, -1)], axis=1)
 
 

@@ -54,6 +54,7 @@ class Block(nn.Module):
     `layerscale` (0: none) is the first value of the factors gamma on both branches (Touvron et al. 2021, CaiT). Without
     `k_bias`, queries and values have a bias of their own and keys have none (BEiT). With `bias_grid` (0: none) the block has
     a table of relative position biases of its own, for a square grid of this side; `grids` are those of the layout's crops.
+    `ffn` "swiglu" is w3(silu(a) * b), (a, b) = w12(x), of two thirds of the width, to the next multiple of 8 (DINOv2).
     """
 
     heads: int
@@ -65,6 +66,7 @@ class Block(nn.Module):
     layerscale: float = 0.0
     k_bias: bool = True
     norm_eps: float = 1e-6
+    ffn: str = "mlp"
     bias_grid: int = 0
     grids: tuple[tuple[int, int], ...] = ()
 
@@ -97,8 +99,13 @@ class Block(nn.Module):
         x = x + branch(linear(dim, name="proj")(y.reshape(-1, dim)), "gamma_1")
 
         y = layer_norm(self.dtype, "norm2", self.norm_eps)(x)
-        y = gelu(linear(int(dim * self.mlp_ratio), name="fc1")(y.reshape(-1, dim)))
-        x = x + branch(linear(dim, name="fc2")(y), "gamma_2")
+        hidden = int(dim * self.mlp_ratio)
+        if self.ffn == "swiglu":
+            gate, value = jnp.split(linear(2 * swiglu_width(hidden), name="w12")(y.reshape(-1, dim)), 2, axis=-1)
+            y = linear(dim, name="w3")(nn.silu(gate) * value)
+        else:
+            y = linear(dim, name="fc2")(gelu(linear(hidden, name="fc1")(y.reshape(-1, dim))))
+        x = x + branch(y, "gamma_2")
         self.sow("intermediates", "tokens", x)
         return x, None
 
@@ -114,6 +121,11 @@ class Block(nn.Module):
                 self.sow("attention", "weights", attention_weights(q.swapaxes(1, 2), k.swapaxes(1, 2), bias))
             start += crops * tokens
         return jnp.concatenate(out, axis=1)
+
+
+def swiglu_width(hidden: int) -> int:
+    """Of the two halves of a SwiGLU layer in the place of an MLP of this hidden width."""
+    return (int(2 / 3 * hidden) + 7) // 8 * 8
 
 
 def bias_table(module: nn.Module, grid: int, heads: int, dtype: Any) -> jax.Array:
@@ -175,17 +187,21 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """crops: a sequence of [B, n, H, W, C], one for each resolution -> for each {"cls": [B, n, D], "patch": [B, n, N, D]}.
+    """crops: a sequence of [B, n, H, W, C], one for each resolution -> for each {"cls": [B, n, D], "patch": [B, n, N, D]},
+    and "registers" [B, n, R, D] where there are some.
 
     The outputs are those of the last block after the final norm, if there is one. H and W need not be `img_size`:
     positions are interpolated. `dtype` is that of the computation; parameters are float32 (float64 where `dtype` is).
 
     Attributes:
+        drop_path_rate: of stochastic depth: of the last block, from 0 in the first, or of all (`drop_path_uniform`).
         pos: "learned" or "sincos" tables added to the tokens (the second is a parameter, too, that gets no gradient), or a
             bias on the attention of every block, "relative": one for all, "relative_each": one for each (BEiT, SimMIM;
             before and in fine-tuning).
         mask_token: whether masked patches are replaced by a learned token; if not, they are dropped.
-        layerscale, k_bias: see `Block`.
+        layerscale, k_bias, ffn: see `Block`.
+        registers: tokens between CLS and the patches, without positions (Darcet et al. 2024).
+        antialias: how learned positions are interpolated: with an antialiased cubic (DINOv2 with registers) or as DINO does.
         kernel_init, patch_init, patch_bias_init, token_init: first values of linear layers, of the patch embedding, and of
             CLS and mask token.
         unroll: blocks that an iteration of the loop over them holds.
@@ -198,10 +214,14 @@ class ViT(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     drop_path_rate: float = 0.0
+    drop_path_uniform: bool = False
     pos: str = "learned"
     mask_token: bool = False
     layerscale: float = 0.0
     k_bias: bool = True
+    ffn: str = "mlp"
+    registers: int = 0
+    antialias: bool = False
     final_norm: bool = True
     kernel_init: Initializer = nn.initializers.normal(0.02)
     patch_init: Initializer = TORCH_UNIFORM
@@ -230,6 +250,7 @@ class ViT(nn.Module):
             dtype=self.dtype,
             layerscale=self.layerscale,
             k_bias=self.k_bias,
+            ffn=self.ffn,
         )
 
     @nn.compact
@@ -249,6 +270,8 @@ class ViT(nn.Module):
         )
         if self.mask_token:
             mask_token = self.param("mask_token", self.mask_token_init or self.token_init, (1, 1, self.dim), dtype)
+        if self.registers:
+            register_tokens = self.param("register_tokens", self.token_init, (1, self.registers, self.dim), dtype)
         if self.pos == "learned":
             pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), (1, 1 + grid**2, self.dim), dtype)
         elif self.pos == "sincos":
@@ -271,13 +294,14 @@ class ViT(nn.Module):
             if self.pos == "relative":
                 bias = relative_bias(table, grid, (rows, columns))
             elif self.pos != "relative_each":
-                offset = 0.1 if self.pos == "learned" else 0.0  # DINO's and MAE's ways
-                positions = interpolate_positions(pos_embed, rows, columns, offset).astype(self.dtype)
+                offset = 0.1 if self.pos == "learned" and not self.antialias else 0.0  # DINO's and MAE's ways
+                positions = interpolate_positions(pos_embed, rows, columns, offset, self.antialias).astype(self.dtype)
                 patches, cls = patches + positions[:, 1:], cls + positions[:, :1]
             if mask is not None and not self.mask_token:
                 patches = jnp.take_along_axis(patches, visible_first(mask)[..., :visible, None], axis=2)
-            cls = jnp.broadcast_to(cls, (batch, n, 1, self.dim))
-            return jnp.concatenate([cls, patches], axis=2).reshape(batch, -1, self.dim), bias
+            first = jnp.concatenate([cls, register_tokens.astype(self.dtype)], axis=1) if self.registers else cls
+            first = jnp.broadcast_to(first[:, None], (batch, n, *first.shape[1:]))
+            return jnp.concatenate([first, patches], axis=2).reshape(batch, -1, self.dim), bias
 
         tokens, biases = zip(*(embed(images, mask) for images, mask in zip(crops, masks or [None] * len(crops))))
         layout = tuple((images.shape[1], t.shape[1] // images.shape[1]) for images, t in zip(crops, tokens))
@@ -286,13 +310,16 @@ class ViT(nn.Module):
         self.sow("intermediates", "biases", biases)
         grids = tuple((images.shape[2] // self.patch_size, images.shape[3] // self.patch_size) for images in crops)
         blocks = stack(self.depth, self.unroll, **self.block(layout, train and self.drop_path_rate > 0, grids))
-        x, _ = blocks(x, jnp.linspace(0, self.drop_path_rate, self.depth), biases)
+        x, _ = blocks(x, jnp.linspace(self.drop_path_uniform * self.drop_path_rate, self.drop_path_rate, self.depth), biases)
 
         norm = layer_norm(dtype, name="norm") if self.final_norm else lambda x: x.astype(dtype)
         out, start = [], 0
         for n, length in layout:
             part = x[:, start : start + n * length].reshape(-1, n, length, self.dim)
-            out.append({"cls": norm(part[:, :, 0]), "patch": norm(part[:, :, 1:])})
+            end = 1 + self.registers
+            tokens_of = {"cls": part[:, :, 0], "patch": part[:, :, end:]}
+            tokens_of |= {"registers": part[:, :, 1:end]} if self.registers else {}
+            out.append({name: norm(x) for name, x in tokens_of.items()})
             start += n * length
         return out
 

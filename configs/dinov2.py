@@ -1,0 +1,145 @@
+"""DINOv2 (Oquab et al. 2024, "DINOv2: Learning Robust Visual Features without Supervision", arXiv:2304.07193).
+
+Variants and what the official repository reports on ImageNet-1k (k-NN / linear top-1):
+
+    vitl16   ViT-L/16, ImageNet-1k, 100 "epochs" of 1250 steps, batch 2048: the short recipe   81.6 / 82.9
+             a day on 32 A100
+    vitl14   ViT-L/14 with SwiGLU, ImageNet-22k, 625,000 steps, batch 3072                     82.0 / 84.5
+             3.3 days on 96 A100
+    vitg14   ViT-g/14, the paper's largest, batch 3072 (LVD-142M, which is not public)          83.5 / 86.5
+    vits16, vitb16   the short recipe for smaller networks; no published figure
+
+    python -m mim_jax.main --config=configs/dinov2.py:vitl16 --config.data.dir=/data/tensorflow_datasets --workdir=runs/dinov2
+
+Crops are blurred as the official code really does it: it takes the probability of a blur for that of none. None of these has
+been trained with this code yet; `--dry_run` prints their plan. One more:
+
+    demo     CIFAR-10, the network and budget of configs/dino.py:demo
+"""
+
+import ml_collections
+
+from mim_jax.config import on_cifar10, skeleton
+
+
+def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
+    config = skeleton()
+    config.method = "dinov2"
+    config.total_steps = 125_000
+    config.data.batch_size = 2048
+
+    config.model.patch_size = 16
+    config.model.dim = 1024
+    config.model.depth = 24
+    config.model.heads = 16
+    config.model.drop_path_rate = 0.3  # the same in all blocks
+    config.model.layerscale = 1e-5
+    config.model.ffn = "mlp"  # or "swiglu"
+    config.model.registers = 0
+    config.model.antialias = False  # positions for other sizes; True: as the official models with registers are evaluated
+    config.model.init_std = 0.02
+
+    config.head = ml_collections.ConfigDict()
+    config.head.out_dim = 65536
+    config.head.hidden_dim = 2048
+    config.head.bottleneck_dim = 256
+    config.head.nlayers = 3
+    config.ibot_head = ml_collections.ConfigDict()
+    config.ibot_head.update(config.head)
+
+    config.crops.global_crops_number = 2
+    config.crops.global_crops_size = 224
+    config.crops.global_crops_scale = (0.32, 1.0)
+    config.crops.local_crops_number = 8
+    config.crops.local_crops_size = 96
+    config.crops.local_crops_scale = (0.05, 0.32)
+    config.crops.blur_radius = (0.1, 2.0)  # range, in pixels of the crop
+
+    config.mask = ml_collections.ConfigDict()
+    config.mask.group_size = 64  # images whose masks are drawn together, and among which KoLeo looks for neighbours
+    config.mask.probability = 0.5
+    config.mask.ratio = (0.1, 0.5)
+
+    config.loss = ml_collections.ConfigDict()
+    config.loss.centering = "centering"  # or "sinkhorn_knopp"
+    config.loss.separate_head = False  # True: patches have a head of their own, ibot_head
+    config.loss.student_temp = 0.1
+    config.loss.warmup_teacher_temp = 0.04
+    config.loss.teacher_temp = 0.07
+    config.loss.warmup_teacher_temp_epochs = 60.0  # 30 of the official "epochs", of 1250 steps
+    config.loss.center_momentum = 0.9
+    config.loss.dino_weight = 1.0
+    config.loss.ibot_weight = 1.0
+    config.loss.koleo_weight = 0.1
+
+    config.optim.lr = 4e-3
+    config.optim.lr_batch_size = 1024
+    config.optim.lr_batch_power = 0.5  # the rate follows the root of the batch
+    config.optim.min_lr = 1e-6
+    config.optim.warmup_steps = 12_500
+    config.optim.weight_decay = 0.04
+    config.optim.weight_decay_end = 0.4
+    config.optim.clip_grad = 3.0
+    config.optim.clip_per = "part"
+    config.optim.layer_decay = 0.9
+    config.optim.patch_embed_lr = 0.2
+    config.optim.freeze_last_layer_steps = 1250
+    config.optim.freeze_last_layer_by = "lr"
+    config.optim.momentum_teacher = 0.992
+
+    config.mesh.rules += (
+        (r"head/mlp_\d/kernel$", (None, "fsdp")),
+        (r"last_layer/weight_[gv]$", (None, "fsdp")),
+    )
+
+    VARIANTS[variant](config)
+    return config
+
+
+def vits16(config):
+    config.model.update(dim=384, depth=12, heads=6)
+
+
+def vitb16(config):
+    config.model.update(dim=768, depth=12, heads=12)
+
+
+def vitl14(config):
+    config.total_steps = 625_000
+    config.data.batch_size = 3072
+    config.model.update(patch_size=14, ffn="swiglu", drop_path_rate=0.4)
+    config.head.update(out_dim=131072, bottleneck_dim=384)
+    config.ibot_head.update(out_dim=131072)
+    config.crops.local_crops_size = 98
+    config.mask.group_size = 32
+    config.loss.update(centering="sinkhorn_knopp", separate_head=True, warmup_teacher_temp_epochs=90.0)  # 37,500 steps
+    config.optim.update(lr=2e-4, warmup_steps=100_000, weight_decay_end=0.2, layer_decay=1.0, momentum_teacher=0.994)
+
+
+def vitg14(config):
+    vitl14(config)
+    config.model.update(dim=1536, depth=40, heads=24)
+    config.mask.group_size = 12
+
+
+def demo(config):
+    on_cifar10(config)
+    config.total_steps, config.data.batch_size = 3500, 64
+    config.model.update(patch_size=8, dim=96, depth=3, heads=3, drop_path_rate=0.0, layerscale=1.0, unroll=3, init_std=0.1)
+    config.head.update(out_dim=1024, hidden_dim=256, bottleneck_dim=64)
+    config.ibot_head.update(config.head)
+    config.crops.update(global_crops_size=32, global_crops_scale=(0.5, 1.0), local_crops_number=2)
+    config.crops.update(local_crops_size=16, local_crops_scale=(0.2, 0.6), blur_radius=(0.0, 0.3))
+    config.loss.update(warmup_teacher_temp_epochs=0.0, teacher_temp=0.04)
+    config.optim.update(lr=8e-3, lr_batch_size=256, lr_batch_power=1.0, min_lr=2e-5, warmup_steps=100, weight_decay_end=0.04)
+    config.optim.update(layer_decay=1.0, patch_embed_lr=1.0, freeze_last_layer_steps=50, momentum_teacher=0.98)
+
+
+VARIANTS = {
+    "vitl16": lambda config: None,
+    "vits16": vits16,
+    "vitb16": vitb16,
+    "vitl14": vitl14,
+    "vitg14": vitg14,
+    "demo": demo,
+}
