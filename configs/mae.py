@@ -53,6 +53,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.optim.beta2 = 0.95
 
     config.eval.tokens = "patch"
+    config.eval.standardize = True  # as before MAE's linear probe, by batch normalisation
 
     VARIANTS[variant](config)
     return config
@@ -72,8 +73,8 @@ def demo(config):
     config.model.update(patch_size=8, dim=192, depth=2, heads=6, unroll=2)  # as wide as a patch has values
     config.decoder.update(dim=64, depth=1, heads=2)
     config.optim.update(lr=4e-3, warmup_steps=300, weight_decay=0.5, weight_decay_end=0.5)
-    # Crops show parts of the image enlarged; whole images are encoded at twice the size, so that things are as large in them.
-    config.eval.update(img_size=64, every_steps=1625)
+    # Crops show parts of the image enlarged; whole images are encoded enlarged, so that things are as large in them.
+    config.eval.update(img_size=48, every_steps=1625)
     config.checkpoint.every_steps = 1625
     config.log_every_steps = 100
 

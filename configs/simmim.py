@@ -57,6 +57,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.optim.not_decayed = r"(bias|scale|gamma_\d|cls_token)$"
 
     config.eval.tokens = "patch"
+    config.eval.standardize = True
 
     VARIANTS[variant](config)
     return config

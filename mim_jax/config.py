@@ -82,6 +82,7 @@ def skeleton() -> ml_collections.ConfigDict:
     config.eval.img_size = placeholder(int)  # of the pictures it is measured on; None: model.img_size
     config.eval.resize = 0.875  # side of the central square, as a share of the image's short side
     config.eval.tokens = "cls"  # or "patch": the mean of the patch tokens
+    config.eval.standardize = False  # for the k-NN: each feature less its mean over its std on the bank
 
     config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every_steps = placeholder(int)

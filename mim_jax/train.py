@@ -113,6 +113,7 @@ def make_monitor(config: ml_collections.ConfigDict, method: Any, source: sources
         out=e.img_size or config.model.img_size,
         fraction=e.resize,
         tokens=e.tokens,
+        standardize=e.standardize,
         batch_size=e.batch_size,
         seed=seed,
     )

@@ -173,6 +173,18 @@ def labeled():
     return monitor()
 
 
+def test_standardized_knn_forgets_the_scale_of_a_feature():
+    """Features of a huge scale that tell nothing hide the others from the cosine, until each is standardised."""
+
+    def noisy(params, images):
+        gray = images[:, :3].mean(-1).reshape(len(images), -1)  # of 18 pixels
+        return {"cls": jnp.concatenate([1e3 * gray, color_features(PARAMS, images)["cls"]], axis=1)}
+
+    monitors = (monitor(method_features=noisy, standardize=flag) for flag in (False, True))
+    plain, standardized = (dict(one.run(None))["eval/knn"] for one in monitors)
+    assert standardized > plain + 0.2
+
+
 def test_monitor_measures_and_names_its_figures(labeled):
     figures = dict(labeled.run(PARAMS))
     assert list(figures) == ["eval/knn", "eval/probe", "eval/view_retrieval", "health/rank", "health/feature_std"]

@@ -12,7 +12,7 @@ import numpy as np
 from mim_jax import health
 from mim_jax.data.augment import Crops, augment, center_crop
 from mim_jax.evaluators.knn import knn_accuracy, pixel_features, whitened_features
-from mim_jax.evaluators.probe import probe_accuracy
+from mim_jax.evaluators.probe import probe_accuracy, standardize
 from mim_jax.evaluators.retrieval import view_retrieval
 from mim_jax.sharding import everywhere, pin_batch
 
@@ -35,6 +35,7 @@ class Monitor:
         mean, std: per channel.
         out, fraction: the evaluation picture, see `center_crop`.
         tokens: "cls", or "patch" for the mean of the patch tokens.
+        standardize: whether the k-NN sees each feature less its mean over its std on the bank, as the probe does.
         k, temperature: of the k-NN vote. `k` is cut to the size of the bank.
         batch_size: images encoded at a time.
         seed: of the views.
@@ -50,6 +51,7 @@ class Monitor:
     out: int
     fraction: float = 1.0
     tokens: str = "cls"
+    standardize: bool = False
     k: int = 20
     temperature: float = 0.07
     batch_size: int = 256
@@ -61,7 +63,7 @@ class Monitor:
         test = self.encode(params, self.test)
         if self.num_classes:
             bank = self.encode(params, self.bank)
-            knn = self._knn(bank, test)
+            knn = self._knn(*(standardize(bank, test) if self.standardize else (bank, test)))
             yield "eval/knn", knn[0]
             if self.num_classes > 5:
                 yield "eval/knn_top5", knn[1]
