@@ -6,10 +6,11 @@ Variants and what the paper and the official repository report on ImageNet-1k (k
     vits8    ViT-S/8                                                  78.3 / 79.7
     vitb16   ViT-B/16, 400 epochs                                     76.1 / 78.2
     vitb8    ViT-B/8, 300 epochs                                      77.4 / 80.1
+    two_views  vits16 without local crops: the paper's algorithm 1
 
     python -m mim_jax.main --config=configs/dino.py:vits16 --config.data.dir=/data/tensorflow_datasets --workdir=runs/vits16
 
-None of these four has been trained with this code yet; `--dry_run` prints their plan. Two more are on CIFAR-10:
+None of these five has been trained with this code yet; `--dry_run` prints their plan. Two more are on CIFAR-10:
 
     demo     a ViT of 3 blocks, 8 1/2 minutes on 2 CPU cores from nothing: k-NN 0.369 (pixels 0.346, whitened
              0.435, untrained 0.275), view retrieval 0.168 (0.125, -, 0.024), 2026-11-23, jax 0.10.2
@@ -91,6 +92,11 @@ def vitb8(config):
     config.total_epochs = 300.0
 
 
+def two_views(config):
+    """The paper's algorithm 1: two crops, each student's view against the teacher's other one."""
+    config.crops.local_crops_number = 0
+
+
 def demo(config):
     on_cifar10(config)
     config.total_steps, config.data.batch_size = 3500, 64
@@ -121,4 +127,12 @@ def small_crops(config):
     config.crops.update(local_crops_size=16, local_crops_scale=(0.2, 0.6), blur_radius=(0.0, 0.3))
 
 
-VARIANTS = {"vits16": lambda config: None, "vits8": vits8, "vitb16": vitb16, "vitb8": vitb8, "cifar10": cifar10, "demo": demo}
+VARIANTS = {
+    "vits16": lambda config: None,
+    "vits8": vits8,
+    "vitb16": vitb16,
+    "vitb8": vitb8,
+    "two_views": two_views,
+    "cifar10": cifar10,
+    "demo": demo,
+}

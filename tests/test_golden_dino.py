@@ -237,3 +237,41 @@ def test_four_training_steps(golden, name, x64):
     config.optim.momentum_teacher = 0.9
 
     follow_four_steps_with_a_teacher(config, "dino", arrays, {"center": "center"}, lambda _: {})
+
+
+def test_two_views_are_the_papers_algorithm_1(x64):
+    """Three steps of the pseudocode, written out with numpy on the networks' outputs."""
+    config = mim_jax.load_config("configs/dino.py:two_views")
+    config.data.update(batch_size=4, num_examples=8)
+    config.total_steps = 6
+    config.model.update(img_size=16, patch_size=4, dim=16, depth=2, heads=2, dtype="float64", drop_path_rate=0.0)
+    config.head.update(out_dim=32, hidden_dim=24, bottleneck_dim=8)
+    config.crops.global_crops_size = 16
+    config.optim.update(warmup_steps=0, freeze_last_layer_steps=0, lr=0.1)
+    config.loss.teacher_temp = 0.04
+    method = mim_jax.make_method(config)
+    state, _ = mim_jax.init_state(method, config)
+    train_step = mim_jax.make_train_step(method, config)
+
+    def softmax(x):
+        e = np.exp(x - x.max(-1, keepdims=True))
+        return e / e.sum(-1, keepdims=True)
+
+    def cross_entropy(t, s):
+        t, s = softmax((t - C) / 0.04), softmax(s / 0.1)
+        return -(t * np.log(s)).sum(-1).mean()
+
+    C = np.zeros((1, 32))
+    for step in range(3):
+        x = jax.random.normal(jax.random.key(step), (4, 2, 16, 16, 3), float)
+        s1, s2 = np.moveaxis(np.asarray(method.logits(state.params, {}, [x])[0]), 1, 0)
+        t1, t2 = np.moveaxis(np.asarray(method.logits(state.teacher, {}, [x])[0]), 1, 0)
+        loss = cross_entropy(t1, s2) / 2 + cross_entropy(t2, s1) / 2
+        C = 0.9 * C + 0.1 * np.concatenate([t1, t2]).mean(0)
+        old = jax.device_get(state.teacher)
+        state, metrics = train_step(state, {}, {"global": x})
+        np.testing.assert_allclose(metrics["train/loss"], loss, rtol=1e-12)
+        np.testing.assert_allclose(state.extra["center"], C, atol=1e-13)
+        m = float(metrics["train/momentum_teacher"])
+        want = jax.tree.map(lambda t, s: m * t + (1 - m) * s, old, jax.device_get(state.params))  # noqa: B023
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15), jax.device_get(state.teacher), want)
