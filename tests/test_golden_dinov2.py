@@ -16,7 +16,7 @@ from mim_jax.evaluators.knn import knn_accuracy
 from mim_jax.masking import GroupMask
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.positions import interpolate_positions
-from mim_jax.models.vit import ViT, intermediate_layers, seen, swiglu_width
+from mim_jax.models.vit import ViT, add_to_kept_rows, intermediate_layers, kept_rows, seen, swiglu_width
 from mim_jax.sharding import tree_paths
 from mim_jax.state import create
 
@@ -131,6 +131,45 @@ def test_vit(golden, name, x64):
 def test_swiglu_widths(golden):
     arrays, _ = golden("dinov2_swiglu")
     assert [swiglu_width(hidden) for hidden in arrays["hidden_table"][:, 0]] == arrays["hidden_table"][:, 1].tolist()
+
+
+def test_kept_rows(golden):
+    table = golden("dinov2_droppath_subset")[0]["table"]
+    for rows, rate, kept, scale in table:
+        assert kept_rows(int(rows), rate / 1000) == (kept, pytest.approx(scale, rel=1e-12))
+
+
+def test_a_branch_is_computed_for_the_kept_rows_of_each_group_alone():
+    """Two resolutions, three groups of four images: exact counts, scaled, the others untouched; each row has its turn."""
+    x = 1 + jax.random.uniform(jax.random.key(0), (12, 2 * 5 + 3 * 2, 7))
+    layout, seen_rows = ((2, 5), (3, 2)), []
+
+    def branch(tokens, layout):
+        seen_rows.append((tokens.shape, layout))
+        return 3 * tokens
+
+    step = jax.jit(lambda key: add_to_kept_rows(x, branch, layout, 4, 0.4, key) / x - 1)
+    total = np.zeros((12, 5))
+    for seed in range(30):
+        added = np.asarray(step(jax.random.key(seed)))
+        each = added[:, :10].reshape(12, 2, 5, 7), added[:, 10:].reshape(12, 3, 2, 7)
+        for rows, (number, kept) in zip(each, ((8, 4), (12, 7))):
+            np.testing.assert_allclose(rows, np.where(rows[:, :, :1, :1] > 1, 3 * number / kept, 0) + 0 * rows, atol=1e-5)
+            assert ((rows[:, :, 0, 0] > 1).reshape(3, -1).sum(1) == kept).all()
+        total += np.concatenate([rows[:, :, 0, 0] > 1 for rows in each], axis=1)
+    assert seen_rows == [((3, 4 * 5 + 7 * 2, 7), ((4, 5), (7, 2)))]
+    assert total.min() > 4 and total.max() < 28
+
+
+def test_dropping_rows_saves_their_computation():
+    images = jnp.zeros((8, 2, 16, 16, 3))
+    flops = {}
+    for group in (0, 4):
+        vit = ViT(patch_size=4, img_size=16, dim=32, depth=2, heads=2, drop_path_rate=0.5, drop_path_group=group, unroll=2)
+        params = jax.eval_shape(vit.init, jax.random.key(0), [images])
+        run = jax.jit(lambda p, key, vit=vit: vit.apply(p, [images], train=True, rngs={"drop_path": key})[0])
+        flops[group] = run.lower(params, jax.random.key(0)).cost_analysis()["flops"]
+    assert 0.5 < flops[4] / flops[0] < 0.6
 
 
 @pytest.mark.parametrize("step", [0, 1, 2])

@@ -41,6 +41,7 @@ SMALLER = {
         "loss.separate_head": True,
         "loss.centering": "sinkhorn_knopp",
         "mask.group_size": 4,
+        "model.drop_path_rate": 0.3,
     },
     "mae": VIT | {"model.patch_size": 4, "decoder.dim": 16, "decoder.depth": 2, "decoder.heads": 2},
     "simmim": VIT | {"model.patch_size": 4, "model.drop_path_rate": 0.1},

@@ -148,7 +148,7 @@ def make(config: ml_collections.ConfigDict) -> Dinov2:
             heads=m.heads,
             mlp_ratio=m.mlp_ratio,
             drop_path_rate=m.drop_path_rate,
-            drop_path_uniform=True,
+            drop_path_group=config.mask.group_size,
             mask_token=True,
             layerscale=m.layerscale,
             ffn=m.ffn,

@@ -11,7 +11,7 @@ import numpy as np
 
 from mim_jax.models.layers import TORCH_UNIFORM, Initializer, attention, dense, layer_norm, param_dtype
 from mim_jax.models.positions import relative_position_index
-from mim_jax.models.vit import Block, PatchEmbed, split_heads
+from mim_jax.models.vit import Block, Layout, PatchEmbed, split_heads
 from mim_jax.sharding import pin_batch
 
 EPS = 1e-5  # of all norms
@@ -51,7 +51,7 @@ class SwinBlock(Block):
     window: int = 0
     shift: int = 0
 
-    def attend(self, qkv: jax.Array, biases: Sequence[jax.Array | None]) -> jax.Array:
+    def attend(self, qkv: jax.Array, layout: Layout, biases: Sequence[jax.Array | None]) -> jax.Array:
         batch, tokens, _ = qkv.shape
         width, size = tokens // self.height, self.window
         table = self.param(

@@ -5,7 +5,7 @@ layers that treat tokens one by one; attention runs once per resolution. Blocks 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -33,6 +33,7 @@ from mim_jax.models.positions import (
 from mim_jax.sharding import pin_batch
 
 Layout = tuple[tuple[int, int], ...]  # (crops, tokens per crop) of each resolution
+Branch = Callable[[jax.Array, Layout], jax.Array]  # tokens [B, T, D] -> what is added to them
 
 
 def drop_path(x: jax.Array, rate: jax.Array, layout: Layout, key: jax.Array) -> jax.Array:
@@ -41,6 +42,41 @@ def drop_path(x: jax.Array, rate: jax.Array, layout: Layout, key: jax.Array) -> 
     repeats = np.concatenate([np.full(crops, tokens) for crops, tokens in layout])
     scale = jnp.repeat(keep / (1 - rate), repeats, axis=1, total_repeat_length=x.shape[1])
     return x * scale[..., None].astype(x.dtype)
+
+
+def kept_rows(rows: int, rate: float) -> tuple[int, float]:
+    """(rows that a branch is computed for, factor of what it adds to them) when so many may be dropped (DINOv2)."""
+    kept = max(int(rows * (1 - rate)), 1)
+    return kept, rows / kept
+
+
+def add_to_kept_rows(
+    x: jax.Array, branch: Branch, layout: Layout, group_size: int, rate: float, key: jax.Array
+) -> jax.Array:
+    """Stochastic depth on an exact number of rows, the branch computed for these alone: x [B, T, D] -> [B, T, D].
+
+    Of each resolution's crops in a group of `group_size` images, rows here, `kept_rows` are drawn; what the branch makes of
+    them is added to them, scaled, and the others stay as they are (DINOv2, section 5; there a group is the batch of a GPU).
+    """
+    batch, _, dim = x.shape
+    groups, start = batch // group_size, 0
+    orders, chosen, small = [], [], []
+    for (crops, tokens), one in zip(layout, jax.random.split(key, len(layout))):
+        rows = x[:, start : start + crops * tokens].reshape(groups, group_size * crops, tokens, dim)
+        start += crops * tokens
+        kept, _ = kept_rows(rows.shape[1], rate)
+        orders.append(jnp.argsort(jax.random.uniform(one, rows.shape[:2]), axis=1))
+        chosen.append(jnp.take_along_axis(rows, orders[-1][:, :kept, None, None], axis=1).reshape(groups, -1, dim))
+        small.append((kept, tokens))
+    y = branch(pin_batch(jnp.concatenate(chosen, axis=1)), tuple(small))
+    parts, start = [], 0
+    for (crops, tokens), (kept, _), order in zip(layout, small, orders):
+        rows = y[:, start : start + kept * tokens].reshape(groups, kept, tokens, dim) * kept_rows(group_size * crops, rate)[1]
+        start += kept * tokens
+        rows = jnp.pad(rows, ((0, 0), (0, group_size * crops - kept), (0, 0), (0, 0)))
+        back = jnp.take_along_axis(rows, jnp.argsort(order, axis=1)[..., None, None], axis=1)
+        parts.append(back.reshape(batch, crops * tokens, dim))
+    return x + pin_batch(jnp.concatenate(parts, axis=1).astype(x.dtype))
 
 
 def split_heads(qkv: jax.Array, heads: int) -> jax.Array:
@@ -69,50 +105,67 @@ class Block(nn.Module):
     ffn: str = "mlp"
     bias_grid: int = 0
     grids: tuple[tuple[int, int], ...] = ()
+    kept: tuple[int, float] | None = None  # (group_size, rate) of `add_to_kept_rows`
 
     @nn.compact
     def __call__(
         self, x: jax.Array, drop_path_rate: jax.Array, biases: Sequence[jax.Array | None]
     ) -> tuple[jax.Array, None]:
         """x [B, T, D]; `biases`: for each resolution of the layout, [heads, tokens, tokens] or None."""
-        batch, tokens, dim = x.shape
-        linear = functools.partial(dense, dtype=self.dtype, kernel_init=self.kernel_init)
-
-        def branch(y: jax.Array, name: str) -> jax.Array:
-            y = pin_batch(y.reshape(batch, tokens, dim))
-            if self.layerscale:
-                gamma = self.param(name, nn.initializers.constant(self.layerscale), (dim,), param_dtype(self.dtype))
-                y = y * gamma.astype(self.dtype)
-            return drop_path(y, drop_path_rate, self.layout, self.make_rng("drop_path")) if self.stochastic else y
-
         if self.bias_grid:
             table = bias_table(self, self.bias_grid, self.heads, self.dtype)
             biases = [relative_bias(table, self.bias_grid, grid) for grid in self.grids]
+
+        def added(x: jax.Array, branch: Branch) -> jax.Array:
+            if not self.stochastic:
+                return x + branch(x, self.layout)
+            key = self.make_rng("drop_path")
+            if self.kept:
+                return add_to_kept_rows(x, branch, self.layout, *self.kept, key)
+            return x + drop_path(branch(x, self.layout), drop_path_rate, self.layout, key)
+
+        x = added(x, functools.partial(self.attention_branch, biases=biases))
+        x = added(x, self.mlp_branch)
+        self.sow("intermediates", "tokens", x)
+        return x, None
+
+    def attention_branch(self, x: jax.Array, layout: Layout, biases: Sequence[jax.Array | None]) -> jax.Array:
+        batch, tokens, dim = x.shape
         y = layer_norm(self.dtype, "norm1", self.norm_eps)(x)
-        qkv = linear(3 * dim, name="qkv", use_bias=self.k_bias)(y.reshape(-1, dim))
+        qkv = self.linear(3 * dim, "qkv", use_bias=self.k_bias)(y.reshape(-1, dim))
         if not self.k_bias:
             q_bias, v_bias = (
                 self.param(name, nn.initializers.zeros, (dim,), param_dtype(self.dtype)) for name in ("q_bias", "v_bias")
             )
             qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
-        y = pin_batch(self.attend(qkv.reshape(batch, tokens, 3 * dim), biases))
-        x = x + branch(linear(dim, name="proj")(y.reshape(-1, dim)), "gamma_1")
+        y = pin_batch(self.attend(qkv.reshape(batch, tokens, 3 * dim), layout, biases))
+        return self.scaled(self.linear(dim, "proj")(y.reshape(-1, dim)), x.shape, "gamma_1")
 
-        y = layer_norm(self.dtype, "norm2", self.norm_eps)(x)
-        hidden = int(dim * self.mlp_ratio)
+    def mlp_branch(self, x: jax.Array, layout: Layout) -> jax.Array:
+        dim = x.shape[-1]
+        y, hidden = layer_norm(self.dtype, "norm2", self.norm_eps)(x).reshape(-1, dim), int(dim * self.mlp_ratio)
         if self.ffn == "swiglu":
-            gate, value = jnp.split(linear(2 * swiglu_width(hidden), name="w12")(y.reshape(-1, dim)), 2, axis=-1)
-            y = linear(dim, name="w3")(nn.silu(gate) * value)
+            gate, value = jnp.split(self.linear(2 * swiglu_width(hidden), "w12")(y), 2, axis=-1)
+            y = self.linear(dim, "w3")(nn.silu(gate) * value)
         else:
-            y = linear(dim, name="fc2")(gelu(linear(hidden, name="fc1")(y.reshape(-1, dim))))
-        x = x + branch(y, "gamma_2")
-        self.sow("intermediates", "tokens", x)
-        return x, None
+            y = self.linear(dim, "fc2")(gelu(self.linear(hidden, "fc1")(y)))
+        return self.scaled(y, x.shape, "gamma_2")
 
-    def attend(self, qkv: jax.Array, biases: Sequence[jax.Array | None]) -> jax.Array:
+    def linear(self, features: int, name: str, use_bias: bool = True) -> nn.Dense:
+        return dense(features, self.dtype, self.kernel_init, name, use_bias)
+
+    def scaled(self, y: jax.Array, shape: tuple[int, ...], name: str) -> jax.Array:
+        """What a branch adds, [B, T, D], times its LayerScale if there is one."""
+        y = pin_batch(y.reshape(shape))
+        if self.layerscale:
+            gamma = self.param(name, nn.initializers.constant(self.layerscale), shape[-1:], param_dtype(self.dtype))
+            y = y * gamma.astype(self.dtype)
+        return y
+
+    def attend(self, qkv: jax.Array, layout: Layout, biases: Sequence[jax.Array | None]) -> jax.Array:
         """qkv [B, T, 3 * D] -> [B, T, D], each crop attending to itself alone."""
         out, start = [], 0
-        for (crops, tokens), bias in zip(self.layout, biases):
+        for (crops, tokens), bias in zip(layout, biases):
             part = qkv[:, start : start + crops * tokens].reshape(-1, tokens, qkv.shape[-1])
             q, k, v = split_heads(part, self.heads)
             bias = None if bias is None else bias[None]
@@ -194,7 +247,8 @@ class ViT(nn.Module):
     positions are interpolated. `dtype` is that of the computation; parameters are float32 (float64 where `dtype` is).
 
     Attributes:
-        drop_path_rate: of stochastic depth: of the last block, from 0 in the first, or of all (`drop_path_uniform`).
+        drop_path_rate: of stochastic depth: of the last block, from 0 in the first; or of all with a `drop_path_group`, of so
+            many images, in which an exact number of crops is dropped, see `add_to_kept_rows`.
         pos: "learned" or "sincos" tables added to the tokens (the second is a parameter, too, that gets no gradient), or a
             bias on the attention of every block, "relative": one for all, "relative_each": one for each (BEiT, SimMIM;
             before and in fine-tuning).
@@ -214,7 +268,7 @@ class ViT(nn.Module):
     heads: int
     mlp_ratio: float = 4.0
     drop_path_rate: float = 0.0
-    drop_path_uniform: bool = False
+    drop_path_group: int = 0
     pos: str = "learned"
     mask_token: bool = False
     layerscale: float = 0.0
@@ -251,6 +305,7 @@ class ViT(nn.Module):
             layerscale=self.layerscale,
             k_bias=self.k_bias,
             ffn=self.ffn,
+            kept=(self.drop_path_group, self.drop_path_rate) if self.drop_path_group else None,
         )
 
     @nn.compact
@@ -310,7 +365,7 @@ class ViT(nn.Module):
         self.sow("intermediates", "biases", biases)
         grids = tuple((images.shape[2] // self.patch_size, images.shape[3] // self.patch_size) for images in crops)
         blocks = stack(self.depth, self.unroll, **self.block(layout, train and self.drop_path_rate > 0, grids))
-        x, _ = blocks(x, jnp.linspace(self.drop_path_uniform * self.drop_path_rate, self.drop_path_rate, self.depth), biases)
+        x, _ = blocks(x, jnp.linspace(0, self.drop_path_rate, self.depth), biases)
 
         norm = layer_norm(dtype, name="norm") if self.final_norm else lambda x: x.astype(dtype)
         out, start = [], 0
