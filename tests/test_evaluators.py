@@ -307,6 +307,16 @@ def test_neighbors_are_framed_by_whether_they_are_of_the_class_of_the_query():
     assert not (unlabeled == pictures.RIGHT).all(axis=1).any()
 
 
+def test_patches_with_equal_features_have_equal_colors():
+    """Two kinds of patches, the same two in all images: two colors, wherever they lie."""
+    kind = np.random.default_rng(0).integers(0, 2, (3, 4))
+    features = np.array([[1.0, 0, 2, 5], [-1.0, 3, 2, 4]])[kind]
+    images = np.full((3, 8, 8, 3), 77, np.uint8)
+    page = np.asarray(pictures.principal_colors(features, images, columns=3, side=8))
+    colors = {tuple(c.tolist()) for c in page.reshape(-1, 3)} - {(77, 77, 77), (255, 255, 255)}
+    assert len(colors) == 2 and len({red for red, _, _ in colors}) == 2
+
+
 def test_attention_maps_of_one_image_need_no_batch_axis():
     image, attention = np.full((8, 8, 3), 90, np.uint8), np.random.default_rng(0).random((2, 4))
     one = pictures.attention_maps(attention, (2, 2), image, side=8)

@@ -42,6 +42,8 @@ def evaluation_pictures(
         yield "tokens", codebook_picture(monitor, method, state)
     if "attention" in method.pictures:
         yield "attention", attention_picture(monitor, method, params)
+    if "features" in method.pictures:
+        yield "features", feature_picture(monitor, method, params)
     yield "neighbors", neighbor_picture(monitor, params, class_names)
 
 
@@ -93,6 +95,18 @@ def attention_picture(monitor: Monitor, method: Any, params: Any) -> Image.Image
     attention, images = attend(monitor.test["image"][:4], monitor.test["size"][:4])
     side = round(attention.shape[-1] ** 0.5)
     return pictures.attention_maps(np.asarray(attention), (side, side), np.asarray(images))
+
+
+def feature_picture(monitor: Monitor, method: Any, params: Any) -> Image.Image:
+    """The patch features of held-out images at twice the size of the crops, as colors."""
+
+    @jax.jit
+    def encode(image: jax.Array, size: jax.Array) -> tuple[jax.Array, jax.Array]:
+        picture = center_crop(image, size, 2 * monitor.crops.size, monitor.fraction, monitor.mean, monitor.std)
+        return everywhere((method.features(params, picture)["patch"], denormalize(picture, monitor.mean, monitor.std)))
+
+    features, images = encode(monitor.test["image"][:RECONSTRUCTED], monitor.test["size"][:RECONSTRUCTED])
+    return pictures.principal_colors(np.asarray(features), np.asarray(images))
 
 
 def neighbor_picture(monitor: Monitor, params: Any, class_names: Sequence[str] = ()) -> Image.Image:

@@ -201,6 +201,30 @@ def attention_maps(
     return table(rows, headings=["image"] + [f"head {i + 1}" for i in range(attention.shape[1])])
 
 
+def principal_colors(features: np.ndarray, images: np.ndarray, columns: int = 8, side: int = TILE) -> Image.Image:
+    """What patches are alike: their first three principal components as red, green and blue, on axes that all images share.
+
+    Args:
+        features: patches of square grids, [B, N, D].
+        images: uint8 [B, H, W, 3].
+    """
+    count, patches, dim = features.shape
+    flat = features.reshape(-1, dim).astype(np.float64)
+    flat = flat - flat.mean(axis=0)
+    _, _, axes = np.linalg.svd(flat, full_matrices=False)
+    shown = flat @ axes[:3].T
+    low, high = np.percentile(shown, [2, 98], axis=0)
+    shown = np.clip((shown - low) / np.maximum(high - low, 1e-12), 0, 1)
+    grid = round(patches**0.5)
+    colors = np.round(255 * shown).astype(np.uint8).reshape(count, grid, grid, 3)
+    tiles = [enlarge(image, side) for image in images]
+    maps = [Image.fromarray(c).resize(tile.size, Image.Resampling.NEAREST) for c, tile in zip(colors, tiles)]
+    rows = []
+    for start in range(0, count, columns):
+        rows += [tiles[start : start + columns], maps[start : start + columns]]
+    return table(rows)
+
+
 def neighbors(
     queries: Sequence[np.ndarray],
     found: Sequence[Sequence[np.ndarray]],

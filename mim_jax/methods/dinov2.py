@@ -36,7 +36,7 @@ class Dinov2:
     ibot_weight: float
     koleo_weight: float
     fixed: str = ""
-    pictures: tuple[str, ...] = ("attention",)
+    pictures: tuple[str, ...] = ("attention", "features")
 
     @property
     def teacher_parts(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from mim_jax.models.vit import masked_first
 
 @dataclasses.dataclass(frozen=True)
 class Ibot(dino.Dino):
+    pictures: tuple[str, ...] = ("attention", "features")
     mask: RatioMask = dataclasses.field(kw_only=True)
     teacher_head: DinoHead = dataclasses.field(kw_only=True)
     patch_center_momentum: float = dataclasses.field(kw_only=True)
