@@ -5,8 +5,9 @@
 All programs are timed in turn in each round, with noise images; medians are printed. The machine's own rate is that of a
 square matrix product in the step's dtype, timed in the same rounds. Nothing is evaluated, logged or read from disk.
 
-For MAE the step is also held against that of the same model with mask tokens in the encoder (the paper's table 1c): all
-patches go through it, the masked ones as a token, and then through the same decoder.
+What a method saves is shown against the plain form of the same step, in time and in FLOPs. For MAE: with mask tokens in the
+encoder (the paper's table 1c), where all patches go through it and the same decoder. For DINOv2: with heads on all patches,
+of which the masked ones are taken, and with stochastic depth that computes all rows and zeroes some.
 """
 
 import dataclasses
@@ -22,9 +23,11 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from mim_jax import dry_run, init_state, make_method, make_train_step, sharding
+from mim_jax import dry_run, make_method, make_train_step, sharding
 from mim_jax.methods.base import make_views
+from mim_jax.methods.dinov2 import Dinov2
 from mim_jax.methods.mae import Mae
+from mim_jax.state import first_state
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/dino.py:demo", "Config file, with a variant after a colon.")
 ROUNDS = flags.DEFINE_integer("rounds", 20, "How often each program is timed.")
@@ -38,7 +41,7 @@ def main(_: list[str]) -> None:
 
 def measure(config) -> None:
     method, key = make_method(config), jax.random.key(0)
-    batch = noise(config)
+    batch = noise(method, config)
     step = Step(method, config, batch)
 
     def loss(params, state, views):
@@ -59,8 +62,7 @@ def measure(config) -> None:
         "gradient": lambda: gradient(step.state, views),
         "product": lambda: product(square),
     }
-    if config.method == "mae":
-        programs["mask tokens"] = Step(with_mask_tokens(config), config, batch)
+    programs |= {name: Step(plain(config), config, batch) for name, plain in PLAIN.get(config.method, {}).items()}
     times = interleaved(programs, ROUNDS.value)
     images, flops = config.data.batch_size, dry_run.step_flops(config)
     rate, machine = flops / times["step"], 2 * side**3 / times["product"]
@@ -79,11 +81,9 @@ def measure(config) -> None:
     print("where the time goes (each part compiled alone; the last is what remains):")
     for name, seconds in parts.items():
         print(f"  {name:<15} {seconds * 1e3:9.1f} ms   {seconds / times['step']:.0%}")
-    if config.method == "mae":
-        more = dry_run.step_flops(config, with_mask_tokens) / flops
-        seconds = times["mask tokens"]
-        print(f"with mask tokens in the encoder {seconds * 1e3:9.1f} ms", end=": ")
-        print(f"{seconds / times['step']:.2f} x the time, {more:.2f} x the FLOPs")
+    for name, plain in PLAIN.get(config.method, {}).items():
+        more, seconds = dry_run.step_flops(config, plain) / flops, times[name]
+        print(f"{name:<32} {seconds * 1e3:9.1f} ms: {seconds / times['step']:.2f} x the time, {more:.2f} x the FLOPs")
 
 
 class Step:
@@ -91,7 +91,7 @@ class Step:
 
     def __init__(self, method, config, batch):
         self.batch = batch
-        self.state, self.frozen = init_state(method, config)
+        self.state, self.frozen = first_state(method, config), jax.jit(method.frozen)(jax.random.key(0))
         start = time.perf_counter()
         self.compiled = make_train_step(method, config).lower(self.state, self.frozen, batch).compile()
         self.compile_s = time.perf_counter() - start
@@ -113,18 +113,43 @@ def with_mask_tokens(config) -> MaskTokensInEncoder:
     return MaskTokensInEncoder(**fields | {"backbone": method.backbone.clone(mask_token=True)})
 
 
-def noise(config) -> dict[str, jax.Array]:
+class HeadsOnAllPatches(Dinov2):
+    def heads(self, params, cls, patch, places):
+        in_a_group = patch.size // patch.shape[-1] // len(places)
+        everywhere = np.broadcast_to(np.arange(in_a_group), (len(places), in_a_group))
+        cls, logits = super().heads(params, cls, patch, everywhere)
+        return cls, jax.numpy.take_along_axis(logits, places[..., None], axis=1)
+
+
+def with_heads_on_all_patches(config) -> HeadsOnAllPatches:
+    method = make_method(config)
+    return HeadsOnAllPatches(**{field.name: getattr(method, field.name) for field in dataclasses.fields(method)})
+
+
+def with_all_rows(config) -> Dinov2:
+    method = make_method(config)
+    return dataclasses.replace(method, backbone=method.backbone.clone(drop_path_group=0))
+
+
+PLAIN = {
+    "mae": {"with mask tokens in the encoder": with_mask_tokens},
+    "dinov2": {"with heads on all patches": with_heads_on_all_patches, "with all rows computed": with_all_rows},
+}
+
+
+def noise(method, config) -> dict[str, jax.Array]:
     """A batch of noise, laid out as the pipeline's."""
     rng = np.random.default_rng(0)
     b, canvas = config.data.batch_size, config.data.canvas
-    return sharding.global_batch(
-        {
-            "image": rng.integers(0, 256, (b, canvas, canvas, 3), np.uint8),
-            "size": np.full((b, 2), canvas, np.int32),
-            "label": np.zeros(b, np.int32),
-            "index": np.arange(b, dtype=np.int32),
-        }
-    )
+    batch = {
+        "image": rng.integers(0, 256, (b, canvas, canvas, 3), np.uint8),
+        "size": np.full((b, 2), canvas, np.int32),
+        "label": np.zeros(b, np.int32),
+        "index": np.arange(b, dtype=np.int32),
+    }
+    if method.mask and method.mask.on_host:
+        batch["mask"] = method.mask.examples(b, len(method.crops[0].policies))
+    return sharding.global_batch(batch)
 
 
 def interleaved(programs: dict[str, Callable], rounds: int) -> dict[str, float]:

@@ -43,10 +43,11 @@ def abstract_state(method: Any, config: ml_collections.ConfigDict) -> TrainState
 
 
 def init_state(method: Any, config: ml_collections.ConfigDict) -> tuple[TrainState, Params]:
-    """(state, frozen), made where they are to live: no device ever holds what it will not keep.
+    """(state, frozen). Raises what `load_frozen` raises where the method has a fixed network and there is none."""
+    return first_state(method, config), load_frozen(method, config)
 
-    Raises what `load_frozen` raises where the method has a fixed network and there is none.
-    """
-    abstract = abstract_state(method, config)
-    out_shardings = jax.tree.map(lambda s: s.sharding, abstract)
-    return jax.jit(lambda: create(method, config), out_shardings=out_shardings)(), load_frozen(method, config)
+
+def first_state(method: Any, config: ml_collections.ConfigDict) -> TrainState:
+    """A fresh state, made where it is to live: no device ever holds what it will not keep."""
+    out_shardings = jax.tree.map(lambda s: s.sharding, abstract_state(method, config))
+    return jax.jit(lambda: create(method, config), out_shardings=out_shardings)()

@@ -13,7 +13,7 @@ import mim_jax
 from mim_jax import sharding, train
 from mim_jax.evaluators import gallery
 from mim_jax.sharding import path_name
-from mim_jax.state import TrainState, abstract_state
+from mim_jax.state import TrainState, abstract_state, first_state
 
 # What share of the first loss a few steps on one batch must come below, and the overrides of tests/tiny.py for it.
 # targets that are sharp, which the student is not at first, and stand still
@@ -67,9 +67,7 @@ def case(request) -> Case:
     with jax.set_mesh(sharding.make_mesh(2, 4)):
         method = mim_jax.make_method(config)
         frozen = jax.jit(lambda: method.frozen(jax.random.key(1)))()
-        with pytest.MonkeyPatch.context() as patch:  # first values do here
-            patch.setattr("mim_jax.state.load_frozen", lambda *_: frozen)
-            state, _ = mim_jax.init_state(method, config)
+        state = first_state(method, config)
         batch = sharding.global_batch(views(method, config.data.batch_size))
         args = (state.params, state.teacher, frozen, state.extra, batch, jax.random.key(0), state.step)
         gradients, _ = jax.jit(jax.grad(method.loss, argnums=(0, 1), has_aux=True))(*args)
