@@ -145,7 +145,7 @@ def test_mask_counts_of_the_papers():
     ("simmim.py", "loss.norm_target_window", 48, "an odd number of pixels"),
     ("simmim.py", "loss.norm_target_window", 1, "an odd number of pixels"),
     ("simmim.py", "optim.schedule", "cosine", '"timm_multistep"'),
-    ("simmim.py", "optim.clip_per", "tensor", '"parameter" or "model"'),
+    ("simmim.py", "optim.clip_per", "tensor", '"parameter", "part" or "model"'),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(config, key, value, message):
     config = mim_jax.load_config(f"configs/{config}")
