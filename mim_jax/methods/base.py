@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from mim_jax.config import load_config
@@ -104,6 +105,12 @@ def make_views(method: Any, batch: Params, key: jax.Array, data: ml_collections.
         crops = len(method.crops[0].policies)
         views["mask"] = method.mask.draw(jax.random.fold_in(key, MASK), batch["index"], crops)
     return views
+
+
+def vit_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """What all methods' ViTs take from `config.model`."""
+    names = ("patch_size", "img_size", "dim", "depth", "heads", "mlp_ratio", "drop_path_rate", "unroll")
+    return {name: model[name] for name in names} | {"dtype": jnp.dtype(model.dtype)}
 
 
 def make_method(config: ml_collections.ConfigDict) -> Any:

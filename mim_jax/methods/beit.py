@@ -15,7 +15,7 @@ import ml_collections
 from mim_jax import losses, optim
 from mim_jax.data.augment import Crops, Policy, Target
 from mim_jax.masking import BlockMask
-from mim_jax.methods.base import Params, make_method, target_config
+from mim_jax.methods.base import Params, make_method, target_config, vit_settings
 from mim_jax.models.heads import TokenHead
 from mim_jax.models.vit import ViT, features, last_attention, masked_first, rescale_residual
 
@@ -122,13 +122,7 @@ def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
     )
     return dict(
         backbone=ViT(
-            patch_size=m.patch_size,
-            img_size=m.img_size,
-            dim=m.dim,
-            depth=m.depth,
-            heads=m.heads,
-            mlp_ratio=m.mlp_ratio,
-            drop_path_rate=m.drop_path_rate,
+            **vit_settings(m),
             pos="relative",
             mask_token=True,
             layerscale=m.layerscale,
@@ -137,8 +131,6 @@ def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
             patch_init=one_std,
             patch_bias_init=jax.nn.initializers.zeros,
             token_init=one_std,
-            unroll=m.unroll,
-            dtype=dtype,
         ),
         head=TokenHead(config.head.vocab_size, one_std, dtype),
         crops=(group,),

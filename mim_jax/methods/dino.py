@@ -16,7 +16,7 @@ import ml_collections
 from mim_jax import health, losses, optim
 from mim_jax.data.augment import Crops, Policy
 from mim_jax.masking import Mask
-from mim_jax.methods.base import Params
+from mim_jax.methods.base import Params, vit_settings
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.vit import ViT, features, last_attention
 
@@ -100,16 +100,8 @@ def parts(config: ml_collections.ConfigDict, **vit: Any) -> dict[str, Any]:
         crops.append(Crops("local", c.local_crops_size, tuple(c.local_crops_scale), policies))
     return dict(
         backbone=ViT(
-            patch_size=m.patch_size,
-            img_size=m.img_size,
-            dim=m.dim,
-            depth=m.depth,
-            heads=m.heads,
-            mlp_ratio=m.mlp_ratio,
-            drop_path_rate=m.drop_path_rate,
+            **vit_settings(m),
             kernel_init=jax.nn.initializers.normal(m.init_std),
-            unroll=m.unroll,
-            dtype=dtype,
             **vit,
         ),
         head=DinoHead(**config.head, init_std=m.init_std, dtype=dtype),

@@ -16,7 +16,7 @@ import ml_collections
 from mim_jax import health, losses, optim
 from mim_jax.data.augment import Crops, Policy
 from mim_jax.masking import GroupMask
-from mim_jax.methods.base import Params
+from mim_jax.methods.base import Params, vit_settings
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.vit import ViT, features, last_attention, masked_first
 
@@ -141,13 +141,7 @@ def make(config: ml_collections.ConfigDict) -> Dinov2:
     tiny = jax.nn.initializers.normal(1e-6)
     return Dinov2(
         backbone=ViT(
-            patch_size=m.patch_size,
-            img_size=m.img_size,
-            dim=m.dim,
-            depth=m.depth,
-            heads=m.heads,
-            mlp_ratio=m.mlp_ratio,
-            drop_path_rate=m.drop_path_rate,
+            **vit_settings(m),
             drop_path_group=config.mask.group_size,
             mask_token=True,
             layerscale=m.layerscale,
@@ -157,8 +151,6 @@ def make(config: ml_collections.ConfigDict) -> Dinov2:
             kernel_init=jax.nn.initializers.normal(m.init_std),
             token_init=tiny,
             mask_token_init=jax.nn.initializers.zeros,
-            unroll=m.unroll,
-            dtype=dtype,
         ),
         dino_head=head(**config.head),
         ibot_head=head(**config.ibot_head) if loss.separate_head else None,

@@ -15,7 +15,7 @@ import ml_collections
 from mim_jax import losses, optim
 from mim_jax.data.augment import FLIP, Crops
 from mim_jax.masking import RandomMask
-from mim_jax.methods.base import Params
+from mim_jax.methods.base import Params, vit_settings
 from mim_jax.models.decoders import MaeDecoder
 from mim_jax.models.layers import painted_in, patchify, unpatchify
 from mim_jax.models.vit import ViT, features, last_attention
@@ -80,18 +80,10 @@ def make(config: ml_collections.ConfigDict) -> Mae:
     grid = m.img_size // m.patch_size
     return Mae(
         backbone=ViT(
-            patch_size=m.patch_size,
-            img_size=m.img_size,
-            dim=m.dim,
-            depth=m.depth,
-            heads=m.heads,
-            mlp_ratio=m.mlp_ratio,
-            drop_path_rate=m.drop_path_rate,
+            **vit_settings(m),
             pos="sincos",
             kernel_init=xavier,
             patch_init=xavier,
-            unroll=m.unroll,
-            dtype=dtype,
         ),
         decoder=MaeDecoder(m.patch_size**2 * 3, grid, **config.decoder, mlp_ratio=m.mlp_ratio, unroll=m.unroll, dtype=dtype),
         crops=(Crops("global", m.img_size, tuple(c.global_crops_scale), (FLIP,) * c.global_crops_number),),

@@ -15,7 +15,7 @@ import ml_collections
 from mim_jax import losses, optim
 from mim_jax.data.augment import FLIP, Crops
 from mim_jax.masking import RandomMask
-from mim_jax.methods.base import Params
+from mim_jax.methods.base import Params, vit_settings
 from mim_jax.models.decoders import PixelHead
 from mim_jax.models.layers import painted_in, patchify, unpatchify
 from mim_jax.models.swin import Swin
@@ -78,17 +78,15 @@ class SimMim:
 
 def make(config: ml_collections.ConfigDict) -> SimMim:
     m, dtype = config.model, jnp.dtype(config.model.dtype)
-    common = dict(patch_size=m.patch_size, img_size=m.img_size, dim=m.dim, mlp_ratio=m.mlp_ratio, unroll=m.unroll, dtype=dtype)
     if m.arch == "swin":
+        settings = {name: m[name] for name in ("patch_size", "img_size", "dim", "mlp_ratio", "drop_path_rate", "unroll")}
         backbone: ViT | Swin = Swin(
-            depths=tuple(m.depths), heads=tuple(m.heads), window=m.window, drop_path_rate=m.drop_path_rate, **common
+            depths=tuple(m.depths), heads=tuple(m.heads), window=m.window, dtype=dtype, **settings
         )
     elif m.arch == "vit":
         one_std = jax.nn.initializers.truncated_normal(m.init_std, lower=-1.0, upper=1.0)
         backbone = ViT(
-            depth=m.depth,
-            heads=m.heads,
-            drop_path_rate=m.drop_path_rate,
+            **vit_settings(m),
             pos="relative",
             mask_token=True,
             layerscale=m.layerscale,
@@ -97,7 +95,6 @@ def make(config: ml_collections.ConfigDict) -> SimMim:
             patch_init=one_std,
             patch_bias_init=jax.nn.initializers.zeros,
             token_init=one_std,
-            **common,
         )
     else:
         raise ValueError(f'model.arch is {m.arch!r}, but must be "vit" or "swin"')

@@ -16,7 +16,7 @@ import ml_collections
 from mim_jax import health, losses, optim
 from mim_jax.data.augment import FLIP, Crops, Target
 from mim_jax.masking import Mask
-from mim_jax.methods.base import Params, make_method, target_config
+from mim_jax.methods.base import Params, make_method, target_config, vit_settings
 from mim_jax.models.layers import dense, param_dtype
 from mim_jax.models.quantizers import NormEmaQuantizer, State, cosine_kmeans, unit
 from mim_jax.models.vit import ViT, features, rescale_residual
@@ -126,7 +126,8 @@ class VqKd:
 def make(config: ml_collections.ConfigDict) -> VqKd:
     m, q, first = config.model, config.quantizer, target_config(config)
     teacher, grid, dtype = make_method(first), m.img_size // m.patch_size, jnp.dtype(m.dtype)
-    common = dict(heads=m.heads, mlp_ratio=m.mlp_ratio, k_bias=False, unroll=m.unroll, dtype=dtype)
+    settings = vit_settings(m) | {"drop_path_rate": 0.0, "k_bias": False}
+    decoder = settings | {"patch_size": 1, "img_size": grid, "depth": m.decoder_depth}
     group = Crops(
         "global",
         m.img_size,
@@ -135,10 +136,10 @@ def make(config: ml_collections.ConfigDict) -> VqKd:
         target=Target(grid * teacher.backbone.stride),
     )
     return VqKd(
-        encoder=ViT(patch_size=m.patch_size, img_size=m.img_size, dim=m.dim, depth=m.depth, **common),
+        encoder=ViT(**settings),
         encode_task=TaskLayer(q.dim, dtype),
         quantizer=NormEmaQuantizer(q.codes, q.dim, q.decay, q.beta),
-        decoder=ViT(patch_size=1, img_size=grid, dim=m.dim, depth=m.decoder_depth, **common),
+        decoder=ViT(**decoder),
         decode_task=TaskLayer(teacher.backbone.dim, dtype),
         crops=(group,),
         teacher=teacher,
