@@ -312,3 +312,29 @@ def test_without_a_mesh_nothing_is_placed():
     assert sharding.current_mesh() is None and sharding.pin_batch(x) is x
     batch = sharding.global_batch({"x": np.ones((3, 2))})
     assert batch["x"].sharding.is_fully_replicated
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("ibot", {}),
+    ("dinov2", {"mask.group_size": 2}),
+    ("dinov2", {"mask.group_size": 2, "loss.centering": "centering"}),
+])  # fmt: skip
+def test_targets_of_patches_do_not_depend_on_the_devices(x64, name, changes):
+    """Losses, gradients, centres and Sinkhorn-Knopp's targets, in double precision."""
+    config = mim_jax.load_config(f"tests/tiny.py:{name}")
+    config.update_from_flattened_dict({"model.dtype": "float64", "model.drop_path_rate": 0.0, "model.depth": 1} | changes)
+    method = mim_jax.make_method(config)
+    rng = np.random.default_rng(0)
+    views = {c.name: rng.normal(size=(16, len(c.policies), c.size, c.size, 3)) for c in method.crops}
+    views["mask"] = method.mask.examples(16, 2)
+    params, extra = jax.device_get(jax.jit(method.init)(jax.random.key(0)))
+    extra = jax.tree.map(lambda a: rng.normal(size=a.shape), extra)
+    results = []
+    for count in (1, 4, 8):
+        with jax.set_mesh(sharding.make_mesh(count, 1, jax.devices()[:count])):
+            gradient = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
+            batch = sharding.global_batch(views)
+            (loss, (new, _)), grads = gradient(params, params, {}, extra, batch, jax.random.key(0), jnp.int32(0))
+            results.append(jax.device_get((loss, new, grads)))
+    for other in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), other, results[0])
