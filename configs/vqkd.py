@@ -11,7 +11,8 @@ The paper's teacher is CLIP, which is not here yet; this is a run of configs/din
 (--config.target.weights=file.npz --config.target.family=dino), which the paper tries too. Not trained with this code yet;
 `--dry_run` prints its plan. One more:
 
-    demo     CIFAR-10; the teacher is configs/dino.py:demo
+    demo     CIFAR-10; the teacher is configs/dino.py:demo. 1,000 steps: perplexity 289 of 512, k-NN 0.330 (untrained 0.259),
+             probe 0.429 (0.368), 2026-11-26, jax 0.10.2 (its teacher had 2,000 steps)
 """
 
 import ml_collections
@@ -62,7 +63,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
 
 def demo(config):
     on_cifar10(config)
-    config.total_steps, config.data.batch_size = 1500, 64
+    config.total_steps, config.data.batch_size = 1000, 64
     config.target.update(config="configs/dino.py:demo", workdir="runs/dino")
     config.model.update(patch_size=4, dim=96, depth=2, heads=3, decoder_depth=1, unroll=2)
     config.quantizer.update(codes=512, dim=16)

@@ -9,7 +9,8 @@ Variants:
 
 It has not been trained with this code yet; `--dry_run` prints its plan. One more:
 
-    demo          CIFAR-10, 8 x 8 tokens of 512: the tokenizer of configs/beit.py:demo
+    demo          CIFAR-10, 8 x 8 tokens of 512: the tokenizer of configs/beit.py:demo. 1,500 steps, 4 minutes on one core:
+                  squared error of a value (in 0..1) 0.0028, perplexity 465 of 512, 2026-11-26, jax 0.10.2
 """
 
 import ml_collections
