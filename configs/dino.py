@@ -69,7 +69,7 @@ def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
 
     config.mesh.rules += (
         (r"head/mlp_\d/kernel$", (None, "fsdp")),
-        (r"last_layer/weight_[gv]$", (None, "fsdp")),
+        (r"last_layer2?/weight_[gv]$", (None, "fsdp")),
     )
 
     VARIANTS[variant](config)

@@ -185,7 +185,7 @@ def make_optimizer(config: ml_collections.ConfigDict, fixed: str) -> optax.Gradi
         name = path_name(path)
         if fixed and re.search(fixed, name):
             return "fixed"
-        return "last_layer" if freeze and "/last_layer/" in name else "trained"
+        return "last_layer" if freeze and "/last_layer" in name else "trained"
 
     def by_layer(updates: Any, params: Any) -> Any:
         scales = layer_scales(params, o.layer_decay, o.patch_embed_lr)

@@ -200,6 +200,22 @@ def test_parameter_groups(golden, shared, shared_teacher):
     assert ("last_layer2" in used) == any("last_layer2" in key for key in groups["teacher_parameters"])
 
 
+def test_both_last_layers_wait():
+    """The official code drops the gradient of whatever has "last_layer" in its name, so that of the patches' own layer too."""
+    config = small(patch_out_dim=32)
+    config.optim.update(freeze_last_layer_steps=2, warmup_steps=0)
+    method = mim_jax.make_method(config)
+    params = jax.jit(lambda: method.init(jax.random.key(0))[0])()
+    tx = optim.make_optimizer(config, method.fixed)
+    ones, opt_state = jax.tree.map(jnp.ones_like, params), tx.init(params)
+    moved = []
+    for _ in range(3):
+        updates, opt_state = jax.jit(tx.update)(ones, opt_state, params)
+        moved.append({name: bool(np.any(updates["head"][name]["weight_v"])) for name in ("last_layer", "last_layer2")})
+        assert np.any(updates["head"]["mlp_0"]["kernel"])
+    assert moved == [{"last_layer": moves, "last_layer2": moves} for moves in (False, False, True)]
+
+
 def test_four_training_steps(golden, x64):
     arrays, _ = golden("ibot_train_steps")
     config = small(norm_last_layer=True)

@@ -85,7 +85,7 @@ class Dinov2:
             cls_probs = losses.dino_teacher(cls_teacher, extra["center"], temp)
             patch_probs = losses.dino_teacher(patch_teacher, extra["patch_center"], temp)
             # each group's mean weighs the same, however many of its patches are masked
-            means = jnp.einsum("gmk,gm->gk", patch_teacher, masked / masked.sum(-1, keepdims=True))
+            means = jnp.einsum("gmk,gm->gk", patch_teacher, masked / jnp.maximum(masked.sum(-1, keepdims=True), 1))
             extra = {
                 "center": losses.update_center(extra["center"], cls_teacher, self.center_momentum),
                 "patch_center": losses.update_center(extra["patch_center"], means, self.center_momentum),
