@@ -19,8 +19,9 @@ or of a tokenizer trained here: --config.target.config=configs/vqvae.py:... --co
 trained first if it is not there. The authors' ViT-B ends (300 epochs) at a loss of 6.30 with 5 % of the masked tokens right
 (issue 383 of microsoft/unilm). Neither has been trained with this code yet; `--dry_run` prints their plan. One more:
 
-    demo     CIFAR-10, tokens of configs/vqvae.py:demo. 1,500 steps, 7 minutes on one core: 7.0 % of the masked tokens right (the
-             most frequent one is 1.3 %), loss 4.92, k-NN 0.327 (untrained 0.263), probe 0.420 (0.366), 2026-11-26, jax 0.10.2
+    demo     CIFAR-10, tokens of configs/vqvae.py:demo. 1,500 steps, 7 minutes on one core: 7.0 % of the masked tokens are
+             right (the most frequent one is 1.3 %), loss 4.92, k-NN 0.327 (untrained 0.263), probe 0.420 (0.366),
+             2026-11-26, jax 0.10.2
 """
 
 import ml_collections

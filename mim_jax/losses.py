@@ -53,7 +53,8 @@ def sinkhorn_knopp(logits: jax.Array, temp: jax.Array, weight: jax.Array | None 
     x = jax.lax.stop_gradient(logits).astype(dtype).reshape(-1, logits.shape[-1]) / temp
     weight = jnp.ones(len(x), dtype) if weight is None else weight.reshape(-1).astype(dtype)
     x = jnp.where(weight[:, None] > 0, x, -jnp.inf)
-    q, rows, tiny = jnp.exp(x - x.max()), weight.sum(), jnp.finfo(dtype).tiny
+    largest = x.max()  # -inf where no row counts
+    q, rows, tiny = jnp.exp(x - jnp.where(jnp.isfinite(largest), largest, 0)), weight.sum(), jnp.finfo(dtype).tiny
     for _ in range(iterations):
         q = q / jnp.maximum(q.sum(axis=0, keepdims=True) * q.shape[1], tiny)
         q = q / jnp.maximum(q.sum(axis=1, keepdims=True) * rows, tiny)

@@ -222,6 +222,7 @@ def test_patch_targets(golden, step, x64):
         got = losses.sinkhorn_knopp(filled, 0.07, weight, iterations)
         np.testing.assert_allclose(got[: len(want)], want, atol=2e-6)
         assert not np.any(got[len(want) :])
+    assert not np.any(losses.sinkhorn_knopp(logits, 0.07, jnp.zeros(len(logits))))  # no masked patch in the whole batch
 
 
 def test_patch_loss(golden, x64):
