@@ -4,6 +4,7 @@
 learned yet; `weights` in its place a `.npz` of official arrays, {state-dict key: array}, of the converter's `family`.
 """
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,12 @@ def load_frozen(method: Any, config: ml_collections.ConfigDict) -> Any:
         )
     if not Path(target.weights).is_file():
         raise FileNotFoundError(f"there is no file {target.weights} (config.target.weights)")
-    with np.load(target.weights) as arrays:
-        parts = convert.from_torch(dict(arrays), target.family)
+    try:
+        with np.load(target.weights) as arrays:
+            named = dict(arrays)
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{target.weights} is no .npz file of named arrays: {error}") from error
+    parts = convert.from_torch(named, target.family)
     given = {s: {name: parts.get(name, {}) for name in wanted} for s, wanted in abstract.items()}
     check_shapes(given, abstract, f"the weights in {target.weights}")
     return jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), given, abstract)

@@ -92,6 +92,11 @@ def test_what_is_missing_is_named(config, tmp_path):
     config.target.weights = "no/such.npz"
     with pytest.raises(FileNotFoundError, match="there is no file no/such.npz"):
         load_frozen(method, config)
+    for content in (b"no arrays", b""):
+        (tmp_path / "broken.npz").write_bytes(content)
+        config.target.weights = str(tmp_path / "broken.npz")
+        with pytest.raises(ValueError, match="broken.npz is no .npz file of named arrays"):
+            load_frozen(method, config)
 
 
 @pytest.mark.parametrize("key, value, message", [
