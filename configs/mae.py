@@ -69,13 +69,13 @@ def vith14(config):
 
 def demo(config):
     on_cifar10(config)
-    config.total_steps, config.data.batch_size = 6500, 64
+    config.total_steps, config.data.batch_size = 14_000, 64
     config.model.update(patch_size=8, dim=192, depth=2, heads=6, unroll=2)  # as wide as a patch has values
     config.decoder.update(dim=64, depth=1, heads=2)
     config.optim.update(lr=4e-3, warmup_steps=300, weight_decay=0.5, weight_decay_end=0.5)
     # Crops show parts of the image enlarged; whole images are encoded enlarged, so that things are as large in them.
-    config.eval.update(img_size=48, every_steps=1625)
-    config.checkpoint.every_steps = 1625
+    config.eval.update(img_size=48, every_steps=3500)
+    config.checkpoint.every_steps = 3500
     config.log_every_steps = 100
 
 

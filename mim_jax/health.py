@@ -22,8 +22,8 @@ SAME_VOTE = 0.05
 # Prototypes in use by a whole batch, below which nearly all images vote for the same. Without centering the same model is
 # below 2 after 20 steps.
 FEW_PROTOTYPES = 3.0
-# Share of a codebook whose use by equal parts says as much as a tokenizer's use of all of it.
-FEW_CODES = 0.05
+# Share of the codebook below which its perplexity means that a tokenizer has collapsed to a few codes.
+FEW_CODES = 0.1
 # Share of ln K from which votes that are all the same are called uniform.
 UNIFORM = 0.95
 # Features of unit length whose spread is below this share of the possible one are equal for all practical purposes.

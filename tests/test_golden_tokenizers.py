@@ -4,6 +4,8 @@ microsoft/unilm at 768a3c8 (beit, beit2), CompVis/taming-transformers at 3ba01b2
 0d7d1aa and openai/DALL-E at 5be4b23.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -268,6 +270,30 @@ def test_dead_codes_of_the_method_begin_anew_as_vectors_of_the_batch():
     assert 10 < revived.sum() < 16 and not revived[3]
     assert distance[revived].max() < 1e-6
     assert len(np.unique(np.asarray(new["codebook"])[revived], axis=0)) > 5
+
+
+def test_discrete_vae_as_a_method(golden, monkeypatch, x64):
+    """The method's loss and gradient. It maps images in 0..1 to -1..1, and takes the divergence's mean over places."""
+    arrays, meta = golden("dvae_gumbel")
+    c, noise = meta["config"], channels_last(arrays["in/gumbel_noise"])
+    config = mim_jax.load_config("configs/dvae.py:demo")
+    config.model.update(img_size=c["image"], hidden=c["hidden"], layers=c["layers"], codes=c["tokens"], dtype="float64")
+    config.model.codebook_dim = c["codebook_dim"]
+    method = mim_jax.make_method(config)
+    places = noise[..., 0].size
+    schedules = {"temperature": lambda _: c["temperature"], "kl_weight": lambda _: c["kl_weight"] * places}
+    method = dataclasses.replace(method, schedules=schedules)
+    monkeypatch.setattr("jax.random.gumbel", lambda *_: noise)
+    params = double(convert.from_torch(prefixed(arrays, "w/"), "dvae"))
+    views = {"global": (1 + channels_last(arrays["in/imgs"])[:, None]) / 2}
+    gradient = jax.value_and_grad(method.loss, has_aux=True)
+    (loss, (_, figures)), grads = gradient(params, {}, {}, {}, views, jax.random.key(0), jnp.int32(0))
+    np.testing.assert_allclose(figures["train/reconstruction"], arrays["out/mse"], rtol=1e-12)
+    np.testing.assert_allclose(loss, arrays["out/loss"], rtol=1e-7)  # 1e-10 stands in the official logarithm
+    for key, want in prefixed(arrays, "grad/").items():
+        assert relative_error(official(grads, "dvae")[key], want) < 1e-6, key
+    tokens = method.tokens(params, {}, views["global"][:, 0])
+    np.testing.assert_array_equal(tokens, arrays["out/codebook_indices"].reshape(len(tokens), -1))
 
 
 FAMILIES = {"dvae_dalle": "dalle", "dvae_gumbel": "dvae"}
