@@ -51,22 +51,21 @@ def reconstruction_picture(monitor: Monitor, method: Any, state: TrainState, fro
     """Held-out images, what the masks leave of them, and what the model makes of that; the same images and masks always."""
     rows = {name: column[:RECONSTRUCTED] for name, column in monitor.test.items()}
     masks = {"mask": method.mask.examples(len(rows["image"]), 1)} if method.mask else {}
-    group = monitor.crops
+    group, names = monitor.crops, list[str]()
 
     @jax.jit
-    def reconstruct(params: Any, extra: Any, frozen: Any, image: jax.Array, size: jax.Array) -> dict[str, jax.Array]:
+    def reconstruct(params: Any, extra: Any, frozen: Any, image: jax.Array, size: jax.Array) -> list[jax.Array]:
         picture = center_crop(image, size, group.size, monitor.fraction, monitor.mean, monitor.std)[:, None]
         views = {"global": picture, **masks}
         if group.target:
             views["target"] = center_crop(image, size, group.target.size, monitor.fraction, (0,) * 3, (1,) * 3)[:, None]
-        painted = {"image": picture} | method.reconstruction(params, extra, frozen, views)
-        return everywhere({name: denormalize(x, monitor.mean, monitor.std)[:, 0] for name, x in painted.items()})
+        painted = method.reconstruction(params, extra, frozen, views)
+        names[:] = painted  # in the order that the method gives; jit sorts what comes out of a dict
+        return everywhere([denormalize(x, monitor.mean, monitor.std)[:, 0] for x in (picture, *painted.values())])
 
-    painted = jax.device_get(reconstruct(state.params, state.extra, frozen, rows["image"], rows["size"]))
-    shown = {"image": painted.pop("image")}
-    if masks:
-        shown["masked"] = pictures.darkened(shown["image"], masks["mask"][:, 0])
-    return pictures.reconstructions(shown | painted)
+    image, *painted = jax.device_get(reconstruct(state.params, state.extra, frozen, rows["image"], rows["size"]))
+    shown = {"image": image} | ({"masked": pictures.darkened(image, masks["mask"][:, 0])} if masks else {})
+    return pictures.reconstructions(shown | dict(zip(names, painted, strict=True)))
 
 
 def codebook_picture(monitor: Monitor, method: Any, state: TrainState) -> Image.Image:
