@@ -91,6 +91,7 @@ def demo(config):
 def demo_swin(config):
     demo(config)
     as_swin(config, dim=48, depths=(2, 2), heads=(3, 6), window=4)
+    config.eval.img_size = 64  # windows must divide it
 
 
 def as_swin(config, **model):
