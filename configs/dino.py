@@ -14,7 +14,9 @@ None of these five has been trained with this code yet; `--dry_run` prints their
 
     demo     a ViT of 3 blocks, 8 1/2 minutes on 2 CPU cores from nothing: k-NN 0.369 (pixels 0.346, whitened
              0.435, untrained 0.275), view retrieval 0.168 (0.125, -, 0.024), 2026-11-23, jax 0.10.2
-    cifar10  a ViT of 6 blocks, patches of 4 pixels, 200 epochs. Not trained yet: hours on a CPU, for a GPU to measure
+    cifar10  the same with width 128 for 36 epochs, 90 minutes on one CPU core (345 images/s, 1 of 2 cores, the other one
+             busy): k-NN 0.540 (whitened pixels 0.426, pixels 0.343, untrained 0.294; bank of 5,000, 10,000 test images),
+             probe 0.563 (whitened 0.369), view retrieval 0.407 (pixels 0.094), 2026-11-26, jax 0.10.2
 """
 
 import ml_collections
