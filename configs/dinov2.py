@@ -14,7 +14,8 @@ Variants and what the official repository reports on ImageNet-1k (k-NN / linear 
 Crops are blurred as the official code really does it: it takes the probability of a blur for that of none. None of these has
 been trained with this code yet; `--dry_run` prints their plan. One more:
 
-    demo     CIFAR-10, the network and budget of configs/dino.py:demo
+    demo     CIFAR-10, the network and budget of configs/dino.py:demo. After 1,200 of its 3,500 steps: view retrieval 0.060
+             (untrained 0.028), k-NN 0.327 (0.267), probe 0.348 (0.325), 2026-11-26, jax 0.10.2; not tuned
 """
 
 import ml_collections

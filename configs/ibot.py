@@ -10,7 +10,8 @@ Variants and what the paper and the official repository report on ImageNet-1k (k
 
 None of these three has been trained with this code yet; `--dry_run` prints their plan. One more:
 
-    demo     CIFAR-10, the network and budget of configs/dino.py:demo
+    demo     CIFAR-10, the network and budget of configs/dino.py:demo. After 1,200 of its 3,500 steps: view retrieval 0.046
+             (untrained 0.030), k-NN 0.293 (0.291), probe 0.347 (0.318), 2026-11-26, jax 0.10.2; not tuned
 """
 
 from pathlib import Path
