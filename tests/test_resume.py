@@ -407,8 +407,8 @@ def test_parameters_of_another_model_are_refused_with_the_arrays_named(quick, wh
     with pytest.raises(ValueError, match="of another model") as error:
         train.run(quick, tmp_path)
     lines = str(error.value).splitlines()[1:]
-    assert "  head/last_layer/weight_v: (8, 32) -> (8, 48)" in lines
-    assert "  head/mlp_2/kernel: (16, 8) -> missing" in lines
+    assert "  params/head/last_layer/weight_v: (8, 32) -> (8, 48)" in lines
+    assert "  params/head/mlp_2/kernel: (16, 8) -> missing" in lines
     assert not any("backbone" in line for line in lines)
 
 
