@@ -159,6 +159,7 @@ def test_images_without_labels_are_measured_by_view_retrieval(uninterrupted):
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_run_stopped_and_killed_ends_as_one_left_alone(runs, stopped, uninterrupted, kills):
     workdir = shutil.copytree(stopped, runs.folder / f"killed_{kills}")
+    killed = 0
     for _ in range(kills):  # one in five while it starts, the others at any moment of a step, a checkpoint or an evaluation
         run = runs.start(workdir)
         if random.random() < 0.2:
@@ -169,7 +170,9 @@ def test_a_run_stopped_and_killed_ends_as_one_left_alone(runs, stopped, uninterr
             time.sleep(random.uniform(0, 0.1))
         run.kill()
         output = run.communicate()[1]
-        assert run.returncode == -signal.SIGKILL, output
+        assert run.returncode in (-signal.SIGKILL, 0), output  # 0: on a fast machine it may get to its end before
+        killed += run.returncode != 0
+    assert killed
     runs.finish(runs.start(workdir))
     assert_same_run(workdir, uninterrupted, last_step=STEPS)
 
