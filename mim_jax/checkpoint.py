@@ -5,6 +5,7 @@ A checkpoint holds the state and a record: the config, and where the data stream
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,15 +105,27 @@ class Checkpoints:
                 (self.folder / str(later)).rename(self.folder / f"unreadable_{later}")
         self.manager.reload()
 
-    def restore_parts(self, abstract: dict[str, dict[str, Any]]) -> Any:
-        """Parts of the state alone, `{"params": {part: ...}}` or others, whatever else the configuration was.
+    def restore_parts(self, abstract: dict[str, dict[str, Any]], loose: str = "(?!)") -> Any:
+        """Parts of the state alone, `{"params": {part: ...}}` or others, whatever else the configuration was. Arrays whose
+        paths match the regex `loose` come in the shapes that they have there, whole on each device.
 
-        Raises ValueError naming the arrays of these parts that are missing, unexpected or of another shape.
+        Raises ValueError naming the other arrays of these parts that are missing, unexpected or of another shape.
         """
         path = self.folder / str(self.latest()) / "state"
         checkpointer = ocp.PyTreeCheckpointer()
         saved = checkpointer.metadata(path).item_metadata.tree
         saved = {section: {part: saved[section].get(part, {}) for part in parts} for section, parts in abstract.items()}
+
+        there = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
+
+        def as_saved(path: Any, here: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            shape = there.get(path_name(path), here.shape)
+            if shape == here.shape or not re.search(loose, path_name(path)):
+                return here
+            whole = here.sharding and jax.sharding.NamedSharding(here.sharding.mesh, jax.sharding.PartitionSpec())
+            return jax.ShapeDtypeStruct(shape, here.dtype, sharding=whole)
+
+        abstract = jax.tree.map_with_path(as_saved, abstract)
         check_shapes(saved, abstract, f"the parameters in {self.folder}")
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(abstract, restore_args, partial_restore=True)

@@ -100,7 +100,7 @@ def skeleton() -> ml_collections.ConfigDict:
         (r"patch_embed/kernel$", (None, None, None, "fsdp")),
     )
 
-    config.init_from = placeholder(str)  # a run's workdir: start from its parameters
+    config.init_from = placeholder(str)  # a run's workdir: start from what it learned, at whatever image size
     config.resume = placeholder(str)  # a run's workdir: continue it here
     return config
 

@@ -6,6 +6,7 @@ killed and resumed tells each step once, and loses none.
 
 import dataclasses
 import functools
+import re
 import signal
 import sys
 from importlib.metadata import version
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
 from mim_jax import health, metrics, report, sharding
@@ -21,6 +21,7 @@ from mim_jax.checkpoint import Checkpoints
 from mim_jax.data import pipeline, sources
 from mim_jax.evaluators import Monitor, gallery
 from mim_jax.methods.base import make_method
+from mim_jax.models import positions
 from mim_jax.optim import duration, total_steps
 from mim_jax.state import TrainState, abstract_state, init_state
 from mim_jax.step import make_train_step
@@ -72,8 +73,8 @@ def open_data(config: ml_collections.ConfigDict) -> tuple[sources.Source, source
 def start(method: Any, config: ml_collections.ConfigDict, checkpoints: Checkpoints) -> tuple[TrainState, Any, dict]:
     """(state, frozen, record), the record being {} for a new run. The first of these that there is:
 
-    1. the run's own checkpoints; 2. those of the workdir `config.resume`, continued here; 3. a new run with the
-    parameters of the workdir `config.init_from`; 4. a new run.
+    1. the run's own checkpoints; 2. those of the workdir `config.resume`, continued here; 3. a new run that begins
+    with what the one in `config.init_from` learned; 4. a new run.
     """
     abstract = abstract_state(method, config)
     if checkpoints.latest() is not None:
@@ -85,11 +86,29 @@ def start(method: Any, config: ml_collections.ConfigDict, checkpoints: Checkpoin
         metrics.inherit(config.resume, checkpoints.folder.parent)
         return state, load_frozen(method, config), record
     state, frozen = init_state(method, config)
-    if config.init_from:
-        params = Checkpoints(config.init_from, config, own=False).restore_parts({"params": abstract.params})["params"]
-        teacher = {part: jax.tree.map(jnp.copy, params[part]) for part in method.teacher_parts}
-        state = dataclasses.replace(state, params=params, teacher=teacher)
-    return state, frozen, {}
+    return (learned_before(method, config, state) if config.init_from else state), frozen, {}
+
+
+def learned_before(method: Any, config: ml_collections.ConfigDict, state: TrainState) -> TrainState:
+    """`state` with what the run `config.init_from` learned: parameters, teacher and what the method carries along.
+
+    Positions that were learned for images of another size are interpolated; such as are never trained are those of here.
+    """
+    parts = {name: getattr(state, name) for name in ("params", "teacher", "extra")}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), parts)
+    learned = Checkpoints(config.init_from, config, own=False).restore_parts(abstract, loose=positions.LEARNED)
+
+    def fit(path: Any, there: jax.Array, here: jax.Array) -> jax.Array:
+        name = sharding.path_name(path)
+        if there.shape == here.shape:
+            return there
+        if method.fixed and re.search(method.fixed, name):
+            return here
+        options = dict(shape=here.shape, antialias=config.model.get("antialias", False))
+        fitted = functools.partial(positions.fit_positions, name.rpartition("/")[2], **options)
+        return jax.jit(fitted, out_shardings=here.sharding)(there)
+
+    return dataclasses.replace(state, **jax.tree.map_with_path(fit, learned, parts))
 
 
 def make_monitor(config: ml_collections.ConfigDict, method: Any, source: sources.Source, held_out: sources.Source) -> Monitor:

@@ -391,7 +391,7 @@ def test_a_run_goes_on_in_another_workdir(quick, whole, tmp_path):
     assert told(tmp_path / "old") == before
 
 
-def test_a_new_run_starts_from_the_parameters_of_another(quick, whole, tmp_path):
+def test_a_new_run_starts_from_what_another_has_learned(quick, whole, tmp_path):
     quick.init_from = str(whole)
     quick.optim.lr = 1.0  # another run altogether
     with jax.set_mesh(make_mesh(1, 1, jax.devices()[:1])):
@@ -399,7 +399,8 @@ def test_a_new_run_starts_from_the_parameters_of_another(quick, whole, tmp_path)
     assert record == {} and state.step == 0
     saved = saved_state(whole)
     assert_same_bits(state.params, saved["params"])
-    assert_same_bits(state.teacher, saved["params"])
+    assert_same_bits(state.teacher, saved["teacher"])
+    assert_same_bits(state.extra, saved["extra"])
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
 
 

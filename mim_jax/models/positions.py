@@ -1,5 +1,8 @@
 """Where a patch is: fixed sine-cosine tables, learned tables at another resolution, and relative position biases."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,3 +123,21 @@ def interpolate_bias_table(table: jax.Array, grid: tuple[int, int], to: tuple[in
     patches = jnp.einsum("rh,cw,hwd->rcd", vertical, horizontal, patches, precision="highest")
     patches = patches.reshape(-1, table.shape[-1])
     return jnp.concatenate([patches, table[-3:]]) if cls else patches
+
+
+LEARNED = r"(pos_embed|relative_position_bias_table)$"  # paths of the tables that `fit_positions` takes
+
+
+def fit_positions(name: str, table: jax.Array, shape: tuple[int, ...], antialias: bool = False) -> jax.Array:
+    """A table of another grid of patches for the grid that one of `shape` is for; both grids are square.
+
+    `name` "pos_embed" are [1, 1 + N, D], see `interpolate_positions`; "relative_position_bias_table" are [rows, heads], or
+    [blocks, rows, heads], with rows for CLS (ViT) or without (Swin), see `interpolate_bias_table`.
+    """
+    if name == "pos_embed":
+        side = math.isqrt(shape[1])
+        return interpolate_positions(table, side, side, antialias=antialias)
+    cls = math.isqrt(shape[-2]) ** 2 != shape[-2]
+    grid, to = ((math.isqrt(rows) + 1) // 2 for rows in (table.shape[-2], shape[-2]))
+    fit = functools.partial(interpolate_bias_table, grid=(grid, grid), to=(to, to), cls=cls)
+    return fit(table) if table.ndim == 2 else jax.vmap(fit)(table)
