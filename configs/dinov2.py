@@ -60,6 +60,7 @@ def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
     config.mask.group_size = 64  # images whose masks are drawn together, and among which KoLeo looks for neighbours
     config.mask.probability = 0.5
     config.mask.ratio = (0.1, 0.5)
+    config.mask.exact = False  # True: as many masked patches in every group, single ones filling up
 
     config.loss = ml_collections.ConfigDict()
     config.loss.centering = "centering"  # or "sinkhorn_knopp"

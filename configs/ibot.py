@@ -17,6 +17,7 @@ None of these three has been trained with this code yet; `--dry_run` prints thei
 from pathlib import Path
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 from mim_jax.config import load_config
 
@@ -29,6 +30,8 @@ def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
 
     config.mask = ml_collections.ConfigDict()
     config.mask.shape = "block"  # or "random"
+    config.mask.start_epochs = 0.0  # no patch is masked before
+    config.mask.start_steps = placeholder(int)
     config.mask.ratios = ((0.0, 0.0), (0.3, 0.2))  # one is chosen: (mean, half-width) of the share that is masked
 
     config.loss.warmup_teacher_patch_temp = 0.04

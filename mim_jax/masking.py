@@ -87,6 +87,13 @@ def blocks(
     return mask
 
 
+def topped_up(mask: np.ndarray, count: int, numbers: np.random.RandomState) -> np.ndarray:
+    """A mask bool [N] with more single patches, drawn at random, until `count` are masked."""
+    if missing := count - mask.sum():
+        mask[numbers.choice(np.flatnonzero(~mask), missing, replace=False)] = True
+    return mask
+
+
 class HostMask:
     """What the masks that the host draws have in common."""
 
@@ -125,9 +132,7 @@ class BlockMask(HostMask):
 
     def one(self, rng: random.Random, numbers: np.random.RandomState) -> np.ndarray:
         mask = blocks(rng, self.grid, self.count, self.smallest).reshape(-1)
-        if self.exact and (missing := self.count - mask.sum()):
-            mask[numbers.choice(np.flatnonzero(~mask), missing, replace=False)] = True
-        return mask
+        return topped_up(mask, self.count, numbers) if self.exact else mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,13 +140,15 @@ class RatioMask(HostMask):
     """iBOT's masks: for each global crop a share of the patches is drawn, then which they are (Zhou et al. 2022, section 3.1).
 
     One of `ratios`, each (mean, half-width) of a uniform distribution, is chosen. `shape` "block": rectangles of a ninth of
-    the grid at least, see `blocks`; "random": single patches. A crop may have no masked patch. Numbers are drawn in the order
-    of the official code. Raises ValueError for ratios that cannot be.
+    the grid at least, see `blocks`; "random": single patches. A crop may have no masked patch, and none has one before the
+    place `start` of the stream. Numbers are drawn in the order of the official code. Raises ValueError for ratios that cannot
+    be.
     """
 
     grid: int
     ratios: tuple[tuple[float, float], ...]
     shape: str = "block"
+    start: int = 0
 
     def __post_init__(self) -> None:
         if self.shape not in ("block", "random"):
@@ -153,6 +160,12 @@ class RatioMask(HostMask):
     def count(self) -> int:
         """Patches that are masked at most."""
         return int(max(mean + half for mean, half in self.ratios) * self.grid**2)
+
+    def draw(self, seed: int, positions: np.ndarray, crops: int) -> np.ndarray:
+        return super().draw(seed, positions, crops) & (positions >= self.start)[:, None, None]
+
+    def examples(self, number: int, crops: int, seed: int = 0) -> np.ndarray:
+        return self.draw(seed, self.start + np.arange(number), crops)
 
     def one(self, rng: random.Random, numbers: np.random.RandomState) -> np.ndarray:
         drawn = [rng.uniform(mean - half, mean + half) if half > 0 else mean for mean, half in self.ratios]
@@ -170,8 +183,9 @@ class GroupMask:
     share of its patches that is uniform in the i-th part of `ratio` (Oquab et al. 2024, appendix B).
 
     A group is `group_size` examples that follow each other in the stream: in the official code the batch of one GPU. `upper`
-    patches of a group are masked at most. Numbers are drawn in the order of the official code; crops come crop by crop there.
-    Raises ValueError where no patch would be masked.
+    patches of a group are masked at most; with `exact` always so many, the shares being the ends of the parts and single
+    patches filling up what rectangles leave. Numbers are drawn in the order of the official code; crops come crop by crop
+    there. Raises ValueError where no patch would be masked.
     """
 
     grid: int
@@ -179,6 +193,7 @@ class GroupMask:
     crops: int
     probability: float = 0.5
     ratio: tuple[float, float] = (0.1, 0.5)
+    exact: bool = False
     on_host: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -203,14 +218,16 @@ class GroupMask:
     def group(self, rng: random.Random) -> np.ndarray:
         """The masks of a group, [group_size, crops, N]."""
         parts = zip(self.bounds, self.bounds[1:])
-        masks = [self.one(rng, int(self.grid**2 * rng.uniform(low, high))) for low, high in parts]
+        shares = [high if self.exact else rng.uniform(low, high) for low, high in parts]
+        masks = [self.one(rng, int(self.grid**2 * share)) for share in shares]
         masks += [np.zeros(self.grid**2, bool)] * (self.group_size * self.crops - len(masks))
         rng.shuffle(masks)
         return np.stack(masks).reshape(self.crops, self.group_size, -1).swapaxes(0, 1)
 
     def one(self, rng: random.Random, count: int) -> np.ndarray:
-        """A mask bool [N] of `count` patches, or a few less."""
-        return blocks(rng, self.grid, count, smallest=4, largest=0.5 * self.grid**2).reshape(-1)
+        """A mask bool [N] of `count` patches, or, if not `exact`, a few less."""
+        mask = blocks(rng, self.grid, count, smallest=4, largest=0.5 * self.grid**2).reshape(-1)
+        return topped_up(mask, count, np.random.RandomState(rng.getrandbits(32))) if self.exact else mask
 
     def examples(self, number: int, crops: int, seed: int = 0) -> np.ndarray:
         """Masks [number, crops, N] for pictures and tests, always the same."""

@@ -62,11 +62,12 @@ def cosine_schedule(
     return schedule
 
 
-def warmup_by_epoch(start: float, final: float, epochs: int, epoch_steps: int) -> Schedule:
-    """DINO's teacher temperature: linspace(start, final, epochs), one value an epoch, then `final`."""
+def warmup_by_epoch(start: float, final: float, epochs: int, epoch_steps: int, hold: int = 0) -> Schedule:
+    """DINO's teacher temperature: linspace(start, final, epochs), one value an epoch, then `final`; all of it `hold` steps
+    later, and `start` until then."""
 
     def schedule(step: jax.Array) -> jax.Array:
-        epoch = jnp.asarray(step // epoch_steps, jnp.result_type(float))
+        epoch = jnp.asarray(jnp.maximum(step - hold, 0) // epoch_steps, jnp.result_type(float))
         warm = start + (final - start) * epoch / max(epochs - 1, 1)
         return jnp.where(epoch < epochs, warm, final)
 

@@ -169,6 +169,17 @@ def test_masks_are_the_official_ones_after_the_same_seed(golden, name, ratios, s
     assert drawn.sum((1, 2)).max() <= mask.count
 
 
+def test_the_patch_temperature_waits_for_the_masks():
+    config = small()
+    config.data.update(batch_size=4, num_examples=8)  # 2 steps an epoch
+    config.loss.update(warmup_teacher_patch_temp=0.04, teacher_patch_temp=0.07, warmup_teacher_temp_epochs=4)
+    config.mask.start_epochs = 3.0
+    method = mim_jax.make_method(config)
+    expected = np.repeat(np.concatenate([np.full(3, 0.04), np.linspace(0.04, 0.07, 4), np.full(2, 0.07)]), 2)
+    np.testing.assert_allclose([method.schedules["teacher_patch_temp"](step) for step in range(18)], expected, rtol=1e-6)
+    assert method.mask.start == 3 * 8
+
+
 def small(name="ibot", **head):
     config = mim_jax.load_config(f"configs/{name}.py:demo")
     config.model.update(img_size=16, patch_size=4, dim=16, depth=2, heads=2)

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from mim_jax.masking import BlockMask
+from mim_jax.masking import BlockMask, GroupMask, RatioMask
 
 
 @pytest.mark.parametrize("name, grid, count, exact", [
@@ -33,6 +33,24 @@ def test_masks_of_a_stream(grid, count, smallest, exact):
     others = mask.draw(8, np.arange(200), 2)
     different = [np.any(a != b, -1).mean() for a, b in ((drawn, others), (drawn[:, 0], drawn[:, 1]), (drawn[1:], drawn[:-1]))]
     assert min(different) > 0.9
+
+
+def test_groups_with_the_same_number_of_masked_patches():
+    official, exact = GroupMask(14, 8, 2), GroupMask(14, 8, 2, exact=True)
+    counts = [mask.draw(7, np.arange(400), 2).reshape(50, -1).sum(-1) for mask in (official, exact)]
+    assert official.upper == exact.upper == 507  # of 8 crops, by 15, 20, ... 50 %
+    assert counts[0].max() <= 507 and len(set(counts[0].tolist())) > 10
+    assert set(counts[1].tolist()) == {507}
+    shares = exact.draw(7, np.arange(400), 2).mean(-1)
+    assert np.mean(shares == 0) == 0.5 and shares.max() <= 0.5
+
+
+def test_masks_that_begin_later():
+    mask = RatioMask(8, ((0.3, 0.0),), start=100)
+    drawn = mask.draw(7, np.arange(200), 2)
+    assert not drawn[:100].any() and drawn[100:].any(-1).all()
+    np.testing.assert_array_equal(drawn[100:], RatioMask(8, ((0.3, 0.0),)).draw(7, np.arange(100, 200), 2))
+    assert mask.examples(3, 2).any(-1).all()
 
 
 @pytest.mark.parametrize("count", [0, 16])

@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "simmim": (0.75, {"model.layerscale": 1.0, "optim.lr": 0.03}),
     "simmim_swin": (0.75, {"optim.lr": 0.03}),
     "dinov2": (0.5, {"optim.momentum_teacher": 1.0, "loss.teacher_temp": 0.005, "optim.lr": 0.01, "loss.koleo_weight": 0.01}),
+    "distillation": (0.5, {"loss.teacher_temp": 0.005, "optim.lr": 0.01, "loss.koleo_weight": 0.01}),
     # 16 codes for noise
     "vqvae": (0.75, {"optim.lr": 0.01}),
     "dvae": (0.75, {"optim.lr": 0.01}),

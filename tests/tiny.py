@@ -26,23 +26,25 @@ BEIT = VIT | {
     "mask.count": 6,
     "mask.smallest": 2,
 }
+DINOV2 = DINO | {
+    "model.patch_size": 4,
+    "model.registers": 2,
+    "model.ffn": "swiglu",
+    "ibot_head.out_dim": 16,
+    "ibot_head.hidden_dim": 16,
+    "ibot_head.bottleneck_dim": 8,
+    "loss.separate_head": True,
+    "loss.centering": "sinkhorn_knopp",
+    "mask.group_size": 4,
+    "model.drop_path_rate": 0.3,
+}
 # What of a demo is to be smaller.
 SMALLER = {
     "dino": DINO,
     "ibot": DINO | {"model.patch_size": 4, "mask.ratios": ((0.0, 0.0), (0.4, 0.1))},
-    "dinov2": DINO
-    | {
-        "model.patch_size": 4,
-        "model.registers": 2,
-        "model.ffn": "swiglu",
-        "ibot_head.out_dim": 16,
-        "ibot_head.hidden_dim": 16,
-        "ibot_head.bottleneck_dim": 8,
-        "loss.separate_head": True,
-        "loss.centering": "sinkhorn_knopp",
-        "mask.group_size": 4,
-        "model.drop_path_rate": 0.3,
-    },
+    "dinov2": DINOV2,
+    "distillation": DINOV2
+    | {"target.config": "tests/tiny.py:dinov2", "target.workdir": None, "model.dim": 8, "model.drop_path_rate": 0.0},
     "mae": VIT | {"model.patch_size": 4, "decoder.dim": 16, "decoder.depth": 2, "decoder.heads": 2},
     "simmim": VIT | {"model.patch_size": 4, "model.drop_path_rate": 0.1},
     "vqvae": {"model.hidden": 8, "quantizer.codes": 16, "quantizer.dim": 4},

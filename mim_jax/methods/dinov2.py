@@ -8,6 +8,7 @@ has a tight bound: heads see these patches alone.
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ class Dinov2:
     dino_head: DinoHead
     ibot_head: DinoHead | None  # None: the other serves patches, too
     crops: tuple[Crops, ...]
-    mask: GroupMask
+    mask: GroupMask | None
+    group_size: int  # images whose masks are drawn together, and among which KoLeo looks for neighbours
     schedules: Mapping[str, optim.Schedule]
     centering: str
     student_temp: float
@@ -45,7 +47,8 @@ class Dinov2:
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         keys = jax.random.split(key, 3)
         image = jnp.zeros((1, 1, self.backbone.img_size, self.backbone.img_size, 3))
-        mask, token = jnp.zeros((1, 1, self.mask.grid**2), bool), jnp.zeros((1, self.backbone.dim))
+        grid, token = self.backbone.img_size // self.backbone.patch_size, jnp.zeros((1, self.backbone.dim))
+        mask = jnp.zeros((1, 1, grid**2), bool)
         params = {
             "backbone": self.backbone.init(keys[0], [image], masks=[mask])["params"],
             "dino_head": self.dino_head.init(keys[1], token)["params"],
@@ -61,21 +64,16 @@ class Dinov2:
         return {}
 
     def loss(self, params, teacher, frozen, extra, views, key, step):
-        global_crops, mask = views["global"], views["mask"]
-        batch, crops, patches = mask.shape
-        size = self.mask.group_size
-        if batch % size:
-            raise ValueError(f"a batch of {batch} images cannot be divided into groups of mask.group_size={size}")
-        places, masked = masked_first(mask.reshape(batch // size, -1), self.mask.upper)  # [groups, upper]
-        each = jnp.repeat(1 / jnp.maximum(mask.sum(-1), 1), patches, axis=-1, total_repeat_length=crops * patches)
-        weight = jnp.take_along_axis(each.reshape(batch // size, -1), places, axis=-1) * masked
+        batch, crops = views["global"].shape[:2]
+        if batch % self.group_size:
+            raise ValueError(f"a batch of {batch} images cannot be divided into groups of mask.group_size={self.group_size}")
+        places, masked, weight = self.chosen(views)
 
         sizes = [views[c.name] for c in self.crops]
-        masks, rngs = [mask, None][: len(sizes)], {"drop_path": key}
+        masks, rngs = [views.get("mask"), None][: len(sizes)], {"drop_path": key}
         out = self.backbone.apply({"params": params["backbone"]}, sizes, train=True, masks=masks, rngs=rngs)
-        (seen,) = self.backbone.apply({"params": teacher["backbone"]}, [global_crops])
         cls, patch = self.heads(params, [o["cls"] for o in out], out[0]["patch"], places)
-        cls_teacher, patch_teacher = self.heads(teacher, [seen["cls"]], seen["patch"], places)
+        cls_teacher, patch_teacher = self.votes(teacher, frozen, views["global"], places)
 
         temp = self.schedules["teacher_temp"](step)
         if self.centering == "sinkhorn_knopp":
@@ -93,14 +91,32 @@ class Dinov2:
         cls_log, patch_log = (jax.nn.log_softmax(x / self.student_temp) for x in (cls, patch))
         # the official code divides by a pair too many where there are no local crops
         alone = 1.0 if len(sizes) > 1 else 2 / 3
+        koleo = sum(losses.koleo(out[0]["cls"][:, i], self.group_size) for i in range(crops))
         terms = {
             "train/loss_cls": self.dino_weight * alone * losses.dino_loss(cls_log, cls_probs),
             "train/loss_patch": self.ibot_weight * losses.patch_loss(patch_log, patch_probs, weight, batch * crops),
-            "train/loss_koleo": self.koleo_weight * sum(losses.koleo(out[0]["cls"][:, i], size) for i in range(crops)),
+            "train/loss_koleo": self.koleo_weight * koleo,
         }
         beside = jnp.roll(cls_log[:, :crops], 1, axis=1)
         figures = health.vote_figures(cls_probs, beside, extra.get("center"))
-        return jnp.stack(list(terms.values())).sum(), (extra, figures | terms | {"train/masked": mask.mean()})
+        figures |= terms | {"train/masked": masked.sum() / (batch * crops * out[0]["patch"].shape[2])}
+        return jnp.stack(list(terms.values())).sum(), (extra, figures)
+
+    def chosen(self, views: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The patches of the second loss: their places in their group, [groups, upper], whether these are masked (the others
+        only fill up), and their weights."""
+        assert self.mask is not None
+        mask = views["mask"]
+        batch, crops, patches = mask.shape
+        groups = batch // self.group_size
+        places, masked = masked_first(mask.reshape(groups, -1), self.mask.upper)
+        each = jnp.repeat(1 / jnp.maximum(mask.sum(-1), 1), patches, axis=-1, total_repeat_length=crops * patches)
+        return places, masked, jnp.take_along_axis(each.reshape(groups, -1), places, axis=-1) * masked
+
+    def votes(self, teacher: Params, frozen: Params, crops: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The teacher's logits of the global crops: see `heads`."""
+        (seen,) = self.backbone.apply({"params": teacher["backbone"]}, [crops])
+        return self.heads(teacher, [seen["cls"]], seen["patch"], places)
 
     def heads(
         self, params: Params, cls: list[jax.Array], patch: jax.Array, places: jax.Array
@@ -121,6 +137,13 @@ class Dinov2:
 
 
 def make(config: ml_collections.ConfigDict) -> Dinov2:
+    c, mask = config.crops, config.mask
+    grid, ratio = c.global_crops_size // config.model.patch_size, tuple(mask.ratio)
+    return Dinov2(**parts(config), mask=GroupMask(grid, mask.group_size, 2, mask.probability, ratio, mask.exact))
+
+
+def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """All that does not depend on the masks."""
     m, c, o, loss = config.model, config.crops, config.optim, config.loss
     dtype, epoch = jnp.dtype(m.dtype), optim.steps_per_epoch(config)
     if loss.centering not in ("centering", "sinkhorn_knopp"):
@@ -139,7 +162,7 @@ def make(config: ml_collections.ConfigDict) -> Dinov2:
     head = functools.partial(DinoHead, norm_last_layer=False, init_std=m.init_std, dtype=dtype)
     warmup = round(loss.warmup_teacher_temp_epochs * epoch)
     tiny = jax.nn.initializers.normal(1e-6)
-    return Dinov2(
+    return dict(
         backbone=ViT(
             **vit_settings(m),
             drop_path_group=config.mask.group_size,
@@ -155,9 +178,7 @@ def make(config: ml_collections.ConfigDict) -> Dinov2:
         dino_head=head(**config.head),
         ibot_head=head(**config.ibot_head) if loss.separate_head else None,
         crops=tuple(crops),
-        mask=GroupMask(
-            c.global_crops_size // m.patch_size, config.mask.group_size, 2, config.mask.probability, tuple(config.mask.ratio)
-        ),
+        group_size=config.mask.group_size,
         schedules={
             "teacher_temp": optim.cosine_schedule(
                 loss.teacher_temp, loss.teacher_temp, warmup, warmup, start=loss.warmup_teacher_temp

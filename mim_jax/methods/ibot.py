@@ -103,7 +103,8 @@ def make(config: ml_collections.ConfigDict) -> Ibot:
     m, loss, mask = config.model, config.loss, config.mask
     parts = dino.parts(config, mask_token=True, mask_token_init=jax.nn.initializers.zeros)
     warmup = loss.warmup_teacher_temp_epochs, optim.steps_per_epoch(config)
-    patch_temp = optim.warmup_by_epoch(loss.warmup_teacher_patch_temp, loss.teacher_patch_temp, *warmup)
+    start = optim.duration(config, mask, "start")
+    patch_temp = optim.warmup_by_epoch(loss.warmup_teacher_patch_temp, loss.teacher_patch_temp, *warmup, hold=start)
     ratios = tuple((mean, half) for mean, half in mask.ratios)
     if config.crops.global_crops_size % m.patch_size:
         raise ValueError(
@@ -114,7 +115,9 @@ def make(config: ml_collections.ConfigDict) -> Ibot:
         raise ValueError("with loss.shared_head_teacher, head.patch_out_dim must be 0 or head.out_dim")
     return Ibot(
         **parts | {"schedules": parts["schedules"] | {"teacher_patch_temp": patch_temp}},
-        mask=RatioMask(config.crops.global_crops_size // m.patch_size, ratios, mask.shape),
+        mask=RatioMask(
+            config.crops.global_crops_size // m.patch_size, ratios, mask.shape, start * config.data.batch_size
+        ),
         teacher_head=parts["head"].clone(patch_out_dim=0) if shared else parts["head"],
         patch_center_momentum=loss.patch_center_momentum,
         cls_weight=loss.cls_weight,

@@ -1,0 +1,64 @@
+"""Distillation from a larger DINOv2 (Oquab et al. 2024, arXiv:2304.07193, section 5 and table 16).
+
+Variants and what the official repository reports of its distilled models on ImageNet-1k (k-NN / linear top-1), whose teacher
+is ViT-g/14:
+
+    vits14   ViT-S/14, 625,000 steps, batch 2048   79.0 / 81.1
+    vitb14   ViT-B/14                              82.1 / 84.5
+    vitl14   ViT-L/14                              83.5 / 86.3
+
+    python -m mim_jax.main --config=configs/distillation.py:vits14 --config.data.dir=/data/tensorflow_datasets \
+      --config.target.workdir=runs/vitg14 --workdir=runs/vits14
+
+Heads are a part of the teacher, and the official ones are not published: it is a run of configs/dinov2.py. None of these has
+been trained with this code yet; `--dry_run` prints their plan. One more:
+
+    demo     CIFAR-10; the teacher is configs/dinov2.py:demo, the student has half its width and two blocks
+"""
+
+from pathlib import Path
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from mim_jax.config import load_config
+
+
+def get_config(variant: str = "vits14") -> ml_collections.ConfigDict:
+    config = load_config(f"{Path(__file__).parent}/dinov2.py:{'demo' if variant == 'demo' else 'vitg14'}").unlock()
+    config.method = "distillation"
+
+    config.target = ml_collections.ConfigDict()  # the teacher: see mim_jax/target.py
+    config.target.config = "configs/dinov2.py:vitg14"
+    config.target.workdir = placeholder(str)
+    config.target.weights = placeholder(str)
+    config.target.family = "dinov2"
+
+    config.data.batch_size = 2048 if variant != "demo" else config.data.batch_size
+    config.model.drop_path_rate = 0.0
+    config.optim.update(lr=1e-3, lr_batch_size=0)  # the rate is absolute
+    del config.mask.probability, config.mask.ratio, config.mask.exact
+
+    VARIANTS[variant](config)
+    return config
+
+
+def vits14(config):
+    config.model.update(dim=384, depth=12, heads=6, ffn="mlp")
+
+
+def vitb14(config):
+    config.model.update(dim=768, depth=12, heads=12, ffn="mlp")
+
+
+def vitl14(config):
+    config.model.update(dim=1024, depth=24, heads=16, ffn="mlp")
+
+
+def demo(config):
+    config.target.update(config="configs/dinov2.py:demo", workdir="runs/dinov2")
+    config.model.update(dim=48, depth=2, heads=3, unroll=2, init_std=0.14)
+    config.optim.lr = 2e-3
+
+
+VARIANTS = {"vits14": vits14, "vitb14": vitb14, "vitl14": vitl14, "demo": demo}

@@ -1,0 +1,55 @@
+"""Distillation of a smaller student from a fixed DINOv2 teacher (Oquab et al. 2024, arXiv:2304.07193, section 5).
+
+DINOv2's losses with the votes of a larger network that is trained already. Nothing is masked: the second loss is of all
+patches of the global crops. The moving average of the student is the result.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from mim_jax.methods import dinov2
+from mim_jax.methods.base import Params, make_method, target_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation(dinov2.Dinov2):
+    fixed: str = r"mask_token$"  # official files have one
+    source: dinov2.Dinov2 = dataclasses.field(kw_only=True)  # the teacher's method
+
+    def frozen(self, key: jax.Array) -> Params:
+        params, _ = self.source.init(key)
+        return {"teacher": params}
+
+    def chosen(self, views: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
+        batch, crops, side, *_ = views["global"].shape
+        patches = (side // self.backbone.patch_size) ** 2
+        groups, each = batch // self.group_size, self.group_size * crops * patches
+        places = jnp.broadcast_to(jnp.arange(each), (groups, each))
+        return places, jnp.ones(places.shape, bool), jnp.full(places.shape, 1 / patches)
+
+    def votes(self, teacher: Params, frozen: Params, crops: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.source.votes(frozen["teacher"], {}, crops, places)
+
+
+def make(config: ml_collections.ConfigDict) -> Distillation:
+    """Raises ValueError where the teacher's votes are not what the student can be compared with."""
+    first = target_config(config)
+    parts, source = dinov2.parts(config), make_method(first)
+    if not isinstance(source, dinov2.Dinov2):
+        raise ValueError(f"the teacher of config.target must be of DINOv2, not of {first.method}")
+
+    def prototypes(heads: tuple) -> list[int]:
+        return [head.out_dim for head in heads if head]
+
+    student, teacher = ((m["dino_head"], m["ibot_head"]) for m in (parts, vars(source)))
+    for what, here, there in (
+        ("prototypes (of CLS and, where they have their own, of patches)", prototypes(student), prototypes(teacher)),
+        ("pixels a patch", parts["backbone"].patch_size, source.backbone.patch_size),
+        ("mean and std of the images", [*config.data.mean, *config.data.std], [*first.data.mean, *first.data.std]),
+    ):
+        if here != there:
+            raise ValueError(f"student and teacher must have the same {what}: {here} here, {there} there")
+    return Distillation(**parts, mask=None, source=source)
