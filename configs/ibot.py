@@ -59,9 +59,17 @@ def vitl16(config):
 
 
 def demo(config):
-    config.head.out_dim = 1024
-    config.loss.teacher_patch_temp = 0.04
+    # Patches of an untrained teacher are mere colors: they wait until CLS has learned something, and weigh less.
+    config.mask.start_steps = 1500
+    config.head.update(out_dim=1024, patch_out_dim=512)
+    config.loss.update(teacher_patch_temp=0.04, shared_head_teacher=False, patch_weight=0.3)
+
+
+def cifar10(config):
+    demo(config)
+    config.total_epochs = 18.0
+    config.mask.update(start_steps=None, start_epochs=6.0)
 
 
 BASES = {"vitl16": "vitb16"}
-VARIANTS = {"vits16": lambda config: None, "vitb16": vitb16, "vitl16": vitl16, "demo": demo}
+VARIANTS = {"vits16": lambda config: None, "vitb16": vitb16, "vitl16": vitl16, "cifar10": cifar10, "demo": demo}

@@ -34,6 +34,19 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
         "Attention of the last block's CLS token over the patches, one column for each head: the heat, and below it the "
         "patches that together hold most of the attention.",
     ),
+    "tokens": (
+        "Which tokens it uses",
+        "How often each code of the vocabulary stands for a place of the held-out images. Few in use: a small vocabulary.",
+    ),
+    "features": (
+        "Which patches are alike",
+        "Held-out images and the first three principal components of their patch features as red, green and blue, on axes that "
+        "all images share.",
+    ),
+    "correspondences": (
+        "The same patch in two views",
+        "Two views of held-out images, and lines between the patches that are most alike by cosine, each the other's nearest.",
+    ),
     "neighbors": (
         "What the features call alike",
         "Held-out images and the bank images nearest to them by cosine. Green: the same class, red: another.",

@@ -317,6 +317,23 @@ def test_patches_with_equal_features_have_equal_colors():
     assert len(colors) == 2 and len({red for red, _, _ in colors}) == 2
 
 
+def test_patches_that_are_each_others_nearest_are_joined():
+    rng = np.random.default_rng(0)
+    patches = rng.normal(size=(4, 6))
+    order = np.array([2, 0, 3, 1])
+    moved = 3.0 * patches[order] + 0.01 * rng.normal(size=(4, 6))  # the length of a feature does not matter
+    moved[3] = 2 * moved[2] + moved[3]  # now nearer to patch 3, which has a nearer one: nobody is nearest to patch 1
+    here, there, cosines = pictures.mutual_nearest(patches, moved)
+    assert {(int(i), int(j)) for i, j in zip(here, there)} == {(2, 0), (0, 1), (3, 2)}
+    assert (np.diff(cosines) <= 0).all() and (cosines > 0.99).all()
+    views = np.full((1, 2, 8, 8, 3), 90, np.uint8)
+    page = np.asarray(pictures.correspondences(np.stack([patches, moved])[None], views, count=1, side=80))
+    i, j = here[0], there[0]
+    top = 2 * pictures.GAP
+    for x, n in ((top, i), (top + 80 + 4 * pictures.GAP, j)):
+        assert tuple(page[top + 20 + 40 * (n // 2), x + 20 + 40 * (n % 2)]) == pictures.hsv(0.0)
+
+
 def test_attention_maps_of_one_image_need_no_batch_axis():
     image, attention = np.full((8, 8, 3), 90, np.uint8), np.random.default_rng(0).random((2, 4))
     one = pictures.attention_maps(attention, (2, 2), image, side=8)

@@ -1,5 +1,6 @@
 """The pictures of a run: its crops, what its heads attend to, and which images it finds alike."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from mim_jax.data.augment import center_crop, denormalize
+from mim_jax.data.augment import augment, center_crop, denormalize
 from mim_jax.evaluators import Monitor, pictures
 from mim_jax.methods.base import make_views
 from mim_jax.sharding import everywhere
@@ -44,6 +45,7 @@ def evaluation_pictures(
         yield "attention", attention_picture(monitor, method, params)
     if "features" in method.pictures:
         yield "features", feature_picture(monitor, method, params)
+        yield "correspondences", correspondence_picture(monitor, method, params)
     yield "neighbors", neighbor_picture(monitor, params, class_names)
 
 
@@ -106,6 +108,22 @@ def feature_picture(monitor: Monitor, method: Any, params: Any) -> Image.Image:
 
     features, images = encode(monitor.test["image"][:RECONSTRUCTED], monitor.test["size"][:RECONSTRUCTED])
     return pictures.principal_colors(np.asarray(features), np.asarray(images))
+
+
+def correspondence_picture(monitor: Monitor, method: Any, params: Any) -> Image.Image:
+    """Patches of two views of held-out images that are alike; the views are those of the training at twice the size."""
+    group = dataclasses.replace(monitor.crops, size=2 * monitor.crops.size)
+    rows = {name: monitor.test[name][:QUERIES] for name in ("image", "size")}
+    rows["index"] = np.arange(len(rows["image"]), dtype=np.int32)
+
+    @jax.jit
+    def encode(rows: Any) -> tuple[jax.Array, jax.Array]:
+        views = augment(rows, (group,), jax.random.key(0), monitor.mean, monitor.std)[group.name][:, :2]
+        patch = method.features(params, views.reshape(-1, *views.shape[2:]))["patch"]
+        return everywhere((patch.reshape(*views.shape[:2], *patch.shape[1:]), denormalize(views, monitor.mean, monitor.std)))
+
+    features, views = encode(rows)
+    return pictures.correspondences(np.asarray(features), np.asarray(views))
 
 
 def neighbor_picture(monitor: Monitor, params: Any, class_names: Sequence[str] = ()) -> Image.Image:

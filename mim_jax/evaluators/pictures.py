@@ -3,6 +3,7 @@
 Everything takes numpy uint8 images and gives a `PIL.Image`: tiles on white, captions in the margins.
 """
 
+import colorsys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -223,6 +224,49 @@ def principal_colors(features: np.ndarray, images: np.ndarray, columns: int = 8,
     for start in range(0, count, columns):
         rows += [tiles[start : start + columns], maps[start : start + columns]]
     return table(rows)
+
+
+def mutual_nearest(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of a [N, D] and b [M, D] each of which is the nearest to the other by cosine: (row of a, row of b, cosine), the
+    most alike first."""
+    a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
+    cosines = a @ b.T
+    there = cosines.argmax(axis=1)
+    rows = np.flatnonzero(cosines.argmax(axis=0)[there] == np.arange(len(a)))
+    rows = rows[np.argsort(-cosines[rows, there[rows]], kind="stable")]
+    return rows, there[rows], cosines[rows, there[rows]]
+
+
+def correspondences(features: np.ndarray, views: np.ndarray, count: int = 8, side: int = 2 * TILE) -> Image.Image:
+    """Which patches of two views of an image are alike: lines between the `count` best pairs of `mutual_nearest`.
+
+    Args:
+        features: patches of square grids, [B, 2, N, D].
+        views: uint8 [B, 2, H, W, 3].
+    """
+    grid = round(features.shape[2] ** 0.5)
+    pairs = []
+    for (a, b), images in zip(features, views, strict=True):
+        tiles = [enlarge(image, side) for image in images]
+        width, gap = tiles[0].width, 4 * GAP
+        page = Image.new("RGB", (2 * width + gap, tiles[0].height), PAPER)
+        page.paste(tiles[0], (0, 0))
+        page.paste(tiles[1], (width + gap, 0))
+        draw, patch = ImageDraw.Draw(page), width / grid
+        here, there, _ = mutual_nearest(a, b)
+        for number, (i, j) in enumerate(zip(here[:count], there[:count])):
+            ends = [((n % grid + 0.5) * patch + left, (n // grid + 0.5) * patch) for n, left in ((i, 0), (j, width + gap))]
+            color = hsv(number / count)
+            draw.line(ends, color, width=2)
+            for x, y in ends:
+                draw.ellipse((x - 4, y - 4, x + 4, y + 4), color, PAPER)
+        pairs.append(page)
+    return table([pairs[start : start + 2] for start in range(0, len(pairs), 2)])
+
+
+def hsv(hue: float) -> tuple[int, int, int]:
+    """A bright color, from red at 0 through all hues."""
+    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, 0.85, 0.95))  # type: ignore[return-value]
 
 
 def neighbors(
