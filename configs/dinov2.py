@@ -19,6 +19,7 @@ been trained with this code yet; `--dry_run` prints their plan. One more:
 """
 
 import ml_collections
+from ml_collections.config_dict import placeholder
 
 from mim_jax.config import on_cifar10, skeleton
 
@@ -133,8 +134,20 @@ def demo(config):
     config.crops.update(global_crops_size=32, global_crops_scale=(0.5, 1.0), local_crops_number=2)
     config.crops.update(local_crops_size=16, local_crops_scale=(0.2, 0.6), blur_radius=(0.0, 0.3))
     config.loss.update(warmup_teacher_temp_epochs=0.0, teacher_temp=0.04)
+    config.loss.update(separate_head=True, ibot_weight=0.3, koleo_weight=0.05)
     config.optim.update(lr=8e-3, lr_batch_size=256, lr_batch_power=1.0, min_lr=2e-5, warmup_steps=100, weight_decay_end=0.04)
     config.optim.update(layer_decay=1.0, patch_embed_lr=1.0, freeze_last_layer_steps=50, momentum_teacher=0.98)
+
+
+def cifar10(config):
+    demo(config)
+    config.total_steps, config.total_epochs = placeholder(int), 18.0
+    config.model.update(dim=128, heads=4, init_std=0.09)
+    config.optim.update(lr=6e-3, warmup_steps=500, weight_decay_end=0.4)
+    config.optim.update(freeze_last_layer_steps=500, momentum_teacher=0.99)
+    config.eval.update(every_steps=2500, test=10_000, img_size=64)
+    config.checkpoint.every_steps = 2500
+    config.log_every_steps = 100
 
 
 VARIANTS = {
@@ -143,5 +156,6 @@ VARIANTS = {
     "vitb16": vitb16,
     "vitl14": vitl14,
     "vitg14": vitg14,
+    "cifar10": cifar10,
     "demo": demo,
 }

@@ -3,7 +3,7 @@
 Variants:
 
     dalle   8192 tokens of 8 pixels, 256 px, batch 512 (appendix A.2; 64 V100): BEiT's tokenizer. The paper goes on to
-            3,000,000 steps at the last learning rate, and takes a moving average of the weights, which is not done here
+            3,000,000 steps at the last learning rate
     beit    the small one of BEiT's code: squared error, tokens of 8 pixels, 112 px
 
     python -m mim_jax.main --config=configs/dvae.py:dalle --config.data.dir=/data/tensorflow_datasets --workdir=runs/dvae
@@ -50,6 +50,7 @@ def get_config(variant: str = "dalle") -> ml_collections.ConfigDict:
     config.optim.min_lr = 1.25e-6
     config.optim.warmup_steps = 0
     config.optim.weight_decay = config.optim.weight_decay_end = 1e-4
+    config.optim.momentum_teacher = 0.999  # of the average of the weights
 
     config.mesh.rules = ()
     config.eval.tokens = "patch"
@@ -69,7 +70,7 @@ def demo(config):
     config.total_steps, config.data.batch_size = 1500, 64
     config.model.update(img_size=32, hidden=32, layers=2, codes=256, codebook_dim=64)
     config.loss.update(temperature=0.25, temperature_steps=1200, kl_weight=1e-3, kl_steps=500)
-    config.optim.update(lr=1e-3, min_lr=1e-5, warmup_steps=50)
+    config.optim.update(lr=1e-3, min_lr=1e-5, warmup_steps=50, momentum_teacher=0.99)
 
 
 VARIANTS = {"dalle": lambda config: None, "beit": beit, "demo": demo}

@@ -176,7 +176,8 @@ def test_pictures_are_drawn(case):
         patch.setattr(train.pipeline, "eval_batch", lambda *_: columns)
         monitor = train.make_monitor(config, case.method, source, SimpleNamespace(description="other noise"))
     drawn = dict(gallery.evaluation_pictures(monitor, case.method, case.initial, case.frozen, "abcd"))
-    assert drawn.keys() == {*case.method.pictures, "neighbors"}
+    more = {"correspondences"} if "features" in case.method.pictures else set()
+    assert drawn.keys() == {*case.method.pictures, "neighbors"} | more
     crops = gallery.crop_picture(columns, case.method, config.data)
     assert all(min(picture.size) > 100 for picture in (crops, *drawn.values()))
 

@@ -78,7 +78,7 @@ def test_dalles_tokenizer_from_its_published_weights(golden, tmp_path):
     frozen = load_frozen(method, config)
     images = np.moveaxis(arrays["in/image01"], 1, -1)
     np.testing.assert_array_equal(method.tokens(frozen, images[:, None]).reshape(2, 4, 4), arrays["out/indices"])
-    painted = method.tokenizer.decode(frozen["params"], {}, arrays["out/indices"].reshape(2, 16))
+    painted = method.tokenizer.decode(frozen["teacher"], {}, arrays["out/indices"].reshape(2, 16))
     assert painted.shape == (2, 32, 32, 3) and 0 <= painted.min() and painted.max() <= 1
 
 

@@ -65,7 +65,8 @@ def reconstruction_picture(monitor: Monitor, method: Any, state: TrainState, fro
         names[:] = painted  # in the order that the method gives; jit sorts what comes out of a dict
         return everywhere([denormalize(x, monitor.mean, monitor.std)[:, 0] for x in (picture, *painted.values())])
 
-    image, *painted = jax.device_get(reconstruct(state.params, state.extra, frozen, rows["image"], rows["size"]))
+    params = state.teacher or state.params
+    image, *painted = jax.device_get(reconstruct(params, state.extra, frozen, rows["image"], rows["size"]))
     shown = {"image": image} | ({"masked": pictures.darkened(image, masks["mask"][:, 0])} if masks else {})
     return pictures.reconstructions(shown | dict(zip(names, painted, strict=True)))
 
@@ -81,7 +82,7 @@ def codebook_picture(monitor: Monitor, method: Any, state: TrainState) -> Image.
     step, total = monitor.batch_size, np.zeros(method.codes, int)
     for start in range(0, len(monitor.test["image"]), step):
         rows = (monitor.test[name][start : start + step] for name in ("image", "size"))
-        total += np.asarray(counts(state.params, state.extra, *rows))
+        total += np.asarray(counts(state.teacher or state.params, state.extra, *rows))
     return pictures.usage(total)
 
 

@@ -45,7 +45,7 @@ class Beit:
 
     def frozen(self, key: jax.Array) -> Params:
         params, extra = self.tokenizer.init(key)
-        return {"params": params, "extra": extra}
+        return {"teacher" if self.tokenizer.teacher_parts else "params": params, "extra": extra}
 
     def loss(self, params, teacher, frozen, extra, views, key, step):
         places, weight = masked_first(views["mask"], self.mask.count)
@@ -58,7 +58,7 @@ class Beit:
 
     def tokens(self, frozen: Params, target: jax.Array) -> jax.Array:
         """The tokenizer's view of the crops, [B, G, H, W, 3] in 0..1 -> tokens int32 [B, G, N]."""
-        tokens = self.tokenizer.tokens(frozen["params"], frozen["extra"], target.reshape(-1, *target.shape[2:]))
+        tokens = self.tokenizer.tokens(*learned(frozen), target.reshape(-1, *target.shape[2:]))
         return tokens.reshape(*target.shape[:2], -1)
 
     def predict(self, params: Params, views: Params, places: jax.Array, key: jax.Array | None = None) -> list[jax.Array]:
@@ -88,8 +88,13 @@ class Beit:
 
     def decode(self, frozen: Params, tokens: jax.Array) -> jax.Array:
         """Tokens [B, G, N] as the tokenizer paints them, normalised as the crops."""
-        images = self.tokenizer.decode(frozen["params"], frozen["extra"], tokens.reshape(-1, tokens.shape[-1]))
+        images = self.tokenizer.decode(*learned(frozen), tokens.reshape(-1, tokens.shape[-1]))
         return ((images - jnp.array(self.mean)) / jnp.array(self.std)).reshape(*tokens.shape[:2], *images.shape[1:])
+
+
+def learned(frozen: Params) -> tuple[Params, Params]:
+    """(parameters, or their average where the tokenizer has one; what it carries along)"""
+    return frozen["teacher"] if "teacher" in frozen else frozen["params"], frozen["extra"]
 
 
 def make(config: ml_collections.ConfigDict) -> Beit:

@@ -50,7 +50,7 @@ class Dvae:
     schedules: Mapping[str, optim.Schedule]
     mask: Mask | None = None
     fixed: str = ""
-    teacher_parts: tuple[str, ...] = ()
+    teacher_parts: tuple[str, ...] = ("encoder", "decoder")  # no teacher: the average of the weights is the tokenizer
     pictures: tuple[str, ...] = ("reconstruction", "tokens")
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
@@ -124,5 +124,6 @@ def make(config: ml_collections.ConfigDict) -> Dvae:
         schedules={
             "temperature": optim.cosine_schedule(1.0, o.temperature, optim.duration(config, o, "temperature")),
             "kl_weight": optim.cosine_schedule(0.0, o.kl_weight, optim.duration(config, o, "kl")),
+            "momentum_teacher": lambda step: jnp.asarray(config.optim.momentum_teacher),
         },
     )
