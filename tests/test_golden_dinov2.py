@@ -373,6 +373,7 @@ def test_two_training_steps(golden, monkeypatch, centering, heads, x64):
     config.crops.update(global_crops_size=16, local_crops_number=3, local_crops_size=8)
     config.mask.group_size = 4
     config.loss.update(centering="centering" if centering == "center" else "sinkhorn_knopp", separate_head=heads == "sep")
+    config.loss.update(ibot_weight=1.0, koleo_weight=0.1)
     config.optim.update(clip_grad=0.5, clip_per="part", layer_decay=0.9, patch_embed_lr=0.2)
     config.optim.update(freeze_last_layer_steps=1, freeze_last_layer_by="lr")
     steps = meta["steps"] if "steps" in meta else STEPS

@@ -173,17 +173,19 @@ def test_the_patch_temperature_waits_for_the_masks():
     config = small()
     config.data.update(batch_size=4, num_examples=8)  # 2 steps an epoch
     config.loss.update(warmup_teacher_patch_temp=0.04, teacher_patch_temp=0.07, warmup_teacher_temp_epochs=4)
-    config.mask.start_epochs = 3.0
+    config.mask.update(start_steps=None, start_epochs=3.0)
     method = mim_jax.make_method(config)
     expected = np.repeat(np.concatenate([np.full(3, 0.04), np.linspace(0.04, 0.07, 4), np.full(2, 0.07)]), 2)
     np.testing.assert_allclose([method.schedules["teacher_patch_temp"](step) for step in range(18)], expected, rtol=1e-6)
     assert method.mask.start == 3 * 8
 
 
-def small(name="ibot", **head):
-    config = mim_jax.load_config(f"configs/{name}.py:demo")
+def small(**head):
+    config = mim_jax.load_config("configs/ibot.py:demo")
     config.model.update(img_size=16, patch_size=4, dim=16, depth=2, heads=2)
-    config.head.update(out_dim=32, hidden_dim=24, bottleneck_dim=8, **head)
+    config.head.update({"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 8, "patch_out_dim": 0} | head)
+    config.loss.update(shared_head_teacher=True, patch_weight=1.0)
+    config.mask.start_steps = 0
     config.crops.update(global_crops_size=16, local_crops_number=2, local_crops_size=8)
     return config
 

@@ -41,7 +41,7 @@ DINOV2 = DINO | {
 # What of a demo is to be smaller.
 SMALLER = {
     "dino": DINO,
-    "ibot": DINO | {"model.patch_size": 4, "mask.ratios": ((0.0, 0.0), (0.4, 0.1))},
+    "ibot": DINO | {"model.patch_size": 4, "mask.start_steps": 0, "mask.ratios": ((0.0, 0.0), (0.4, 0.1))},
     "dinov2": DINOV2,
     "distillation": DINOV2
     | {"target.config": "tests/tiny.py:dinov2", "target.workdir": None, "model.dim": 8, "model.drop_path_rate": 0.0},
