@@ -12,6 +12,7 @@ import ml_collections
 
 from mim_jax.methods import dinov2
 from mim_jax.methods.base import Params, make_method, target_config
+from mim_jax.models.heads import DinoHead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +42,15 @@ def make(config: ml_collections.ConfigDict) -> Distillation:
     if not isinstance(source, dinov2.Dinov2):
         raise ValueError(f"the teacher of config.target must be of DINOv2, not of {first.method}")
 
-    def prototypes(heads: tuple) -> list[int]:
+    def prototypes(*heads: DinoHead | None) -> list[int]:
         return [head.out_dim for head in heads if head]
 
-    student, teacher = ((m["dino_head"], m["ibot_head"]) for m in (parts, vars(source)))
-    for what, here, there in (
-        ("prototypes (of CLS and, where they have their own, of patches)", prototypes(student), prototypes(teacher)),
+    here = prototypes(parts["dino_head"], parts["ibot_head"])
+    for what, student, teacher in (
+        ("prototypes (of CLS and, if apart, of patches)", here, prototypes(source.dino_head, source.ibot_head)),
         ("pixels a patch", parts["backbone"].patch_size, source.backbone.patch_size),
         ("mean and std of the images", [*config.data.mean, *config.data.std], [*first.data.mean, *first.data.std]),
     ):
-        if here != there:
-            raise ValueError(f"student and teacher must have the same {what}: {here} here, {there} there")
+        if student != teacher:
+            raise ValueError(f"student and teacher must have the same {what}: {student} here, {teacher} there")
     return Distillation(**parts, mask=None, source=source)
