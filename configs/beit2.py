@@ -11,7 +11,8 @@ of VQ-KD with CLIP ViT-B/16 for its teacher (fine-tuned / linear top-1):
 
 with a tokenizer of configs/vqkd.py. Neither has been trained with this code yet; `--dry_run` prints their plan. One more:
 
-    demo     CIFAR-10, tokens of configs/vqkd.py:demo
+    demo     CIFAR-10, tokens of configs/vqkd.py:demo. 1,500 steps, 10 minutes on one core: 19.2 % of the masked tokens are
+             right (the most frequent one is 2.3 %), k-NN 0.338 (untrained 0.263), probe 0.419 (0.366), 2026-11-26, jax 0.10.2
 """
 
 from pathlib import Path

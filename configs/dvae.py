@@ -11,8 +11,8 @@ Variants:
 The published weights need no training (configs/beit.py tells how to use them). Neither has been trained with this code yet;
 `--dry_run` prints their plan. One more:
 
-    demo    CIFAR-10, the small one, 8 x 8 tokens of 256. Not tuned yet: after the first hundreds of steps it uses about ten of
-            its codes, and a step takes half a second on one core
+    demo    CIFAR-10, the small one, 8 x 8 tokens of 256. 1,500 steps, 12 minutes on one core: perplexity 181, all but 2 % of
+            the codes in use, 2026-11-26, jax 0.10.2. With a twentieth of its KL weight 16 codes were in use after 400 steps
 """
 
 import ml_collections
@@ -69,7 +69,7 @@ def demo(config):
     beit(config)
     config.total_steps, config.data.batch_size = 1500, 64
     config.model.update(img_size=32, hidden=32, layers=2, codes=256, codebook_dim=64)
-    config.loss.update(temperature=0.25, temperature_steps=1200, kl_weight=1e-3, kl_steps=500)
+    config.loss.update(temperature=0.25, temperature_steps=1200, kl_weight=2e-2, kl_steps=500)
     config.optim.update(lr=1e-3, min_lr=1e-5, warmup_steps=50, momentum_teacher=0.99)
 
 
