@@ -34,7 +34,8 @@ def get_config(variant: str = "vits14") -> ml_collections.ConfigDict:
     config.target.weights = placeholder(str)
     config.target.family = "dinov2"
 
-    config.data.batch_size = 2048 if variant != "demo" else config.data.batch_size
+    config.data.batch_size = 2048
+    config.mask.group_size = 16  # images among which KoLeo looks for neighbours
     config.model.drop_path_rate = 0.0
     config.optim.update(lr=1e-3, lr_batch_size=0)  # the rate is absolute
     del config.mask.probability, config.mask.ratio, config.mask.exact
@@ -57,6 +58,7 @@ def vitl14(config):
 
 def demo(config):
     config.target.update(config="configs/dinov2.py:demo", workdir="runs/dinov2")
+    config.data.batch_size = config.mask.group_size = 64
     config.model.update(dim=48, depth=2, heads=3, unroll=2, init_std=0.14)
     config.optim.lr = 2e-3
 

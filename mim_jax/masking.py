@@ -218,8 +218,7 @@ class GroupMask:
     def group(self, rng: random.Random) -> np.ndarray:
         """The masks of a group, [group_size, crops, N]."""
         parts = zip(self.bounds, self.bounds[1:])
-        shares = [high if self.exact else rng.uniform(low, high) for low, high in parts]
-        masks = [self.one(rng, int(self.grid**2 * share)) for share in shares]
+        masks = [self.one(rng, int(self.grid**2 * (b if self.exact else rng.uniform(a, b)))) for a, b in parts]
         masks += [np.zeros(self.grid**2, bool)] * (self.group_size * self.crops - len(masks))
         rng.shuffle(masks)
         return np.stack(masks).reshape(self.crops, self.group_size, -1).swapaxes(0, 1)

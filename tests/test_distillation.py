@@ -12,7 +12,8 @@ from mim_jax import losses, train
 
 def test_the_loss_is_of_all_patches_against_the_fixed_teacher():
     config = mim_jax.load_config("tests/tiny.py:distillation")
-    config.data.num_examples, config.loss.koleo_weight = 64, 0.0
+    config.data.num_examples = 64
+    config.loss.update(ibot_weight=1.0, koleo_weight=0.0)
     method = mim_jax.make_method(config)
     params, extra = method.init(jax.random.key(0))
     frozen = method.frozen(jax.random.key(1))
