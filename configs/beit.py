@@ -25,9 +25,8 @@ trained first if it is not there. The authors' ViT-B ends (300 epochs) at a loss
 """
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
-from mim_jax.config import on_cifar10, skeleton
+from mim_jax.config import learns_from, on_cifar10, skeleton
 
 
 def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
@@ -37,11 +36,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.data.batch_size = 2048
     config.data.mean = config.data.std = (0.5, 0.5, 0.5)
 
-    config.target = ml_collections.ConfigDict()  # the tokenizer: see mim_jax/target.py
-    config.target.config = "configs/dvae.py:dalle"
-    config.target.workdir = placeholder(str)
-    config.target.weights = placeholder(str)
-    config.target.family = "dalle"
+    learns_from(config, "configs/dvae.py:dalle", family="dalle")
 
     config.model.patch_size = 16
     config.model.dim = 768

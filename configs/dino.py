@@ -20,9 +20,8 @@ None of these five has been trained with this code yet; `--dry_run` prints their
 """
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
-from mim_jax.config import on_cifar10, skeleton
+from mim_jax.config import hours_on_cifar10, on_cifar10, skeleton
 
 
 def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
@@ -114,13 +113,7 @@ def demo(config):
 
 def cifar10(config):
     demo(config)
-    config.total_steps, config.total_epochs = placeholder(int), 36.0
-    config.model.update(dim=128, heads=4, init_std=0.09)
-    config.optim.update(lr=6e-3, warmup_steps=500, weight_decay_end=0.4)
-    config.optim.update(freeze_last_layer_steps=500, momentum_teacher=0.99)
-    config.eval.update(every_steps=2500, test=10_000, img_size=64)
-    config.checkpoint.every_steps = 2500
-    config.log_every_steps = 100
+    hours_on_cifar10(config, epochs=36.0)
 
 
 def small_crops(config):

@@ -6,9 +6,9 @@ Variants and what the official repository reports on ImageNet-1k (k-NN / linear 
              a day on 32 A100
     vitl14   ViT-L/14 with SwiGLU, ImageNet-22k, 625,000 steps, batch 3072                     82.0 / 84.5
              3.3 days on 96 A100
-    vitg14   ViT-g/14, the paper's largest, batch 3072 (LVD-142M, which is not public)          83.5 / 86.5
-    vitl14_518       its last phase (appendix B.2): 10,000 steps at 518 px, the schedules compressed, from what a run of vitl14
+    vitl14_518  its last phase (appendix B.2): 10,000 steps at 518 px, the schedules compressed, from what a run of vitl14
              learned, --config.init_from=runs/vitl14. The paper says that the rate is lower, not by how much: here a tenth
+    vitg14   ViT-g/14, the paper's largest, batch 3072 (LVD-142M, which is not public)          83.5 / 86.5
     vits16, vitb16   the short recipe for smaller networks; no published figure
 
     python -m mim_jax.main --config=configs/dinov2.py:vitl16 --config.data.dir=/data/tensorflow_datasets --workdir=runs/dinov2
@@ -23,9 +23,8 @@ been trained with this code yet; `--dry_run` prints their plan. Two more:
 """
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
-from mim_jax.config import on_cifar10, skeleton
+from mim_jax.config import hours_on_cifar10, on_cifar10, skeleton
 
 
 def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
@@ -157,13 +156,7 @@ def demo(config):
 
 def cifar10(config):
     demo(config)
-    config.total_steps, config.total_epochs = placeholder(int), 18.0
-    config.model.update(dim=128, heads=4, init_std=0.09)
-    config.optim.update(lr=6e-3, warmup_steps=500, weight_decay_end=0.4)
-    config.optim.update(freeze_last_layer_steps=500, momentum_teacher=0.99)
-    config.eval.update(every_steps=2500, test=10_000, img_size=64)
-    config.checkpoint.every_steps = 2500
-    config.log_every_steps = 100
+    hours_on_cifar10(config, epochs=18.0)
 
 
 VARIANTS = {

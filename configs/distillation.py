@@ -19,20 +19,15 @@ been trained with this code yet; `--dry_run` prints their plan. One more:
 from pathlib import Path
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
-from mim_jax.config import load_config
+from mim_jax.config import learns_from, load_config
 
 
 def get_config(variant: str = "vits14") -> ml_collections.ConfigDict:
     config = load_config(f"{Path(__file__).parent}/dinov2.py:{'demo' if variant == 'demo' else 'vitg14'}").unlock()
     config.method = "distillation"
 
-    config.target = ml_collections.ConfigDict()  # the teacher: see mim_jax/target.py
-    config.target.config = "configs/dinov2.py:vitg14"
-    config.target.workdir = placeholder(str)
-    config.target.weights = placeholder(str)
-    config.target.family = "dinov2"
+    learns_from(config, "configs/dinov2.py:vitg14", family="dinov2")
 
     config.data.batch_size = 2048
     config.mask.group_size = 16  # images among which KoLeo looks for neighbours

@@ -16,9 +16,8 @@ The paper's teacher is CLIP, which is not here yet; this is a run of configs/din
 """
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
-from mim_jax.config import on_cifar10, skeleton
+from mim_jax.config import learns_from, on_cifar10, skeleton
 
 
 def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
@@ -28,11 +27,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.data.batch_size = 512
     config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # images in 0..1, as tokenizers take them
 
-    config.target = ml_collections.ConfigDict()  # the teacher: see mim_jax/target.py
-    config.target.config = "configs/dino.py:vitb16"
-    config.target.workdir = placeholder(str)
-    config.target.weights = placeholder(str)
-    config.target.family = "dino"
+    learns_from(config, "configs/dino.py:vitb16", family="dino")
 
     config.model.patch_size = 16
     config.model.dim = 768

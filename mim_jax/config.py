@@ -113,3 +113,23 @@ def on_cifar10(config: ml_collections.ConfigDict) -> None:
     config.eval.update(every_steps=500, bank=5000, test=2000, resize=1.0)
     config.checkpoint.every_steps = 500
     config.log_every_steps = 25
+
+
+def hours_on_cifar10(config: ml_collections.ConfigDict, epochs: float) -> None:
+    """Turns the demo of DINO or a method that follows it into a longer run of a wider network."""
+    config.total_steps, config.total_epochs = placeholder(int), epochs
+    config.model.update(dim=128, heads=4, init_std=0.09)
+    config.optim.update(lr=6e-3, warmup_steps=500, weight_decay_end=0.4)
+    config.optim.update(freeze_last_layer_steps=500, momentum_teacher=0.99)
+    config.eval.update(every_steps=2500, test=10_000, img_size=64)
+    config.checkpoint.every_steps = 2500
+    config.log_every_steps = 100
+
+
+def learns_from(config: ml_collections.ConfigDict, path: str, family: str) -> None:
+    """Adds the section of the fixed network, a tokenizer or teacher, that the targets come from: see mim_jax/target.py."""
+    config.target = ml_collections.ConfigDict()
+    config.target.config = path
+    config.target.workdir = placeholder(str)
+    config.target.weights = placeholder(str)
+    config.target.family = family

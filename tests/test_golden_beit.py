@@ -20,6 +20,7 @@ class StoredTokens:
     """A tokenizer whose tokens are the stored ones: its images are the tokens themselves."""
 
     pictures = ("reconstruction",)
+    teacher_parts = ()
     stride = 1
 
     def __init__(self, codes):

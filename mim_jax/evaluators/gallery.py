@@ -38,9 +38,9 @@ def evaluation_pictures(
     """(name, picture) of all that there is to see of a model: what the method declares, and its neighbors."""
     params = state.teacher or state.params
     if "reconstruction" in method.pictures:
-        yield "reconstruction", reconstruction_picture(monitor, method, state, frozen)
+        yield "reconstruction", reconstruction_picture(monitor, method, params, state.extra, frozen)
     if "tokens" in method.pictures:
-        yield "tokens", codebook_picture(monitor, method, state)
+        yield "tokens", codebook_picture(monitor, method, params, state.extra)
     if "attention" in method.pictures:
         yield "attention", attention_picture(monitor, method, params)
     if "features" in method.pictures:
@@ -49,7 +49,7 @@ def evaluation_pictures(
     yield "neighbors", neighbor_picture(monitor, params, class_names)
 
 
-def reconstruction_picture(monitor: Monitor, method: Any, state: TrainState, frozen: Any) -> Image.Image:
+def reconstruction_picture(monitor: Monitor, method: Any, params: Any, extra: Any, frozen: Any) -> Image.Image:
     """Held-out images, what the masks leave of them, and what the model makes of that; the same images and masks always."""
     rows = {name: column[:RECONSTRUCTED] for name, column in monitor.test.items()}
     masks = {"mask": method.mask.examples(len(rows["image"]), 1)} if method.mask else {}
@@ -65,13 +65,12 @@ def reconstruction_picture(monitor: Monitor, method: Any, state: TrainState, fro
         names[:] = painted  # in the order that the method gives; jit sorts what comes out of a dict
         return everywhere([denormalize(x, monitor.mean, monitor.std)[:, 0] for x in (picture, *painted.values())])
 
-    params = state.teacher or state.params
-    image, *painted = jax.device_get(reconstruct(params, state.extra, frozen, rows["image"], rows["size"]))
+    image, *painted = jax.device_get(reconstruct(params, extra, frozen, rows["image"], rows["size"]))
     shown = {"image": image} | ({"masked": pictures.darkened(image, masks["mask"][:, 0])} if masks else {})
     return pictures.reconstructions(shown | dict(zip(names, painted, strict=True)))
 
 
-def codebook_picture(monitor: Monitor, method: Any, state: TrainState) -> Image.Image:
+def codebook_picture(monitor: Monitor, method: Any, params: Any, extra: Any) -> Image.Image:
     """How often a tokenizer uses each of its codes for the held-out images."""
 
     @jax.jit
@@ -82,7 +81,7 @@ def codebook_picture(monitor: Monitor, method: Any, state: TrainState) -> Image.
     step, total = monitor.batch_size, np.zeros(method.codes, int)
     for start in range(0, len(monitor.test["image"]), step):
         rows = (monitor.test[name][start : start + step] for name in ("image", "size"))
-        total += np.asarray(counts(state.teacher or state.params, state.extra, *rows))
+        total += np.asarray(counts(params, extra, *rows))
     return pictures.usage(total)
 
 

@@ -113,6 +113,11 @@ def vit_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
     return {name: model[name] for name in names} | {"dtype": jnp.dtype(model.dtype)}
 
 
+def learned_section(method: Any) -> str:
+    """Where a state has what a method has learned for others to use: in the average of the parameters, if there is one."""
+    return "teacher" if method.teacher_parts else "params"
+
+
 def make_method(config: ml_collections.ConfigDict) -> Any:
     """The method that `config.method` names. Raises ValueError if there is no such file."""
     try:

@@ -15,7 +15,7 @@ import ml_collections
 from mim_jax import losses, optim
 from mim_jax.data.augment import Crops, Policy, Target
 from mim_jax.masking import BlockMask
-from mim_jax.methods.base import Params, make_method, target_config, vit_settings
+from mim_jax.methods.base import Params, learned_section, make_method, target_config, vit_settings
 from mim_jax.models.heads import TokenHead
 from mim_jax.models.vit import ViT, features, last_attention, masked_first, rescale_residual
 
@@ -45,7 +45,7 @@ class Beit:
 
     def frozen(self, key: jax.Array) -> Params:
         params, extra = self.tokenizer.init(key)
-        return {"teacher" if self.tokenizer.teacher_parts else "params": params, "extra": extra}
+        return {learned_section(self.tokenizer): params, "extra": extra}
 
     def loss(self, params, teacher, frozen, extra, views, key, step):
         places, weight = masked_first(views["mask"], self.mask.count)
@@ -58,7 +58,8 @@ class Beit:
 
     def tokens(self, frozen: Params, target: jax.Array) -> jax.Array:
         """The tokenizer's view of the crops, [B, G, H, W, 3] in 0..1 -> tokens int32 [B, G, N]."""
-        tokens = self.tokenizer.tokens(*learned(frozen), target.reshape(-1, *target.shape[2:]))
+        images = target.reshape(-1, *target.shape[2:])
+        tokens = self.tokenizer.tokens(frozen[learned_section(self.tokenizer)], frozen["extra"], images)
         return tokens.reshape(*target.shape[:2], -1)
 
     def predict(self, params: Params, views: Params, places: jax.Array, key: jax.Array | None = None) -> list[jax.Array]:
@@ -88,13 +89,9 @@ class Beit:
 
     def decode(self, frozen: Params, tokens: jax.Array) -> jax.Array:
         """Tokens [B, G, N] as the tokenizer paints them, normalised as the crops."""
-        images = self.tokenizer.decode(*learned(frozen), tokens.reshape(-1, tokens.shape[-1]))
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        images = self.tokenizer.decode(frozen[learned_section(self.tokenizer)], frozen["extra"], flat)
         return ((images - jnp.array(self.mean)) / jnp.array(self.std)).reshape(*tokens.shape[:2], *images.shape[1:])
-
-
-def learned(frozen: Params) -> tuple[Params, Params]:
-    """(parameters, or their average where the tokenizer has one; what it carries along)"""
-    return frozen["teacher"] if "teacher" in frozen else frozen["params"], frozen["extra"]
 
 
 def make(config: ml_collections.ConfigDict) -> Beit:

@@ -16,7 +16,7 @@ import ml_collections
 from mim_jax import health, losses, optim
 from mim_jax.data.augment import FLIP, Crops, Target
 from mim_jax.masking import Mask
-from mim_jax.methods.base import Params, make_method, target_config, vit_settings
+from mim_jax.methods.base import Params, learned_section, make_method, target_config, vit_settings
 from mim_jax.models.layers import dense, param_dtype
 from mim_jax.models.quantizers import NormEmaQuantizer, State, cosine_kmeans, unit
 from mim_jax.models.vit import ViT, features, rescale_residual
@@ -78,7 +78,7 @@ class VqKd:
 
     def frozen(self, key: jax.Array) -> Params:
         params, _ = self.teacher.init(key)
-        return {"teacher" if self.teacher.teacher_parts else "params": {"backbone": params["backbone"]}}
+        return {learned_section(self.teacher): {"backbone": params["backbone"]}}
 
     def loss(self, params, teacher, frozen, extra, views, key, step):
         images, state = views["global"], extra["quantizer"]
@@ -110,9 +110,8 @@ class VqKd:
 
     def target(self, frozen: Params, images: jax.Array) -> jax.Array:
         """The teacher's features of the crops, [B, G, H, W, 3] in 0..1 -> [B, G, N, D]."""
-        (backbone,) = frozen.values()
         images = (images - jnp.array(self.teacher_mean)) / jnp.array(self.teacher_std)
-        patch = self.teacher.features(backbone, images.reshape(-1, *images.shape[2:]))["patch"]
+        patch = self.teacher.features(frozen[learned_section(self.teacher)], images.reshape(-1, *images.shape[2:]))["patch"]
         return jax.lax.stop_gradient(patch.reshape(*images.shape[:2], *patch.shape[1:]))
 
     def tokens(self, params: Params, extra: Params, images: jax.Array) -> jax.Array:
