@@ -93,6 +93,24 @@ def test_round_trip(golden, name):
         np.testing.assert_array_equal(got, weights[key], err_msg=key)
 
 
+@pytest.mark.parametrize("pos", ["learned", "sincos"])
+def test_positions_instead_of_biases(pos):
+    """Absolute positions: the official keys, and an update of those alone that are learned."""
+    config = mim_jax.load_config("tests/tiny.py:simmim")
+    config.model.update(pos=pos, layerscale=0.0)
+    config.optim.warmup_steps = 0
+    method = mim_jax.make_method(config)
+    params, _ = jax.jit(method.init)(jax.random.key(0))
+    arrays = convert.to_torch(params, "simmim")
+    assert arrays["encoder.pos_embed"].shape == (1, 17, config.model.dim)
+    assert not any("relative" in key or "gamma" in key for key in arrays)
+    jax.tree.map(np.testing.assert_array_equal, convert.from_torch(arrays, "simmim"), params)
+    tx = optim.make_optimizer(config, method.fixed)
+    updates = jax.jit(lambda params: tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)[0])(params)
+    assert np.any(updates["backbone"]["pos_embed"]) == (pos == "learned")
+    assert not optim.decayed(params, config.optim.not_decayed)["backbone"]["pos_embed"]
+
+
 def test_conversion_is_strict(golden):
     arrays, _ = golden("simmim_swin")
     weights = prefixed(arrays, "w/")
@@ -142,6 +160,7 @@ def test_mask_counts_of_the_papers():
     ("simmim.py", "mask.mask_patch_size", 24, "mask.mask_patch_size=24"),
     ("simmim.py", "model.img_size", 200, "which is of 200"),
     ("simmim.py", "model.arch", "swim", '"vit" or "swin"'),
+    ("simmim.py:swinb", "model.heads", (4, 8), "one number for each stage"),
     ("simmim.py", "loss.norm_target_window", 48, "an odd number of pixels"),
     ("simmim.py", "loss.norm_target_window", 1, "an odd number of pixels"),
     ("simmim.py", "optim.schedule", "cosine", '"timm_multistep"'),

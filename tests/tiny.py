@@ -46,7 +46,7 @@ SMALLER = {
     "distillation": DINOV2
     | {"target.config": "tests/tiny.py:dinov2", "target.workdir": None, "model.dim": 8, "model.drop_path_rate": 0.0},
     "mae": VIT | {"model.patch_size": 4, "decoder.dim": 16, "decoder.depth": 2, "decoder.heads": 2},
-    "simmim": VIT | {"model.patch_size": 4, "model.drop_path_rate": 0.1},
+    "simmim": VIT | {"model.patch_size": 4, "model.drop_path_rate": 0.1, "model.pos": "relative", "model.layerscale": 0.1},
     "vqvae": {"model.hidden": 8, "quantizer.codes": 16, "quantizer.dim": 4},
     "dvae": {"model.hidden": 8, "model.codes": 16, "model.codebook_dim": 8},
     "beit": BEIT | {"target.config": "tests/tiny.py:vqvae"},
@@ -59,7 +59,7 @@ SMALLER = {
         "quantizer.dim": 4,
     },
     "beit2": BEIT | {"target.config": "tests/tiny.py:vqkd", "model.early_layers": 1},
-    "simmim_swin": {"model.dim": 8, "model.heads": (2, 4), "model.window": 2, "model.drop_path_rate": 0.1},
+    "simmim_swin": {"model.dim": 8, "model.depths": (2, 2), "model.heads": (2, 4), "model.drop_path_rate": 0.1},
 }
 
 

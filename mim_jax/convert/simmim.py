@@ -9,6 +9,7 @@ from mim_jax.convert.table import (
     EMBEDDING,
     MASK_TOKEN,
     NORM,
+    POSITIONS,
     SHARED_BIAS,
     TRANSPOSED,
     Layout,
@@ -37,7 +38,13 @@ DECODER = (
     Row("decoder.0.weight", "linear/kernel", ("PIXELS", "OUT", 1, 1), PIXELS),
     Row("decoder.0.bias", "linear/bias", ("PIXELS",), Layout(to_last, to_first)),
 )
-VIT = (*EMBEDDING, MASK_TOKEN, SHARED_BIAS, *beit_block_rows(), *NORM)
+PARTS = ("pos_embed$", "gamma_1$", "^decoder")  # that a model may have or not, in names of either side
+
+
+def vit(positions: bool, layerscale: bool) -> list[Row]:
+    """With absolute positions instead of relative biases, if such there are; with or without LayerScale."""
+    where = POSITIONS if positions else (SHARED_BIAS,)
+    return [*EMBEDDING, MASK_TOKEN, *where, *beit_block_rows(layerscale=layerscale), *NORM]
 
 
 def swin(stages: int) -> list[Row]:
@@ -68,17 +75,18 @@ def swin(stages: int) -> list[Row]:
     return rows + [row._replace(shape=(f"{2 ** (stages - 1)}*D",)) for row in NORM]
 
 
-def table(stages: int, decoder: bool) -> list[Row]:
+def table(stages: int, positions: bool, layerscale: bool, decoder: bool) -> list[Row]:
     """`stages` 0 is the ViT."""
-    backbone = [row._replace(key=f"encoder.{row.key}") for row in (swin(stages) if stages else VIT)]
+    rows = swin(stages) if stages else vit(positions, layerscale)
+    backbone = [row._replace(key=f"encoder.{row.key}") for row in rows]
     return [*under("backbone", backbone), *under("decoder", DECODER if decoder else ())]
 
 
 def rows_for_keys(keys: Iterable[str]) -> list[Row]:
     stages = {match[1] for key in keys if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
-    return table(len(stages), any(key.startswith("decoder.") for key in keys))
+    return table(len(stages), *(any(re.search(part, key) for key in keys) for part in PARTS))
 
 
 def rows_for_paths(paths: Iterable[str]) -> list[Row]:
     stages = {match[1] for path in paths if (match := re.match(r"backbone/stage_(\d+)/", path))}
-    return table(len(stages), any(path.startswith("decoder/") for path in paths))
+    return table(len(stages), *(any(re.search(part, path) for path in paths) for part in PARTS))

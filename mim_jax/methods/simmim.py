@@ -29,9 +29,9 @@ class SimMim:
     crops: tuple[Crops, ...]
     mask: RandomMask
     norm_target_window: int
+    fixed: str
     pictures: tuple[str, ...]
     schedules: Mapping[str, optim.Schedule] = dataclasses.field(default_factory=dict)
-    fixed: str = ""
     teacher_parts: tuple[str, ...] = ()
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
@@ -79,6 +79,8 @@ class SimMim:
 def make(config: ml_collections.ConfigDict) -> SimMim:
     m, dtype = config.model, jnp.dtype(config.model.dtype)
     if m.arch == "swin":
+        if len(m.depths) != len(m.heads):
+            raise ValueError(f"model.depths={m.depths} and model.heads={m.heads} must have one number for each stage")
         settings = {name: m[name] for name in ("patch_size", "img_size", "dim", "mlp_ratio", "drop_path_rate", "unroll")}
         backbone: ViT | Swin = Swin(
             depths=tuple(m.depths), heads=tuple(m.heads), window=m.window, dtype=dtype, **settings
@@ -87,7 +89,7 @@ def make(config: ml_collections.ConfigDict) -> SimMim:
         one_std = jax.nn.initializers.truncated_normal(m.init_std, lower=-1.0, upper=1.0)
         backbone = ViT(
             **vit_settings(m),
-            pos="relative",
+            pos=m.pos,
             mask_token=True,
             layerscale=m.layerscale,
             k_bias=False,
@@ -115,5 +117,6 @@ def make(config: ml_collections.ConfigDict) -> SimMim:
         crops=(Crops("global", size, scale, (FLIP,) * number, interpolation="bilinear"),),
         mask=RandomMask(grid, math.ceil(grid**2 * config.mask.ratio), square // m.patch_size),
         norm_target_window=window,
+        fixed=r"pos_embed$" if m.arch == "vit" and m.pos == "sincos" else "",
         pictures=("reconstruction", "attention") if m.arch == "vit" else ("reconstruction",),
     )
