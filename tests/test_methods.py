@@ -24,7 +24,7 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "ibot": (0.5, SHARP | {"loss.patch_center_momentum": 1.0, "loss.teacher_patch_temp": 0.005, "optim.lr": 0.003}),
     "mae": (0.5, {"loss.norm_pix_loss": False, "optim.lr": 0.03}),
     # of the first absolute errors a quarter is noise that nobody can learn in so few steps
-    "simmim": (0.75, {"model.layerscale": 1.0, "optim.lr": 0.03}),
+    "simmim": (0.75, {"model.layerscale": 1.0, "loss.norm_target_window": 0, "optim.lr": 0.03}),
     "simmim_swin": (0.75, {"optim.lr": 0.03}),
     "dinov2": (0.5, {"optim.momentum_teacher": 1.0, "loss.teacher_temp": 0.005, "optim.lr": 0.01, "loss.koleo_weight": 0.01}),
     "distillation": (0.5, {"loss.teacher_temp": 0.005, "optim.lr": 0.01, "loss.koleo_weight": 0.01}),
