@@ -13,7 +13,9 @@ is ViT-g/14:
 Heads are a part of the teacher, and the official ones are not published: it is a run of configs/dinov2.py. None of these has
 been trained with this code yet; `--dry_run` prints their plan. One more:
 
-    demo     CIFAR-10; the teacher is configs/dinov2.py:demo, the student has half its width and two blocks
+    demo     CIFAR-10; the teacher is configs/dinov2.py:demo, the student has half its width and two blocks: k-NN 0.378 (the
+             teacher 0.376, untrained 0.248, pixels 0.346), probe 0.407 (0.404, 0.273), view retrieval 0.176 (0.162, 0.027,
+             pixels 0.125), 2026-11-26, jax 0.10.2, 1,080 images/s on two cores
 """
 
 from pathlib import Path
