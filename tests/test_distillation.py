@@ -52,6 +52,7 @@ def test_a_teacher_that_does_not_fit_is_refused(change, words):
         mim_jax.make_method(config)
 
 
+@pytest.mark.slow  # tests/test_target.py has a quicker pair
 def test_the_teacher_is_trained_first(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)):
