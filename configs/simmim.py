@@ -104,8 +104,7 @@ def demo_swin(config):
 
 
 def as_swin(config, **model):
-    for name in ("depth", "heads", "pos", "layerscale", "init_std"):
-        del config.model[name]
+    del config.model.depth, config.model.heads, config.model.pos, config.model.layerscale, config.model.init_std
     config.model.update(arch="swin", patch_size=4, **model)
     config.optim.not_decayed = r"(bias|scale|mask_token)$"
 

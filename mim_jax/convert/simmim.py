@@ -38,7 +38,7 @@ DECODER = (
     Row("decoder.0.weight", "linear/kernel", ("PIXELS", "OUT", 1, 1), PIXELS),
     Row("decoder.0.bias", "linear/bias", ("PIXELS",), Layout(to_last, to_first)),
 )
-PARTS = ("pos_embed$", "gamma_1$", "^decoder")  # that a model may have or not, in names of either side
+PARTS = ("pos_embed$", "gamma_1$", "^decoder")  # that a model may have or not, as keys and as paths name them
 
 
 def vit(positions: bool, layerscale: bool) -> list[Row]:
@@ -75,18 +75,12 @@ def swin(stages: int) -> list[Row]:
     return rows + [row._replace(shape=(f"{2 ** (stages - 1)}*D",)) for row in NORM]
 
 
-def table(stages: int, positions: bool, layerscale: bool, decoder: bool) -> list[Row]:
-    """`stages` 0 is the ViT."""
-    rows = swin(stages) if stages else vit(positions, layerscale)
+def rows_for_keys(keys: Iterable[str]) -> list[Row]:
+    stages = {match[1] for key in keys if (match := re.match(r"(?:encoder\.layers\.|backbone/stage_)(\d+)", key))}
+    positions, layerscale, decoder = (any(re.search(part, key) for key in keys) for part in PARTS)
+    rows = swin(len(stages)) if stages else vit(positions, layerscale)
     backbone = [row._replace(key=f"encoder.{row.key}") for row in rows]
     return [*under("backbone", backbone), *under("decoder", DECODER if decoder else ())]
 
 
-def rows_for_keys(keys: Iterable[str]) -> list[Row]:
-    stages = {match[1] for key in keys if (match := re.match(r"encoder\.layers\.(\d+)\.", key))}
-    return table(len(stages), *(any(re.search(part, key) for key in keys) for part in PARTS))
-
-
-def rows_for_paths(paths: Iterable[str]) -> list[Row]:
-    stages = {match[1] for path in paths if (match := re.match(r"backbone/stage_(\d+)/", path))}
-    return table(len(stages), *(any(re.search(part, path) for path in paths) for part in PARTS))
+rows_for_paths = rows_for_keys  # what is looked for has its name in both
