@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-FORM = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\d+)?) *(step|epoch|example)s?")
+FORM = re.compile(r"(\d[\d_]*(?:\.\d+)?) *(step|epoch|example)s?")
 
 
 def steps_per_epoch(config: ml_collections.ConfigDict) -> int:
@@ -35,7 +35,7 @@ def interval(config: ml_collections.ConfigDict, key: str) -> int | None:
     if value == "never":
         return None
     every = _steps(config, key, value, ' or "never"')
-    if not every and float(FORM.fullmatch(value)[1]):
+    if not every and re.search("[1-9]", value):
         raise ValueError(f'{key} is "{value}", but must be at least one step, or "never"')
     return every or None
 
