@@ -36,7 +36,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.data.batch_size = 2048
     config.data.mean = config.data.std = (0.5, 0.5, 0.5)
 
-    learns_from(config, "configs/dvae.py:dalle", family="dalle")
+    learns_from(config, "dvae:dalle", family="dalle")
 
     config.model.patch_size = 16
     config.model.dim = 768
@@ -78,7 +78,7 @@ def vitl16(config):
 def demo(config):
     on_cifar10(config)
     config.total, config.data.batch_size = "1500 steps", 64
-    config.target.update(config="configs/vqvae.py:demo", workdir="runs/vqvae")
+    config.target.update(config="vqvae:demo", workdir="runs/vqvae")
     config.model.update(patch_size=4, dim=96, depth=4, heads=3, drop_path_rate=0.0, unroll=4, init_std=0.12)
     config.head.vocab_size = 512
     config.crops.update(global_crops_scale=(0.2, 1.0), target_size=32)

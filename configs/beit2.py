@@ -15,18 +15,16 @@ with a tokenizer of configs/vqkd.py. Neither has been trained with this code yet
              right (the most frequent one is 2.3 %), k-NN 0.338 (untrained 0.263), probe 0.419 (0.366), 2026-11-26, jax 0.10.2
 """
 
-from pathlib import Path
-
 import ml_collections
 
 from mim_jax.config import load_config
 
 
 def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
-    config = load_config(f"{Path(__file__).parent}/beit.py:{variant}").unlock()
+    config = load_config(f"beit:{variant}").unlock()
     config.method = "beit2"
     config.total = "1600 epochs"
-    config.target.update(config="configs/vqkd.py:vitb16", family=None)
+    config.target.update(config="vqkd:vitb16", family=None)
     config.model.early_layers = 9  # blocks after which the patches of the second prediction are taken
     config.model.head_layers = 2
     config.crops.update(global_crops_scale=(0.2, 1.0), target_size=224, target_interpolation="bicubic")
@@ -42,7 +40,7 @@ def vitl16(config):
 
 def demo(config):
     config.total = "1500 steps"
-    config.target.update(config="configs/vqkd.py:demo", workdir="runs/vqkd")
+    config.target.update(config="vqkd:demo", workdir="runs/vqkd")
     config.model.early_layers = 3
     config.crops.target_size = 32
 

@@ -18,18 +18,16 @@ been trained with this code yet; `--dry_run` prints their plan. One more:
              pixels 0.125), 2026-11-26, jax 0.10.2, 1,080 images/s on two cores
 """
 
-from pathlib import Path
-
 import ml_collections
 
 from mim_jax.config import learns_from, load_config
 
 
 def get_config(variant: str = "vits14") -> ml_collections.ConfigDict:
-    config = load_config(f"{Path(__file__).parent}/dinov2.py:{'demo' if variant == 'demo' else 'vitg14'}").unlock()
+    config = load_config("dinov2:demo" if variant == "demo" else "dinov2:vitg14").unlock()
     config.method = "distillation"
 
-    learns_from(config, "configs/dinov2.py:vitg14", family="dinov2")
+    learns_from(config, "dinov2:vitg14", family="dinov2")
 
     config.data.batch_size = 2048
     config.mask.group_size = 16  # images among which KoLeo looks for neighbours
@@ -54,7 +52,7 @@ def vitl14(config):
 
 
 def demo(config):
-    config.target.update(config="configs/dinov2.py:demo", workdir="runs/dinov2")
+    config.target.update(config="dinov2:demo", workdir="runs/dinov2")
     config.data.batch_size = config.mask.group_size = 64
     config.model.update(dim=48, depth=2, heads=3, unroll=2, init_std=0.14)
     config.optim.lr = 2e-3

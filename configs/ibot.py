@@ -16,15 +16,13 @@ None of these three has been trained with this code yet; `--dry_run` prints thei
              10,000 test images), probe 0.512 (whitened 0.369), view retrieval 0.298 (pixels 0.094), 2026-11-26, jax 0.10.2
 """
 
-from pathlib import Path
-
 import ml_collections
 
 from mim_jax.config import load_config
 
 
 def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
-    config = load_config(f"{Path(__file__).parent}/dino.py:{BASES.get(variant, variant)}").unlock()
+    config = load_config(f"dino:{BASES.get(variant, variant)}").unlock()
     config.method = "ibot"
     config.head.out_dim = 8192
     config.head.patch_out_dim = 0  # prototypes of the patches; 0: those of CLS

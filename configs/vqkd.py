@@ -27,7 +27,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.data.batch_size = 512
     config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # images in 0..1, as tokenizers take them
 
-    learns_from(config, "configs/dino.py:vitb16", family="dino")
+    learns_from(config, "dino:vitb16", family="dino")
 
     config.model.patch_size = 16
     config.model.dim = 768
@@ -59,7 +59,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
 def demo(config):
     on_cifar10(config)
     config.total, config.data.batch_size = "1000 steps", 64
-    config.target.update(config="configs/dino.py:demo", workdir="runs/dino")
+    config.target.update(config="dino:demo", workdir="runs/dino")
     config.model.update(patch_size=4, dim=96, depth=2, heads=3, decoder_depth=1, unroll=2)
     config.quantizer.update(codes=512, dim=16)
     config.crops.global_crops_scale = (0.3, 1.0)

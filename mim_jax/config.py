@@ -1,24 +1,196 @@
-"""Configs: a Python file with `get_config(variant)`, on the same skeleton for every method."""
+"""Configs: a Python file with `get_config(variant)`, on the same skeleton for every method; the check of their values."""
 
+import json
+import math
+import os
+import re
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 from ml_collections.config_dict import placeholder
 
+from mim_jax import durations
+from mim_jax.sharding import current_mesh
+
+PACKAGED = next(path / "configs" for path in Path(__file__).parents if (path / "configs").is_dir())
+
 
 def load_config(spec: str) -> ml_collections.ConfigDict:
-    """The locked config of `"configs/dino.py"` or, with a variant, `"configs/dino.py:demo"`, as `--config` reads it.
+    """The locked config of "dino:demo" or "configs/dino.py:demo", a name or a file and a variant, which may be left out.
 
-    Raises FileNotFoundError for the file and ValueError, which names those that there are, for the variant.
+    A path that is no file is looked for among the configs that come with mim_jax. `config.recipe` is the spec, and
+    `config.target.network` is filled in, see `resolve_target`. Raises FileNotFoundError for the file and ValueError for the
+    variant; the messages list those that exist.
     """
-    path, _, variant = spec.partition(":")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no config file {path}")
-    module = runpy.run_path(path)
+    file = config_file(spec)
+    _, _, variant = spec.partition(":")
+    module = runpy.run_path(str(file))
     if variant and "VARIANTS" in module and variant not in module["VARIANTS"]:
-        raise ValueError(f"{path} has no variant {variant!r}, only {', '.join(module['VARIANTS'])}")
-    return (module["get_config"](variant) if variant else module["get_config"]()).lock()
+        raise ValueError(f"{file} has no variant {variant!r}, only {', '.join(module['VARIANTS'])}")
+    config = module["get_config"](variant) if variant else module["get_config"]()
+    config.recipe = spec
+    resolve_target(config)
+    return config.lock()
+
+
+def config_file(spec: str) -> Path:
+    """The file of a spec as in `load_config`. Raises FileNotFoundError."""
+    file = Path(spec.partition(":")[0]).expanduser()
+    if file.suffix == ".py" and file.is_file():
+        return file.absolute()
+    packaged = PACKAGED / f"{file.stem}.py"
+    if file.parent in (Path(), Path("configs")) and file.suffix in ("", ".py") and packaged.is_file():
+        return packaged
+    names = ", ".join(sorted(path.stem for path in PACKAGED.glob("*.py")))
+    raise FileNotFoundError(f"there is no config file {file.absolute()}; mim_jax comes with {names}")
+
+
+def resolve_target(config: ml_collections.ConfigDict) -> None:
+    """Fills in `config.target.network`, the config of the network that the targets come from: that of the run in
+    `target.workdir`, if there is one, else that of `target.config`. Paths become absolute. Without `config.target`: nothing.
+
+    What the command line changed of `target.network` is kept, unless `target.config` was changed too.
+    """
+    target = config.get("target")
+    if target is None:
+        return
+    with target.unlocked():
+        for key in ("workdir", "weights"):
+            target[key] = absolute(target[key])
+        saved = Path(target.workdir or "") / "config.json"
+        if target.workdir and saved.is_file():
+            target.network = ml_collections.ConfigDict(json.loads(saved.read_text()))
+            resolve_target(target.network)
+            return
+        file, (_, colon, variant) = config_file(target.config), target.config.partition(":")
+        target.config = (file.stem if file.parent == PACKAGED else str(file)) + colon + variant
+        if target.network.get("recipe") != target.config:
+            target.network = load_config(target.config).unlock()
+
+
+def absolute(path: str | None) -> str | None:
+    """The absolute path, `~` expanded; an address such as gs://bucket/folder as it is."""
+    return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+# What the numbers at a key, given by a regex, must be; of several the first holds.
+NUMBERS = (
+    (r"mesh\.(data|fsdp)", "[-1, inf)"),
+    (r"seed", f"[0, {2**32})"),
+    (r"data\.mean", "[0, 1]"),
+    (r"data\.std", "(0, 1]"),
+    (r"data\.(batch_size|canvas)|eval\.(bank|test|batch_size|img_size)|checkpoint\.keep|max_skipped", "[1, inf)"),
+    (r"model\.(img_size|patch_size|dim|depths?|heads|window|unroll|hidden|layers|codes|codebook_dim|\w+_depth)", "[1, inf)"),
+    (r"head\.patch_out_dim", "[0, inf)"),
+    (r"(decoder|quantizer)\.(dim|depth|heads|codes)|(ibot_)?head\.(\w+_dim|vocab_size|nlayers)", "[1, inf)"),
+    (r"crops\.(\w+_size|global_crops_number)|mask\.(group_size|mask_patch_size|count|smallest)", "[1, inf)"),
+    (r"model\.drop_path_rate|optim\.beta\d", "[0, 1)"),
+    (r"model\.(mlp_ratio|init_std)|optim\.eps|loss\.\w*temp(erature)?", "(0, inf)"),
+    (r"crops\.\w+_scale|eval\.resize|optim\.(layer_decay|decay_rate)", "(0, 1]"),
+    (r"optim\.((min|warmup)_)?lr|optim\.momentum_teacher|loss\.\w+_momentum|quantizer\.decay", "[0, 1]"),
+    (r"mask\.(ratios?|probability)|optim\.lr_batch_power", "[0, 1]"),
+    (r".*", "[0, inf)"),
+)
+RANGES = r"crops\.(\w+_scale|blur_radius)|mask\.ratio"  # keys whose tuples are (low, high)
+WORDS = {
+    "model.dtype": ("bfloat16", "float16", "float32", "float64"),
+    "model.ffn": ("mlp", "swiglu"),
+    "model.pos": ("learned", "sincos", "relative"),
+    "mask.shape": ("block", "random"),
+    "crops.target_interpolation": ("bicubic", "bilinear", "lanczos"),
+    "loss.centering": ("centering", "sinkhorn_knopp"),
+    "optim.name": ("adamw",),
+    "optim.schedule": ("dino", "mae", "timm_cosine", "timm_multistep"),
+    "optim.clip_per": ("model", "part", "parameter"),
+    "optim.freeze_last_layer_by": ("update", "lr"),
+    "eval.tokens": ("cls", "patch"),
+}
+DURATIONS = ("optim.warmup", "optim.freeze_last_layer", "mask.start") + tuple(
+    f"loss.{name}" for name in ("teacher_temp_warmup", "temperature_decay", "kl_warmup")
+)
+INTERVALS = ("eval.every", "checkpoint.every", "log_every")
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for the first value that cannot be, with its key and what it must be.
+
+    Of keys alone; what only a method knows is checked where it is made. Under a mesh batches must be divisible by its devices.
+    """
+    values = dict(leaves(config))
+
+    def wrong(key: str, must: str) -> ValueError:
+        value = values[key]
+        return ValueError(f"{key} is " + (f'"{value}"' if isinstance(value, str) else f"{value}") + f", but {must}")
+
+    for key, value in values.items():
+        several, found = isinstance(value, (tuple, list)), list(flat(value))
+        pattern, interval = next(pair for pair in NUMBERS if re.fullmatch(pair[0], key))
+        real = [x for x in found if isinstance(x, (int, float)) and not isinstance(x, bool)]
+        if key in WORDS and value not in WORDS[key]:
+            raise wrong(key, "must be " + " or ".join(f'"{word}"' for word in WORDS[key]))
+        if not all(within(x, interval) for x in real) or (several and pattern != ".*" and len(real) < len(found)):
+            hint = ": divide levels of 0..255 by 255" if key in ("data.mean", "data.std") else ""
+            raise wrong(key, f"{'each ' * several}must be in {interval}{hint}")
+        if key in ("data.mean", "data.std") and len(real) != 3:
+            raise wrong(key, "must be three numbers, of red, green and blue")
+        if re.fullmatch(RANGES, key) and several and (len(real) != 2 or real[0] > real[1]):
+            raise wrong(key, "must be (low, high)")
+
+    durations.total_steps(config)
+    for key in DURATIONS:
+        if key in values:
+            durations.steps(config, key)
+    for key in INTERVALS:
+        durations.interval(config, key)
+    if "optim.decay_at" in values:
+        durations.steps_of_each(config, "optim.decay_at")
+
+    for part in ("model", "decoder"):
+        for stage, heads in enumerate(flat(values.get(f"{part}.heads", ()))):  # a Swin doubles its width from stage to stage
+            if (width := values[f"{part}.dim"] * 2**stage) % heads:
+                raise wrong(f"{part}.heads", f"must divide the width: {heads} does not divide {width}")
+    if patch := values.get("model.patch_size"):
+        stride = patch * 2 ** (len(values.get("model.depths", (1,))) - 1)
+        unused = () if values.get("crops.local_crops_number", 1) else ("crops.local_crops_size",)
+        for key in ("model.img_size", "eval.img_size", "crops.global_crops_size", "crops.local_crops_size"):
+            if (values.get(key) or 0) % stride and key not in unused:
+                raise wrong(key, f"must be a multiple of {stride} pixels, the model's patches (model.patch_size={patch})")
+    if values.get("mask.smallest", 0) > values.get("mask.count", math.inf):
+        raise wrong("mask.smallest", f"must be at most mask.count={values['mask.count']}")
+    if values["data.batch_size"] % values.get("mask.group_size", 1):
+        raise wrong("data.batch_size", f"must be a multiple of mask.group_size={values['mask.group_size']}")
+    mesh = current_mesh()
+    for key in ("data.batch_size", "eval.batch_size"):
+        if mesh and values[key] % mesh.size:
+            raise wrong(key, f"must be a multiple of the {mesh.size} devices")
+
+
+def leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything in a config but the target's, keys joined by dots."""
+    for key, value in config.items():
+        if not isinstance(value, ml_collections.ConfigDict):
+            yield prefix + key, value
+        elif key != "target":
+            yield from leaves(value, f"{prefix}{key}.")
+
+
+def flat(value: Any) -> Iterator[Any]:
+    """A value itself, or what is in a tuple and its tuples."""
+    if isinstance(value, (tuple, list)):
+        for each in value:
+            yield from flat(each)
+    else:
+        yield value
+
+
+def within(number: float, interval: str) -> bool:
+    """Whether a number lies in an interval such as "[0, 1)"; no interval has NaN or infinity."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = number >= low if interval[0] == "[" else number > low
+    return above and (number <= high if interval[-1] == "]" else number < high)
 
 
 def skeleton() -> ml_collections.ConfigDict:
@@ -121,9 +293,10 @@ def hours_on_cifar10(config: ml_collections.ConfigDict, total: str) -> None:
 
 
 def learns_from(config: ml_collections.ConfigDict, path: str, family: str) -> None:
-    """Adds the section of the fixed network, a tokenizer or teacher, that the targets come from: see mim_jax/target.py."""
+    """Adds the section of the frozen network, a tokenizer or teacher, that the targets come from."""
     config.target = ml_collections.ConfigDict()
     config.target.config = path
+    config.target.network = ml_collections.ConfigDict()  # filled in when the config is loaded
     config.target.workdir = placeholder(str)
     config.target.weights = placeholder(str)
     config.target.family = family

@@ -238,7 +238,8 @@ def schedule_config(kind):
     config = mim_jax.load_config("configs/simmim.py")
     config.data.update(batch_size=512, num_examples=512 * 5)
     config.total = "10 epochs"
-    config.optim.update(schedule=f"timm_{kind}", lr=8e-4, warmup_lr=1e-6, min_lr=1e-5, warmup="2 epochs", decay_at=("8 epochs",))
+    config.optim.update(schedule=f"timm_{kind}", lr=8e-4, warmup_lr=1e-6, min_lr=1e-5)
+    config.optim.update(warmup="2 epochs", decay_at=("8 epochs",))
     return config
 
 

@@ -1,7 +1,5 @@
 """The demo of a method, shrunk until a run takes seconds: `--config=tests/tiny.py:mae`. Its data is the folder `data.dir`."""
 
-from pathlib import Path
-
 import ml_collections
 
 from mim_jax import load_config
@@ -44,21 +42,21 @@ SMALLER = {
     "ibot": DINO | {"model.patch_size": 4, "mask.start": "0 steps", "mask.ratios": ((0.0, 0.0), (0.4, 0.1))},
     "dinov2": DINOV2,
     "distillation": DINOV2
-    | {"target.config": "tests/tiny.py:dinov2", "target.workdir": None, "model.dim": 8, "model.drop_path_rate": 0.0},
+    | {"target.config": f"{__file__}:dinov2", "target.workdir": None, "model.dim": 8, "model.drop_path_rate": 0.0},
     "mae": VIT | {"model.patch_size": 4, "decoder.dim": 16, "decoder.depth": 2, "decoder.heads": 2},
     "simmim": VIT | {"model.patch_size": 4, "model.drop_path_rate": 0.1, "model.pos": "relative", "model.layerscale": 0.1},
     "vqvae": {"model.hidden": 8, "quantizer.codes": 16, "quantizer.dim": 4},
     "dvae": {"model.hidden": 8, "model.codes": 16, "model.codebook_dim": 8},
-    "beit": BEIT | {"target.config": "tests/tiny.py:vqvae"},
+    "beit": BEIT | {"target.config": f"{__file__}:vqvae"},
     "vqkd": VIT
     | {
-        "target.config": "tests/tiny.py:dino",
+        "target.config": f"{__file__}:dino",
         "target.workdir": None,
         "model.patch_size": 4,
         "quantizer.codes": 16,
         "quantizer.dim": 4,
     },
-    "beit2": BEIT | {"target.config": "tests/tiny.py:vqkd", "model.early_layers": 1},
+    "beit2": BEIT | {"target.config": f"{__file__}:vqkd", "model.early_layers": 1},
     "simmim_swin": {"model.dim": 8, "model.depths": (2, 2), "model.heads": (2, 4), "model.drop_path_rate": 0.1},
 }
 
@@ -66,7 +64,7 @@ SMALLER = {
 def get_config(variant: str = "dino") -> ml_collections.ConfigDict:
     method, _, kind = variant.partition("_")
     demo = f"demo_{kind}" if kind else "demo"
-    config = load_config(f"{Path(__file__).parent.parent}/configs/{method}.py:{demo}").unlock()
+    config = load_config(f"{method}:{demo}").unlock()
     config.total = "6 steps"
     config.data.update(name="folder", dir="", eval_split="train", batch_size=8, canvas=16)
     config.model.img_size = 16
