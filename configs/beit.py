@@ -32,7 +32,7 @@ from mim_jax.config import learns_from, on_cifar10, skeleton
 def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config = skeleton()
     config.method = "beit"
-    config.total_epochs = 800.0
+    config.total = "800 epochs"
     config.data.batch_size = 2048
     config.data.mean = config.data.std = (0.5, 0.5, 0.5)
 
@@ -77,13 +77,13 @@ def vitl16(config):
 
 def demo(config):
     on_cifar10(config)
-    config.total_steps, config.data.batch_size = 1500, 64
+    config.total, config.data.batch_size = "1500 steps", 64
     config.target.update(config="configs/vqvae.py:demo", workdir="runs/vqvae")
     config.model.update(patch_size=4, dim=96, depth=4, heads=3, drop_path_rate=0.0, unroll=4, init_std=0.12)
     config.head.vocab_size = 512
     config.crops.update(global_crops_scale=(0.2, 1.0), target_size=32)
     config.mask.update(count=26, smallest=4)
-    config.optim.update(lr=1e-3, min_lr=1e-5, warmup_steps=150)
+    config.optim.update(lr=1e-3, min_lr=1e-5, warmup="150 steps")
 
 
 VARIANTS = {"vitb16": lambda config: None, "vitl16": vitl16, "demo": demo}

@@ -25,7 +25,7 @@ from mim_jax.config import load_config
 def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config = load_config(f"{Path(__file__).parent}/beit.py:{variant}").unlock()
     config.method = "beit2"
-    config.total_epochs = 1600.0
+    config.total = "1600 epochs"
     config.target.update(config="configs/vqkd.py:vitb16", family=None)
     config.model.early_layers = 9  # blocks after which the patches of the second prediction are taken
     config.model.head_layers = 2
@@ -41,7 +41,7 @@ def vitl16(config):
 
 
 def demo(config):
-    config.total_epochs = None
+    config.total = "1500 steps"
     config.target.update(config="configs/vqkd.py:demo", workdir="runs/vqkd")
     config.model.early_layers = 3
     config.crops.target_size = 32

@@ -27,7 +27,7 @@ from mim_jax.config import hours_on_cifar10, on_cifar10, skeleton
 def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
     config = skeleton()
     config.method = "dino"
-    config.total_epochs = 800.0
+    config.total = "800 epochs"
 
     config.model.patch_size = 16
     config.model.dim = 384
@@ -56,7 +56,7 @@ def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
     config.loss.student_temp = 0.1
     config.loss.warmup_teacher_temp = 0.04
     config.loss.teacher_temp = 0.07
-    config.loss.warmup_teacher_temp_epochs = 30
+    config.loss.teacher_temp_warmup = "30 epochs"
     config.loss.center_momentum = 0.9
 
     config.optim.lr = 5e-4
@@ -65,7 +65,7 @@ def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
     config.optim.weight_decay_end = 0.4
     config.optim.clip_grad = 3.0
     config.optim.clip_per = "parameter"
-    config.optim.freeze_last_layer_epochs = 1.0
+    config.optim.freeze_last_layer = "1 epoch"
     config.optim.momentum_teacher = 0.996
 
     config.mesh.rules += (
@@ -84,13 +84,13 @@ def vits8(config):
 def vitb16(config):
     config.model.update(dim=768, depth=12, heads=12)
     config.head.norm_last_layer = True
-    config.total_epochs = 400.0
+    config.total = "400 epochs"
 
 
 def vitb8(config):
     vitb16(config)
     config.model.patch_size = 8
-    config.total_epochs = 300.0
+    config.total = "300 epochs"
 
 
 def two_views(config):
@@ -100,20 +100,20 @@ def two_views(config):
 
 def demo(config):
     on_cifar10(config)
-    config.total_steps, config.data.batch_size = 3500, 64
+    config.total, config.data.batch_size = "3500 steps", 64
     config.model.update(patch_size=8, dim=96, depth=3, heads=3, drop_path_rate=0.0, unroll=3)
     config.model.init_std = 0.1  # about 1 / sqrt(dim): with 0.02 so narrow a network learns more slowly
     config.head.update(out_dim=1024, hidden_dim=256, bottleneck_dim=64, norm_last_layer=True)
     small_crops(config)
     config.crops.local_crops_number = 2
-    config.loss.update(warmup_teacher_temp_epochs=0, teacher_temp=0.04)
-    config.optim.update(lr=8e-3, min_lr=2e-5, warmup_steps=100, weight_decay_end=0.04)
-    config.optim.update(freeze_last_layer_steps=50, momentum_teacher=0.98)
+    config.loss.update(teacher_temp_warmup="0 epochs", teacher_temp=0.04)
+    config.optim.update(lr=8e-3, min_lr=2e-5, warmup="100 steps", weight_decay_end=0.04)
+    config.optim.update(freeze_last_layer="50 steps", momentum_teacher=0.98)
 
 
 def cifar10(config):
     demo(config)
-    hours_on_cifar10(config, epochs=36.0)
+    hours_on_cifar10(config, total="36 epochs")
 
 
 def small_crops(config):

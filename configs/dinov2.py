@@ -30,7 +30,7 @@ from mim_jax.config import hours_on_cifar10, on_cifar10, skeleton
 def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
     config = skeleton()
     config.method = "dinov2"
-    config.total_steps = 125_000
+    config.total = "125_000 steps"
     config.data.batch_size = 2048
 
     config.model.patch_size = 16
@@ -72,7 +72,7 @@ def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
     config.loss.student_temp = 0.1
     config.loss.warmup_teacher_temp = 0.04
     config.loss.teacher_temp = 0.07
-    config.loss.warmup_teacher_temp_epochs = 60.0  # 30 of the official "epochs", of 1250 steps
+    config.loss.teacher_temp_warmup = "37_500 steps"  # 30 of the official "epochs", of 1250 steps
     config.loss.center_momentum = 0.9
     config.loss.dino_weight = 1.0
     config.loss.ibot_weight = 1.0
@@ -82,14 +82,14 @@ def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
     config.optim.lr_batch_size = 1024
     config.optim.lr_batch_power = 0.5  # the rate follows the root of the batch
     config.optim.min_lr = 1e-6
-    config.optim.warmup_steps = 12_500
+    config.optim.warmup = "12_500 steps"
     config.optim.weight_decay = 0.04
     config.optim.weight_decay_end = 0.4
     config.optim.clip_grad = 3.0
     config.optim.clip_per = "part"
     config.optim.layer_decay = 0.9
     config.optim.patch_embed_lr = 0.2
-    config.optim.freeze_last_layer_steps = 1250
+    config.optim.freeze_last_layer = "1250 steps"
     config.optim.freeze_last_layer_by = "lr"
     config.optim.momentum_teacher = 0.992
 
@@ -111,27 +111,24 @@ def vitb16(config):
 
 
 def vitl14(config):
-    config.total_steps = 625_000
+    config.total = "625_000 steps"
     config.data.batch_size = 3072
     config.model.update(patch_size=14, ffn="swiglu", drop_path_rate=0.4)
     config.head.update(out_dim=131072, bottleneck_dim=384)
     config.ibot_head.update(out_dim=131072)
     config.crops.local_crops_size = 98
     config.mask.group_size = 32
-    config.loss.update(centering="sinkhorn_knopp", separate_head=True, warmup_teacher_temp_epochs=90.0)  # 37,500 steps
-    config.optim.update(lr=2e-4, warmup_steps=100_000, weight_decay_end=0.2, layer_decay=1.0, momentum_teacher=0.994)
+    config.loss.update(centering="sinkhorn_knopp", separate_head=True)
+    config.optim.update(lr=2e-4, warmup="100_000 steps", weight_decay_end=0.2, layer_decay=1.0, momentum_teacher=0.994)
 
 
 def vitl14_518(config):
     vitl14(config)
-    share = 10_000 / config.total_steps
-    config.total_steps = 10_000
+    config.total = "10_000 steps"
     config.data.canvas = 640
     config.model.img_size = config.crops.global_crops_size = 518
-    config.loss.warmup_teacher_temp_epochs *= share
-    config.optim.lr /= 10
-    config.optim.warmup_steps = round(config.optim.warmup_steps * share)
-    config.optim.freeze_last_layer_steps = round(config.optim.freeze_last_layer_steps * share)
+    config.loss.teacher_temp_warmup = "600 steps"  # 10,000 / 625,000 of vitl14's, as the two below
+    config.optim.update(lr=2e-5, warmup="1600 steps", freeze_last_layer="20 steps")
 
 
 def vitg14(config):
@@ -142,21 +139,21 @@ def vitg14(config):
 
 def demo(config):
     on_cifar10(config)
-    config.total_steps, config.data.batch_size = 3500, 64
+    config.total, config.data.batch_size = "3500 steps", 64
     config.model.update(patch_size=8, dim=96, depth=3, heads=3, drop_path_rate=0.0, layerscale=1.0, unroll=3, init_std=0.1)
     config.head.update(out_dim=1024, hidden_dim=256, bottleneck_dim=64)
     config.ibot_head.update(config.head)
     config.crops.update(global_crops_size=32, global_crops_scale=(0.5, 1.0), local_crops_number=2)
     config.crops.update(local_crops_size=16, local_crops_scale=(0.2, 0.6), blur_radius=(0.0, 0.3))
-    config.loss.update(warmup_teacher_temp_epochs=0.0, teacher_temp=0.04)
+    config.loss.update(teacher_temp_warmup="0 steps", teacher_temp=0.04)
     config.loss.update(separate_head=True, ibot_weight=0.3, koleo_weight=0.05)
-    config.optim.update(lr=8e-3, lr_batch_size=256, lr_batch_power=1.0, min_lr=2e-5, warmup_steps=100, weight_decay_end=0.04)
-    config.optim.update(layer_decay=1.0, patch_embed_lr=1.0, freeze_last_layer_steps=50, momentum_teacher=0.98)
+    config.optim.update(lr=8e-3, lr_batch_size=256, lr_batch_power=1.0, min_lr=2e-5, warmup="100 steps", weight_decay_end=0.04)
+    config.optim.update(layer_decay=1.0, patch_embed_lr=1.0, freeze_last_layer="50 steps", momentum_teacher=0.98)
 
 
 def cifar10(config):
     demo(config)
-    hours_on_cifar10(config, epochs=18.0)
+    hours_on_cifar10(config, total="18 epochs")
 
 
 VARIANTS = {

@@ -16,7 +16,6 @@ The published weights need no training (configs/beit.py tells how to use them). 
 """
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
 from mim_jax.config import on_cifar10, skeleton
 
@@ -24,7 +23,7 @@ from mim_jax.config import on_cifar10, skeleton
 def get_config(variant: str = "dalle") -> ml_collections.ConfigDict:
     config = skeleton()
     config.method = "dvae"
-    config.total_steps = 1_200_000
+    config.total = "1_200_000 steps"
     config.data.batch_size = 512
     config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # images in 0..1, as tokenizers take them
 
@@ -37,18 +36,16 @@ def get_config(variant: str = "dalle") -> ml_collections.ConfigDict:
 
     config.loss = ml_collections.ConfigDict()
     config.loss.temperature = 1 / 16  # from 1, by a cosine
-    config.loss.temperature_steps = 150_000
-    config.loss.temperature_epochs = placeholder(float)
+    config.loss.temperature_decay = "150_000 steps"
     config.loss.kl_weight = 6.6 / 192  # from 0, by a cosine; 192 values for each token
-    config.loss.kl_steps = 5000
-    config.loss.kl_epochs = placeholder(float)
+    config.loss.kl_warmup = "5000 steps"
 
     config.crops.global_crops_scale = (0.35, 1.0)
 
     config.optim.lr_batch_size = 0  # the rate is absolute
     config.optim.lr = 1e-4
     config.optim.min_lr = 1.25e-6
-    config.optim.warmup_steps = 0
+    config.optim.warmup = "0 steps"
     config.optim.weight_decay = config.optim.weight_decay_end = 1e-4
     config.optim.momentum_teacher = 0.999  # of the average of the weights
 
@@ -67,10 +64,10 @@ def beit(config):
 def demo(config):
     on_cifar10(config)
     beit(config)
-    config.total_steps, config.data.batch_size = 1500, 64
+    config.total, config.data.batch_size = "1500 steps", 64
     config.model.update(img_size=32, hidden=32, layers=2, codes=256, codebook_dim=64)
-    config.loss.update(temperature=0.25, temperature_steps=1200, kl_weight=2e-2, kl_steps=500)
-    config.optim.update(lr=1e-3, min_lr=1e-5, warmup_steps=50, momentum_teacher=0.99)
+    config.loss.update(temperature=0.25, temperature_decay="1200 steps", kl_weight=2e-2, kl_warmup="500 steps")
+    config.optim.update(lr=1e-3, min_lr=1e-5, warmup="50 steps", momentum_teacher=0.99)
 
 
 VARIANTS = {"dalle": lambda config: None, "beit": beit, "demo": demo}

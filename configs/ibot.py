@@ -19,7 +19,6 @@ None of these three has been trained with this code yet; `--dry_run` prints thei
 from pathlib import Path
 
 import ml_collections
-from ml_collections.config_dict import placeholder
 
 from mim_jax.config import load_config
 
@@ -32,8 +31,7 @@ def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
 
     config.mask = ml_collections.ConfigDict()
     config.mask.shape = "block"  # or "random"
-    config.mask.start_epochs = 0.0  # no patch is masked before
-    config.mask.start_steps = placeholder(int)
+    config.mask.start = "0 steps"  # no patch is masked before
     config.mask.ratios = ((0.0, 0.0), (0.3, 0.2))  # one is chosen: (mean, half-width) of the share that is masked
 
     config.loss.warmup_teacher_patch_temp = 0.04
@@ -54,7 +52,7 @@ def vitb16(config):
 
 def vitl16(config):
     vitb16(config)
-    config.total_epochs = 250.0
+    config.total = "250 epochs"
     config.model.update(dim=1024, depth=24, heads=16)
     config.crops.global_crops_scale = (0.32, 1.0)
     config.crops.local_crops_scale = (0.05, 0.32)
@@ -62,15 +60,15 @@ def vitl16(config):
 
 def demo(config):
     # Patches of an untrained teacher are mere colors: they wait until CLS has learned something, and weigh less.
-    config.mask.start_steps = 1500
+    config.mask.start = "1500 steps"
     config.head.update(out_dim=1024, patch_out_dim=512)
     config.loss.update(teacher_patch_temp=0.04, shared_head_teacher=False, patch_weight=0.3)
 
 
 def cifar10(config):
     demo(config)
-    config.total_epochs = 18.0
-    config.mask.update(start_steps=None, start_epochs=6.0)
+    config.total = "18 epochs"
+    config.mask.start = "6 epochs"
 
 
 BASES = {"vitl16": "vitb16"}

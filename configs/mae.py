@@ -25,7 +25,7 @@ from mim_jax.config import on_cifar10, skeleton
 def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config = skeleton()
     config.method = "mae"
-    config.total_epochs = 1600.0
+    config.total = "1600 epochs"
     config.data.batch_size = 4096
     config.data.canvas = 512  # pixels are the targets: most images keep theirs
 
@@ -49,7 +49,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
 
     config.optim.schedule = "mae"
     config.optim.lr = 1.5e-4
-    config.optim.warmup_epochs = 40.0
+    config.optim.warmup = "40 epochs"
     config.optim.beta2 = 0.95
 
     config.eval.tokens = "patch"
@@ -69,14 +69,14 @@ def vith14(config):
 
 def demo(config):
     on_cifar10(config)
-    config.total_steps, config.data.batch_size = 14_000, 64
+    config.total, config.data.batch_size = "14_000 steps", 64
     config.model.update(patch_size=8, dim=192, depth=2, heads=6, unroll=2)  # as wide as a patch has values
     config.decoder.update(dim=64, depth=1, heads=2)
-    config.optim.update(lr=4e-3, warmup_steps=300, weight_decay=0.5, weight_decay_end=0.5)
+    config.optim.update(lr=4e-3, warmup="300 steps", weight_decay=0.5, weight_decay_end=0.5)
     # Crops show parts of the image enlarged; whole images are encoded enlarged, so that things are as large in them.
-    config.eval.update(img_size=48, every_steps=3500)
-    config.checkpoint.every_steps = 3500
-    config.log_every_steps = 100
+    config.eval.update(img_size=48, every="3500 steps")
+    config.checkpoint.every = "3500 steps"
+    config.log_every = "100 steps"
 
 
 VARIANTS = {"vitb16": lambda config: None, "vitl16": vitl16, "vith14": vith14, "demo": demo}

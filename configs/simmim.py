@@ -27,7 +27,7 @@ from mim_jax.config import on_cifar10, skeleton
 def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config = skeleton()
     config.method = "simmim"
-    config.total_epochs = 800.0
+    config.total = "800 epochs"
     config.data.batch_size = 2048
     config.data.canvas = 512  # pixels are the targets: most images keep theirs
 
@@ -54,7 +54,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.optim.lr_batch_size = 512
     config.optim.lr = 1e-4
     config.optim.warmup_lr = 5e-7
-    config.optim.decay_epochs = (700.0,)
+    config.optim.decay_at = ("700 epochs",)
     config.optim.decay_rate = 0.1
     config.optim.clip_grad = 5.0
     config.optim.not_decayed = r"(bias|scale|gamma_\d|cls_token|pos_embed)$"
@@ -67,7 +67,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
 
 
 def swinb(config):
-    config.total_epochs = 100.0
+    config.total = "100 epochs"
     as_swin(config, dim=128, depths=(2, 2, 18, 2), heads=(4, 8, 16, 32), window=6)
     config.model.update(img_size=192, drop_path_rate=0.0)
     config.optim.update(schedule="timm_cosine", lr=2e-4, min_lr=1e-5)
@@ -75,24 +75,24 @@ def swinb(config):
 
 def swinl(config):
     swinb(config)
-    config.total_epochs = 800.0
+    config.total = "800 epochs"
     config.model.update(dim=192, heads=(6, 12, 24, 48), window=12)
     config.optim.update(schedule="timm_multistep", lr=1e-4)
 
 
 def demo(config):
     on_cifar10(config)
-    config.total_steps, config.data.batch_size = 4500, 64
+    config.total, config.data.batch_size = "4500 steps", 64
     # as wide as a patch has values; larger first weights and no LayerScale, with which so small a network learns faster
     config.model.update(patch_size=8, dim=192, depth=3, heads=6, drop_path_rate=0.0, unroll=3, init_std=0.12, layerscale=0.0)
     config.model.pos = "sincos"  # so that the mean of the patches tells where in the image things are
     config.mask.mask_patch_size = 8
     config.loss.norm_target_window = 31  # nearly the image: its color and contrast are no part of what is learned
-    config.optim.update(schedule="mae", lr_batch_size=256, lr=4e-3, warmup_steps=150)
+    config.optim.update(schedule="mae", lr_batch_size=256, lr=4e-3, warmup="150 steps")
     config.optim.weight_decay = config.optim.weight_decay_end = 0.5
     config.crops.global_crops_scale = (0.2, 1.0)
-    config.eval.update(img_size=64, every_steps=1500)  # enlarged, as the crops are
-    config.checkpoint.every_steps = 1500
+    config.eval.update(img_size=64, every="1500 steps")  # enlarged, as the crops are
+    config.checkpoint.every = "1500 steps"
 
 
 def demo_swin(config):

@@ -23,7 +23,7 @@ from mim_jax.config import learns_from, on_cifar10, skeleton
 def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config = skeleton()
     config.method = "vqkd"
-    config.total_epochs = 100.0
+    config.total = "100 epochs"
     config.data.batch_size = 512
     config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # images in 0..1, as tokenizers take them
 
@@ -58,12 +58,12 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
 
 def demo(config):
     on_cifar10(config)
-    config.total_steps, config.data.batch_size = 1000, 64
+    config.total, config.data.batch_size = "1000 steps", 64
     config.target.update(config="configs/dino.py:demo", workdir="runs/dino")
     config.model.update(patch_size=4, dim=96, depth=2, heads=3, decoder_depth=1, unroll=2)
     config.quantizer.update(codes=512, dim=16)
     config.crops.global_crops_scale = (0.3, 1.0)
-    config.optim.update(lr=1e-3, min_lr=1e-5, warmup_steps=100, lr_batch_size=0)
+    config.optim.update(lr=1e-3, min_lr=1e-5, warmup="100 steps", lr_batch_size=0)
 
 
 VARIANTS = {"vitb16": lambda config: None, "demo": demo}

@@ -21,7 +21,7 @@ from mim_jax.config import on_cifar10, skeleton
 def get_config(variant: str = "imagenet128") -> ml_collections.ConfigDict:
     config = skeleton()
     config.method = "vqvae"
-    config.total_steps = 250_000
+    config.total = "250_000 steps"
     config.data.batch_size = 128
     config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # images in 0..1, as tokenizers take them
 
@@ -42,7 +42,7 @@ def get_config(variant: str = "imagenet128") -> ml_collections.ConfigDict:
 
     config.optim.lr_batch_size = 0  # the rate is absolute
     config.optim.lr = config.optim.min_lr = 2e-4
-    config.optim.warmup_steps = 0
+    config.optim.warmup = "0 steps"
     config.optim.weight_decay = config.optim.weight_decay_end = 0.0
 
     config.mesh.rules = ()
@@ -54,10 +54,10 @@ def get_config(variant: str = "imagenet128") -> ml_collections.ConfigDict:
 
 def demo(config):
     on_cifar10(config)
-    config.total_steps, config.data.batch_size = 1500, 64
+    config.total, config.data.batch_size = "1500 steps", 64
     config.model.hidden = 64
     config.quantizer.update(dim=16, threshold=0.5)
-    config.optim.update(lr=2e-3, min_lr=1e-5, warmup_steps=50)
+    config.optim.update(lr=2e-3, min_lr=1e-5, warmup="50 steps")
 
 
 VARIANTS = {"imagenet128": lambda config: None, "demo": demo}

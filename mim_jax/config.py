@@ -25,10 +25,7 @@ def skeleton() -> ml_collections.ConfigDict:
     """What the configs of all methods have: data (ImageNet-1k), optimizer, evaluation, checkpoints, mesh."""
     config = ml_collections.ConfigDict()
     config.seed = 0
-    # A duration may be given as *_steps, *_examples or *_epochs; the first that is set wins.
-    config.total_steps = placeholder(int)
-    config.total_examples = placeholder(int)
-    config.total_epochs = placeholder(float)
+    config.total = placeholder(str)  # this and all durations: "3500 steps", "800 epochs" or "1_000_000 examples"
 
     config.data = ml_collections.ConfigDict()
     config.data.name = "imagenet2012"  # "cifar10", "folder", or any data set that TFDS has prepared
@@ -53,12 +50,12 @@ def skeleton() -> ml_collections.ConfigDict:
     config.crops.global_crops_number = 1
 
     config.optim = ml_collections.ConfigDict()
+    config.optim.name = "adamw"
     config.optim.schedule = "dino"  # of the learning rate: see mim_jax/optim.py
     config.optim.lr_batch_size = 256  # that lr is for; 0: whatever data.batch_size
     config.optim.lr_batch_power = 1.0  # lr is scaled by (data.batch_size / lr_batch_size) ** this
     config.optim.min_lr = 0.0
-    config.optim.warmup_epochs = 10.0
-    config.optim.warmup_steps = placeholder(int)
+    config.optim.warmup = "10 epochs"
     config.optim.weight_decay = 0.05
     config.optim.weight_decay_end = 0.05
     config.optim.not_decayed = r"(bias|scale|gamma_\d)$"  # a regex over parameter paths
@@ -69,13 +66,11 @@ def skeleton() -> ml_collections.ConfigDict:
     config.optim.clip_per = "model"  # or "parameter", or "part": backbone, head, ...
     config.optim.layer_decay = 1.0
     config.optim.patch_embed_lr = 1.0  # a factor
-    config.optim.freeze_last_layer_epochs = 0.0
-    config.optim.freeze_last_layer_steps = placeholder(int)
+    config.optim.freeze_last_layer = "0 steps"
     config.optim.freeze_last_layer_by = "update"  # or "lr": only the rate is 0, Adam's averages move
 
     config.eval = ml_collections.ConfigDict()
-    config.eval.every_steps = placeholder(int)
-    config.eval.every_epochs = 10.0
+    config.eval.every = "10 epochs"  # or "never"
     config.eval.bank = 50_000  # images of the training split that vote
     config.eval.test = 10_000
     config.eval.batch_size = 256
@@ -85,11 +80,10 @@ def skeleton() -> ml_collections.ConfigDict:
     config.eval.standardize = False  # for the k-NN: each feature less its mean over its std on the bank
 
     config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every_steps = placeholder(int)
-    config.checkpoint.every_epochs = 1.0
+    config.checkpoint.every = "1 epoch"
     config.checkpoint.keep = 2
 
-    config.log_every_steps = 50
+    config.log_every = "50 steps"
     config.max_skipped = 20  # stop after so many steps in a row whose loss or gradient is not finite
 
     config.mesh = ml_collections.ConfigDict()
@@ -101,29 +95,29 @@ def skeleton() -> ml_collections.ConfigDict:
     )
 
     config.init_from = placeholder(str)  # a run's workdir: start from what it learned, at whatever image size
+    config.init_parts = ()  # the parts of it that are taken, ("backbone",); none named: all
     config.resume = placeholder(str)  # a run's workdir: continue it here
     return config
 
 
 def on_cifar10(config: ml_collections.ConfigDict) -> None:
     """Turns a recipe into one for CIFAR-10 and a laptop."""
-    config.total_epochs = None
     config.data.update(name="cifar10", eval_split="test", num_examples=50_000, canvas=32, workers=0)
     config.model.update(img_size=32, dtype="float32")
-    config.eval.update(every_steps=500, bank=5000, test=2000, resize=1.0)
-    config.checkpoint.every_steps = 500
-    config.log_every_steps = 25
+    config.eval.update(every="500 steps", bank=5000, test=2000, resize=1.0)
+    config.checkpoint.every = "500 steps"
+    config.log_every = "25 steps"
 
 
-def hours_on_cifar10(config: ml_collections.ConfigDict, epochs: float) -> None:
+def hours_on_cifar10(config: ml_collections.ConfigDict, total: str) -> None:
     """Turns the demo of DINO or a method that follows it into a longer run of a wider network."""
-    config.total_steps, config.total_epochs = placeholder(int), epochs
+    config.total = total
     config.model.update(dim=128, heads=4, init_std=0.09)
-    config.optim.update(lr=6e-3, warmup_steps=500, weight_decay_end=0.4)
-    config.optim.update(freeze_last_layer_steps=500, momentum_teacher=0.99)
-    config.eval.update(every_steps=2500, test=10_000, img_size=64)
-    config.checkpoint.every_steps = 2500
-    config.log_every_steps = 100
+    config.optim.update(lr=6e-3, warmup="500 steps", weight_decay_end=0.4)
+    config.optim.update(freeze_last_layer="500 steps", momentum_teacher=0.99)
+    config.eval.update(every="2500 steps", test=10_000, img_size=64)
+    config.checkpoint.every = "2500 steps"
+    config.log_every = "100 steps"
 
 
 def learns_from(config: ml_collections.ConfigDict, path: str, family: str) -> None:

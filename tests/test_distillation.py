@@ -58,7 +58,7 @@ def test_the_teacher_is_trained_first(tmp_path, capsys):
     for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)):
         Image.fromarray(image).save(tmp_path / f"images/{i}.png")
     config = mim_jax.load_config("tests/tiny.py:distillation")
-    config.total_steps, config.data.dir, config.target.workdir = 2, str(tmp_path / "images"), str(tmp_path / "teacher")
+    config.total, config.data.dir, config.target.workdir = "2 steps", str(tmp_path / "images"), str(tmp_path / "teacher")
     state = train.run(config, tmp_path / "student")
     assert "distillation needs what dinov2 learns" in capsys.readouterr().err
     assert int(state.step) == 2 and state.teacher.keys() == state.params.keys()

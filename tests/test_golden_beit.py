@@ -173,8 +173,8 @@ def test_four_training_steps(golden, config_of, x64):
     arrays, meta = golden("beit_train_steps")
     config, o, s = config_of(meta), meta["optimizer"], meta["schedule"]
     config.data.update(batch_size=meta["config"]["batch"], num_examples=meta["config"]["batch"] * s["iters_per_epoch"])
-    config.total_epochs = float(s["epochs"])
-    config.optim.update(clip_grad=o["clip_grad_norm"], warmup_epochs=float(s["warmup_epochs"]))
+    config.total = f"{s['epochs']} epochs"
+    config.optim.update(clip_grad=o["clip_grad_norm"], warmup=f"{s['warmup_epochs']} epochs")
 
     def views(method, step):
         return views_of(*(arrays[f"in/{name}_step{step}"] for name in ("imgs", "mask", "tokens")))

@@ -226,14 +226,14 @@ def test_four_training_steps(golden, name, x64):
     arrays, meta = golden(name)
     config = mim_jax.load_config("configs/dino.py:demo")
     config.data.update(batch_size=4, num_examples=8)  # 2 steps an epoch
-    config.total_steps, config.total_epochs = None, 3.0
+    config.total = "3 epochs"
     config.model.update(img_size=16, patch_size=4, dim=16, depth=2, heads=2, dtype="float64")
     config.head.update(out_dim=32, hidden_dim=24, bottleneck_dim=8)
     config.head.norm_last_layer = name == "dino_train_steps"
     config.crops.update(global_crops_size=16, local_crops_number=2, local_crops_size=8)
-    config.loss.update(warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=2)
+    config.loss.update(warmup_teacher_temp=0.04, teacher_temp=0.07, teacher_temp_warmup="2 epochs")
     config.optim.update(lr=2e-3 * 256 / 4, min_lr=1e-6, weight_decay=0.04, weight_decay_end=0.4, clip_grad=0.5)
-    config.optim.update(warmup_steps=None, freeze_last_layer_steps=None, warmup_epochs=1.0, freeze_last_layer_epochs=1.0)
+    config.optim.update(warmup="1 epoch", freeze_last_layer="1 epoch")
     config.optim.momentum_teacher = 0.9
 
     follow_four_steps_with_a_teacher(config, "dino", arrays, {"center": "center"}, lambda _: {})
@@ -243,11 +243,11 @@ def test_two_views_are_the_papers_algorithm_1(x64):
     """Three steps of the pseudocode, written out with numpy on the networks' outputs."""
     config = mim_jax.load_config("configs/dino.py:two_views")
     config.data.update(batch_size=4, num_examples=8)
-    config.total_steps = 6
+    config.total = "6 steps"
     config.model.update(img_size=16, patch_size=4, dim=16, depth=2, heads=2, dtype="float64", drop_path_rate=0.0)
     config.head.update(out_dim=32, hidden_dim=24, bottleneck_dim=8)
     config.crops.global_crops_size = 16
-    config.optim.update(warmup_steps=0, freeze_last_layer_steps=0, lr=0.1)
+    config.optim.update(warmup="0 steps", freeze_last_layer="0 steps", lr=0.1)
     config.loss.teacher_temp = 0.04
     method = mim_jax.make_method(config)
     state, _ = mim_jax.init_state(method, config)

@@ -311,12 +311,12 @@ def test_schedules_that_the_config_makes(golden, x64):
     o, t, epoch = built["optim"], built["teacher"], built["train"]["OFFICIAL_EPOCH_LENGTH"]
     config = mim_jax.load_config("configs/dinov2.py:demo")
     config.data.update(batch_size=4, num_examples=4 * epoch)
-    config.total_steps = o["epochs"] * epoch
-    config.optim.update(lr=o["lr"], lr_batch_size=0, min_lr=o["min_lr"], warmup_steps=o["warmup_epochs"] * epoch)
+    config.total = f"{o['epochs'] * epoch} steps"
+    config.optim.update(lr=o["lr"], lr_batch_size=0, min_lr=o["min_lr"], warmup=f"{o['warmup_epochs'] * epoch} steps")
     config.optim.update(weight_decay=o["weight_decay"], weight_decay_end=o["weight_decay_end"])
     config.optim.momentum_teacher = t["momentum_teacher"]
     config.loss.update(teacher_temp=t["teacher_temp"], warmup_teacher_temp=t["warmup_teacher_temp"])
-    config.loss.warmup_teacher_temp_epochs = float(t["warmup_teacher_temp_epochs"])
+    config.loss.teacher_temp_warmup = f"{t['warmup_teacher_temp_epochs']} epochs"
     made = optim.schedules(config) | mim_jax.make_method(config).schedules
     names = {"lr": "lr", "weight_decay": "wd", "momentum_teacher": "momentum", "teacher_temp": "teacher_temp"}
     for ours, theirs in names.items():
@@ -366,7 +366,7 @@ def test_two_training_steps(golden, monkeypatch, centering, heads, x64):
     arrays, meta = golden(f"dinov2_step_{centering}_{heads}")
     config = mim_jax.load_config("configs/dinov2.py:demo")
     config.data.update(batch_size=4, num_examples=8)
-    config.total_steps = 2
+    config.total = "2 steps"
     config.model.update(img_size=16, patch_size=4, dim=16, depth=2, heads=2, registers=2, dtype="float64")
     config.head.update(out_dim=64, hidden_dim=24, bottleneck_dim=16)
     config.ibot_head.update(out_dim=48, hidden_dim=24, bottleneck_dim=16)
@@ -375,7 +375,7 @@ def test_two_training_steps(golden, monkeypatch, centering, heads, x64):
     config.loss.update(centering="centering" if centering == "center" else "sinkhorn_knopp", separate_head=heads == "sep")
     config.loss.update(ibot_weight=1.0, koleo_weight=0.1)
     config.optim.update(clip_grad=0.5, clip_per="part", layer_decay=0.9, patch_embed_lr=0.2)
-    config.optim.update(freeze_last_layer_steps=1, freeze_last_layer_by="lr")
+    config.optim.update(freeze_last_layer="1 step", freeze_last_layer_by="lr")
     steps = meta["steps"] if "steps" in meta else STEPS
     given = {name: jnp.asarray([step[name] for step in steps]) for name in ("lr", "wd", "momentum", "teacher_temp")}
     follow = lambda name: lambda step: given[name][step]  # noqa: E731

@@ -172,8 +172,8 @@ def test_masks_are_the_official_ones_after_the_same_seed(golden, name, ratios, s
 def test_the_patch_temperature_waits_for_the_masks():
     config = small()
     config.data.update(batch_size=4, num_examples=8)  # 2 steps an epoch
-    config.loss.update(warmup_teacher_patch_temp=0.04, teacher_patch_temp=0.07, warmup_teacher_temp_epochs=4)
-    config.mask.update(start_steps=None, start_epochs=3.0)
+    config.loss.update(warmup_teacher_patch_temp=0.04, teacher_patch_temp=0.07, teacher_temp_warmup="4 epochs")
+    config.mask.start = "3 epochs"
     method = mim_jax.make_method(config)
     expected = np.repeat(np.concatenate([np.full(3, 0.04), np.linspace(0.04, 0.07, 4), np.full(2, 0.07)]), 2)
     np.testing.assert_allclose([method.schedules["teacher_patch_temp"](step) for step in range(18)], expected, rtol=1e-6)
@@ -185,7 +185,7 @@ def small(**head):
     config.model.update(img_size=16, patch_size=4, dim=16, depth=2, heads=2)
     config.head.update({"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 8, "patch_out_dim": 0} | head)
     config.loss.update(shared_head_teacher=True, patch_weight=1.0)
-    config.mask.start_steps = 0
+    config.mask.start = "0 steps"
     config.crops.update(global_crops_size=16, local_crops_number=2, local_crops_size=8)
     return config
 
@@ -216,7 +216,7 @@ def test_parameter_groups(golden, shared, shared_teacher):
 def test_both_last_layers_wait():
     """The official code drops the gradient of whatever has "last_layer" in its name, so that of the patches' own layer too."""
     config = small(patch_out_dim=32)
-    config.optim.update(freeze_last_layer_steps=2, warmup_steps=0)
+    config.optim.update(freeze_last_layer="2 steps", warmup="0 steps")
     method = mim_jax.make_method(config)
     params = jax.jit(lambda: method.init(jax.random.key(0))[0])()
     tx = optim.make_optimizer(config, method.fixed)
@@ -233,10 +233,10 @@ def test_four_training_steps(golden, x64):
     arrays, _ = golden("ibot_train_steps")
     config = small(norm_last_layer=True)
     config.data.update(batch_size=4, num_examples=8)  # 2 steps an epoch
-    config.total_steps, config.total_epochs, config.model.dtype = None, 3.0, "float64"
-    config.loss.update(warmup_teacher_temp=0.04, teacher_temp=0.07, teacher_patch_temp=0.07, warmup_teacher_temp_epochs=2)
+    config.total, config.model.dtype = "3 epochs", "float64"
+    config.loss.update(warmup_teacher_temp=0.04, teacher_temp=0.07, teacher_patch_temp=0.07, teacher_temp_warmup="2 epochs")
     config.optim.update(lr=2e-3 * 256 / 4, min_lr=1e-6, weight_decay=0.04, weight_decay_end=0.4, clip_grad=0.5)
-    config.optim.update(warmup_steps=None, freeze_last_layer_steps=None, warmup_epochs=1.0, freeze_last_layer_epochs=1.0)
+    config.optim.update(warmup="1 epoch", freeze_last_layer="1 epoch")
     config.optim.momentum_teacher = 0.9
     config.mask.ratios = ((0.0, 0.0), (0.6, 0.3))  # room for the stored masks
 

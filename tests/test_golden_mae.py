@@ -263,7 +263,7 @@ def test_layer_decay_refuses_two_stacks_of_blocks():
 
 def test_layer_decay_scales_the_update(x64):
     config = mim_jax.load_config("configs/mae.py:demo")
-    config.optim.update(layer_decay=0.5, warmup_steps=0, schedule="dino", weight_decay=0.1, weight_decay_end=0.1)
+    config.optim.update(layer_decay=0.5, warmup="0 steps", schedule="dino", weight_decay=0.1, weight_decay_end=0.1)
     params = {
         "backbone": {"blocks": {"fc1": {"kernel": jnp.ones((3, 2, 2))}}, "cls_token": jnp.ones(2)},
         "head": {"kernel": jnp.ones(2)},
@@ -327,8 +327,8 @@ def test_four_training_steps(golden, x64):
     config = config_of(meta)
     o, s = meta["optimizer"], meta["schedule"]
     config.data.update(batch_size=4, num_examples=4 * s["iters_per_epoch"])
-    config.total_steps, config.total_epochs = None, float(s["epochs"])
-    config.optim.update(lr=s["lr"] * 256 / 4, min_lr=s["min_lr"], warmup_steps=None, warmup_epochs=float(s["warmup_epochs"]))
+    config.total = f"{s['epochs']} epochs"
+    config.optim.update(lr=s["lr"] * 256 / 4, min_lr=s["min_lr"], warmup=f"{s['warmup_epochs']} epochs")
     config.optim.update(weight_decay=o["weight_decay"], weight_decay_end=o["weight_decay"])
     assert (config.optim.beta1, config.optim.beta2) == tuple(o["betas"]) and config.optim.eps == o["eps"]
 

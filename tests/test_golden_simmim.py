@@ -98,7 +98,7 @@ def test_positions_instead_of_biases(pos):
     """Absolute positions: the official keys, and an update of those alone that are learned."""
     config = mim_jax.load_config("tests/tiny.py:simmim")
     config.model.update(pos=pos, layerscale=0.0)
-    config.optim.warmup_steps = 0
+    config.optim.warmup = "0 steps"
     method = mim_jax.make_method(config)
     params, _ = jax.jit(method.init)(jax.random.key(0))
     arrays = convert.to_torch(params, "simmim")
@@ -237,8 +237,8 @@ def test_bias_table_interpolation(golden, case):
 def schedule_config(kind):
     config = mim_jax.load_config("configs/simmim.py")
     config.data.update(batch_size=512, num_examples=512 * 5)
-    config.total_epochs = 10.0
-    config.optim.update(schedule=f"timm_{kind}", lr=8e-4, warmup_lr=1e-6, min_lr=1e-5, warmup_epochs=2.0, decay_epochs=(8.0,))
+    config.total = "10 epochs"
+    config.optim.update(schedule=f"timm_{kind}", lr=8e-4, warmup_lr=1e-6, min_lr=1e-5, warmup="2 epochs", decay_at=("8 epochs",))
     return config
 
 
@@ -306,10 +306,10 @@ def test_four_training_steps(golden, x64):
     o, s, batch = meta["optimizer"], meta["schedule"], meta["config"]["batch"]
     config = config_of(meta)
     config.data.update(batch_size=batch, num_examples=batch * s["iters_per_epoch"])
-    config.total_epochs = float(s["epochs"])
+    config.total = f"{s['epochs']} epochs"
     config.optim.update(schedule=f"timm_{s['name']}", lr=s["base_lr"], lr_batch_size=batch, min_lr=s["min_lr"])
-    config.optim.update(warmup_lr=s["warmup_lr"], warmup_epochs=float(s["warmup_epochs"]), decay_rate=s["gamma"])
-    config.optim.update(decay_epochs=tuple(map(float, s["multisteps"])), clip_grad=o["clip_grad_norm"])
+    config.optim.update(warmup_lr=s["warmup_lr"], warmup=f"{s['warmup_epochs']} epochs", decay_rate=s["gamma"])
+    config.optim.update(decay_at=tuple(f"{at} epochs" for at in s["multisteps"]), clip_grad=o["clip_grad_norm"])
     config.optim.update(weight_decay=o["weight_decay"], weight_decay_end=o["weight_decay"])
 
     def views(_, step):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mim_jax import dry_run, load_config, make_method, make_train_step, metrics, optim
+from mim_jax import dry_run, durations, load_config, make_method, make_train_step, metrics, optim
 from mim_jax.sharding import make_mesh
 from mim_jax.state import abstract_state
 from mim_jax.target import abstract_frozen
@@ -60,7 +60,7 @@ def test_overriding_the_batch_size_moves_steps_and_learning_rate():
     def recipe(batch_size):
         config = load_config(f"{ROOT}/configs/dino.py:vits16")
         config.data.batch_size = batch_size
-        total, warmup = optim.total_steps(config), optim.duration(config, config.optim, "warmup")
+        total, warmup = durations.total_steps(config), durations.steps(config, "optim.warmup")
         return config, total, warmup, float(optim.schedules(config)["lr"](warmup)), make_method(config).schedules
 
     config, total, warmup, peak, schedules = recipe(1024)

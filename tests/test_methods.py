@@ -59,9 +59,9 @@ class Case(NamedTuple):
 def case(request) -> Case:
     """Twenty steps on one batch of finished views, on a mesh of 2 x 4 devices."""
     config = mim_jax.load_config(f"tests/tiny.py:{request.param}")
-    config.data.num_examples, config.total_steps = 64, 2 * STEPS
+    config.data.num_examples, config.total = 64, f"{2 * STEPS} steps"
     config.data.batch_size = 32  # with fewer images than weights XLA sends the images around
-    config.optim.update(lr=1e-3, lr_batch_size=0, warmup_steps=0, freeze_last_layer_steps=0)
+    config.optim.update(lr=1e-3, lr_batch_size=0, warmup="0 steps", freeze_last_layer="0 steps")
     share, overrides = METHODS[request.param]
     config.update_from_flattened_dict(overrides)
     config.mesh.update(data=2, fsdp=4)

@@ -99,8 +99,8 @@ class Runs:
 
     def start(self, workdir: Path, *overrides: str, **kwargs) -> subprocess.Popen:
         command = [sys.executable, "-m", "mim_jax.main", f"--config={TINY}", f"--workdir={workdir}"]
-        command += [f"--config.data.dir={self.images}", f"--config.total_steps={STEPS}", "--config.crops.local_crops_number=0"]
-        command += ["--config.eval.every_steps=20", *overrides]
+        command += [f"--config.data.dir={self.images}", f"--config.total={STEPS} steps", "--config.crops.local_crops_number=0"]
+        command += ["--config.eval.every=20 steps", *overrides]
         return subprocess.Popen(command, cwd=ROOT, env=self.environment, stderr=subprocess.PIPE, text=True, **kwargs)
 
     def finish(self, run: subprocess.Popen) -> str:
@@ -240,9 +240,9 @@ def quick(images, patched) -> ml_collections.ConfigDict:
 def quick_config(images: Path) -> ml_collections.ConfigDict:
     config = load_config(TINY).unlock()
     config.data.dir = str(images)
-    config.total_steps = QUICK_STEPS
+    config.total = f"{QUICK_STEPS} steps"
     config.crops.local_crops_number = 0
-    config.eval.every_steps = 5
+    config.eval.every = "5 steps"
     return config
 
 
@@ -368,9 +368,9 @@ def test_keys_that_change_no_number_may_differ(quick, whole, images, tmp_path):
         interrupt(patch, "6", terminate)
         train.run(quick, tmp_path / "run")
     quick.data.dir = str(shutil.copytree(images, tmp_path / "elsewhere"))
-    quick.eval.every_steps = 4
-    quick.checkpoint.every_steps = 3
-    quick.log_every_steps = 2
+    quick.eval.every = "4 steps"
+    quick.checkpoint.every = "3 steps"
+    quick.log_every = "2 steps"
     quick.mesh.fsdp, quick.mesh.data = -1, 1
     train.run(quick, tmp_path / "run")
     assert_same_bits(saved_state(tmp_path / "run"), saved_state(whole))
@@ -529,8 +529,8 @@ def files_limited_to(size: int) -> Iterator[None]:
     ids=["checkpoint", "figures"],
 )
 def test_a_full_disk_is_named_and_harms_no_checkpoint(quick, whole, tmp_path, size, message):
-    quick.eval.every_steps = 100
-    quick.log_every_steps = 100 if size == 4000 else 1
+    quick.eval.every = "100 steps"
+    quick.log_every = "100 steps" if size == 4000 else "1 step"
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, "6", terminate)
         train.run(quick, tmp_path)
@@ -540,6 +540,6 @@ def test_a_full_disk_is_named_and_harms_no_checkpoint(quick, whole, tmp_path, si
     if size == 4000:
         assert f"The checkpoint of step {before['step']} is whole" in str(error.value)
     assert_same_bits(saved_state(tmp_path), before)
-    quick.log_every_steps = 1
+    quick.log_every = "1 step"
     train.run(quick, tmp_path)
     assert_same_bits(saved_state(tmp_path), saved_state(whole))

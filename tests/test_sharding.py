@@ -97,7 +97,7 @@ def tiny():
     config = mim_jax.load_config("tests/tiny.py")
     config.data.update(num_examples=96, batch_size=BATCH, canvas=24)
     config.head.norm_last_layer = True
-    config.optim.update(warmup_steps=0, freeze_last_layer_steps=0, clip_grad=0.0)
+    config.optim.update(warmup="0 steps", freeze_last_layer="0 steps", clip_grad=0.0)
     return config
 
 

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import mim_jax
-from mim_jax import TrainState, health
+from mim_jax import TrainState, durations, health
 from mim_jax.methods.base import make_views
 from mim_jax.methods.dino import Dino
 from mim_jax.models.vit import ViT, drop_path
@@ -145,10 +145,10 @@ def test_many_steps_are_one_trace(tiny, compilations):
     state, _ = mim_jax.init_state(tiny.method, tiny.config)
     state, _ = tiny.train_step(state, {}, views())
     before = len(tiny.traces), compilations()
-    for step in range(1, tiny.config.total_steps + 2):
+    for step in range(1, durations.total_steps(tiny.config) + 2):
         state, metrics = tiny.train_step(state, {}, views(step))
         assert (len(tiny.traces), compilations()) == before, f"step {step}"
-    assert int(metrics["step"]) == tiny.config.total_steps + 2
+    assert int(metrics["step"]) == durations.total_steps(tiny.config) + 2
 
 
 # Collapses
@@ -157,13 +157,13 @@ def test_many_steps_are_one_trace(tiny, compilations):
 def figures_after(steps, **loss):
     """The step's own figures after training on eight kinds of noisy images."""
     config = mim_jax.load_config("tests/tiny.py")
-    config.total_steps = steps
+    config.total = f"{steps} steps"
     config.data.update(num_examples=64, batch_size=32)
     config.model.update(dim=32, depth=1, patch_size=4, drop_path_rate=0.0, init_std=0.02)
     config.head.update(out_dim=64, hidden_dim=32, bottleneck_dim=16)
     config.crops.local_crops_number = 0
-    config.loss.update(dict(student_temp=0.1, teacher_temp=0.04, warmup_teacher_temp_epochs=0, center_momentum=0.9) | loss)
-    config.optim.update(lr=1e-3 * 256 / 32, warmup_steps=10, freeze_last_layer_steps=0, momentum_teacher=0.99)
+    config.loss.update(dict(student_temp=0.1, teacher_temp=0.04, teacher_temp_warmup="0 steps", center_momentum=0.9) | loss)
+    config.optim.update(lr=1e-3 * 256 / 32, warmup="10 steps", freeze_last_layer="0 steps", momentum_teacher=0.99)
     method = mim_jax.make_method(config)
     state, frozen = mim_jax.init_state(method, config)
     train_step = mim_jax.make_train_step(method, config)

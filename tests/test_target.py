@@ -20,7 +20,7 @@ def config(tmp_path):
     for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (40, 16, 16, 3), np.uint8)):
         Image.fromarray(image).save(tmp_path / f"images/{i}.png")
     config = mim_jax.load_config("tests/tiny.py:vqkd")
-    config.total_steps, config.data.dir, config.target.workdir = 2, str(tmp_path / "images"), str(tmp_path / "dino")
+    config.total, config.data.dir, config.target.workdir = "2 steps", str(tmp_path / "images"), str(tmp_path / "dino")
     return config
 
 

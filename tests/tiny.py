@@ -15,7 +15,7 @@ DINO = VIT | {
     "crops.local_crops_number": 1,
     "crops.local_crops_size": 8,
     "model.drop_path_rate": 0.1,
-    "optim.freeze_last_layer_steps": 1,
+    "optim.freeze_last_layer": "1 step",
 }
 BEIT = VIT | {
     "target.workdir": None,
@@ -41,7 +41,7 @@ DINOV2 = DINO | {
 # What of a demo is to be smaller.
 SMALLER = {
     "dino": DINO,
-    "ibot": DINO | {"model.patch_size": 4, "mask.start_steps": 0, "mask.ratios": ((0.0, 0.0), (0.4, 0.1))},
+    "ibot": DINO | {"model.patch_size": 4, "mask.start": "0 steps", "mask.ratios": ((0.0, 0.0), (0.4, 0.1))},
     "dinov2": DINOV2,
     "distillation": DINOV2
     | {"target.config": "tests/tiny.py:dinov2", "target.workdir": None, "model.dim": 8, "model.drop_path_rate": 0.0},
@@ -67,14 +67,14 @@ def get_config(variant: str = "dino") -> ml_collections.ConfigDict:
     method, _, kind = variant.partition("_")
     demo = f"demo_{kind}" if kind else "demo"
     config = load_config(f"{Path(__file__).parent.parent}/configs/{method}.py:{demo}").unlock()
-    config.total_steps = 6
+    config.total = "6 steps"
     config.data.update(name="folder", dir="", eval_split="train", batch_size=8, canvas=16)
     config.model.img_size = 16
     if "unroll" in config.model:
         config.model.unroll = 1
-    config.optim.warmup_steps = 2
-    config.eval.update(every_steps=3, bank=24, test=8, batch_size=8)
-    config.checkpoint.update(every_steps=2, keep=2)
-    config.log_every_steps = 1
+    config.optim.warmup = "2 steps"
+    config.eval.update(every="3 steps", bank=24, test=8, batch_size=8)
+    config.checkpoint.update(every="2 steps", keep=2)
+    config.log_every = "1 step"
     config.update_from_flattened_dict(SMALLER[variant])
     return config
