@@ -10,12 +10,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from mim_jax.target import abstract_frozen
 from PIL import Image
 
 from mim_jax import dry_run, durations, load_config, make_method, make_train_step, metrics, optim
 from mim_jax.sharding import make_mesh
 from mim_jax.state import abstract_state
-from mim_jax.target import abstract_frozen
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "tests/tiny.py")
