@@ -63,7 +63,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.optim.lr = 1.5e-3
     config.optim.min_lr = 1e-5
     config.optim.clip_grad = 3.0
-    config.optim.not_decayed = r"(bias|scale|gamma_\d|cls_token)$"
+    config.optim.no_decay = ("cls_token",)
 
     config.eval.tokens = "patch"
 

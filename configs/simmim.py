@@ -57,7 +57,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.optim.decay_at = ("700 epochs",)
     config.optim.decay_rate = 0.1
     config.optim.clip_grad = 5.0
-    config.optim.not_decayed = r"(bias|scale|gamma_\d|cls_token|pos_embed)$"
+    config.optim.no_decay = ("cls_token", "pos_embed")
 
     config.eval.tokens = "patch"
     config.eval.standardize = True
@@ -106,7 +106,7 @@ def demo_swin(config):
 def as_swin(config, **model):
     del config.model.depth, config.model.heads, config.model.pos, config.model.layerscale, config.model.init_std
     config.model.update(arch="swin", patch_size=4, **model)
-    config.optim.not_decayed = r"(bias|scale|mask_token)$"
+    config.optim.no_decay = ("mask_token",)
 
 
 VARIANTS = {

@@ -1,10 +1,13 @@
-"""Checkpoints with Orbax: written beside the training, whole or not at all, restored onto any number of devices.
+"""Checkpoints with Orbax: written while the training goes on, whole or not at all; restored onto any number of devices.
 
-A checkpoint holds the state and a record: the config, and where the data stream stands. Nothing else makes a run.
+A checkpoint holds the state and a record: step, config, number of bad images, versions, devices.
 """
 
 import contextlib
+import functools
+import importlib.metadata
 import json
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -15,47 +18,99 @@ import jax
 import ml_collections
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.experimental import multihost_utils
 
-from mim_jax.sharding import path_name
+import mim_jax
+from mim_jax import config as configs
+from mim_jax import durations
 
-# What may differ between a checkpoint and the run that goes on from it: it changes no number of the training.
-FREE = {"eval", "checkpoint", "mesh", "init_from", "resume", "log_every_steps", "max_skipped"}
-FREE |= {"data.dir", "data.workers", "data.eval_split", "model.unroll"}
+# Keys that may change when a run is continued: the numbers of the training do not depend on them (`total` is printed).
+MAY_CHANGE = re.compile(
+    r"(recipe|total|log_every|max_skipped|resume|init_from|init_parts|(.*\.)?model\.unroll|data\.(dir|workers|eval_split)"
+    r"|(eval|checkpoint|mesh)\..*|target\.(config|workdir|weights)"
+    # Of the frozen target, only what makes the network counts.
+    r"|target\.network\.(?!(method|model|\w*head|quantizer)\b|data\.(mean|std)$).*)"
+)
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+
+
+class SavedRun:
+    """The newest checkpoint of the run in a workdir, to read; nothing is changed there.
+
+    Raises FileNotFoundError when the workdir has no run or the run has no checkpoint.
+    """
+
+    def __init__(self, workdir: str | Path):
+        self.folder = absolute(workdir) / "checkpoints"
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"there is no run in {self.folder.parent}: it has no folder checkpoints")
+        if not saved_steps(self.folder):
+            raise FileNotFoundError(f"there is no checkpoint in {self.folder}")
+        self.step = saved_steps(self.folder)[0]
+        self.path = self.folder / str(self.step)
+
+    @functools.cached_property
+    def record(self) -> dict[str, Any]:
+        """step, config, bad_images, versions, devices."""
+        with self._named_errors():
+            return read_record(self.path)
+
+    def shapes(self) -> dict[str, dict[str, Any]]:
+        """{"params", "teacher" or "extra": {part: tree of jax.ShapeDtypeStruct}}"""
+        with self._named_errors():
+            tree = ocp.PyTreeCheckpointer().metadata(self.path / "state").item_metadata.tree
+        sections = {name: tree[name] for name in ("params", "teacher", "extra")}
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), sections)
+
+    def read(self, abstract: Any) -> Any:
+        """A part of the tree of `shapes`, with the dtypes and shardings of `abstract` (without sharding: NumPy arrays)."""
+        with self._named_errors():
+            return read_arrays(self.path, abstract, partial=True)
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever Orbax and TensorStore make of broken files
+            raise OSError(f"the checkpoint of step {self.step} in {self.folder} cannot be read: {error}") from error
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `workdir/checkpoints`.
+    """The checkpoints that a run writes to `workdir/checkpoints`. A context manager.
 
-    Raises:
-      FileNotFoundError: where checkpoints of another run are to be read, and there are none.
-      OSError: naming the folder, where it cannot be written or has no room for another checkpoint, or where no
-        checkpoint in it can be read.
-      ValueError: where a checkpoint is of another configuration; names the keys that differ.
+    Raises OSError, naming the folder, when it cannot be written or has no room for another checkpoint.
     """
 
-    def __init__(self, workdir: str | Path, config: ml_collections.ConfigDict, own: bool = True):
-        """`own`: to be written, too. Nothing is changed in another run's workdir."""
-        self.folder = Path(workdir).absolute() / "checkpoints"
-        self.config = config
-        if not own and not self.folder.is_dir():
-            raise FileNotFoundError(f"there is no run in {workdir}: it has no folder {self.folder}")
-        keep = config.checkpoint.keep if own else None
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=own, create=False)
+    def __init__(self, workdir: str | Path, config: ml_collections.ConfigDict):
+        self.folder, self.config = absolute(workdir) / "checkpoints", config
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.checkpoint.keep, cleanup_tmp_directories=True, create=False)
         try:
-            if own:
-                self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "record"))
         except OSError as error:
             raise OSError(error.errno, f"cannot keep checkpoints: {error.strerror}", str(self.folder)) from error
-        if not own and self.latest() is None:
-            raise FileNotFoundError(f"there is no checkpoint in {self.folder}")
 
-    def latest(self) -> int | None:
-        return self.manager.latest_step()
+    def __enter__(self) -> "Checkpoints":
+        return self
 
-    def save(self, step: int, state: Any, **record: Any) -> None:
-        """Begins to write `state` and returns; the copy is safe from later steps. An earlier failure is raised here."""
-        if step == self.latest():
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(Exception):  # after `wait` nothing can fail; without it, an earlier error is on its way
+            self.manager.close()
+
+    def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
+        """(state, record) of the newest checkpoint that can be read, see `restore`. Later ones are set aside: they are
+        renamed, and the run will save these steps again."""
+        state, record = restore(self.folder, abstract, self.config)
+        for later in saved_steps(self.folder):
+            if later > record["step"] and jax.process_index() == 0:
+                (self.folder / str(later)).rename(self.folder / f"unreadable_{later}")
+        multihost_utils.sync_global_devices("set aside")
+        self.manager.reload()
+        return state, record
+
+    def save(self, step: int, state: Any, bad_images: int = 0) -> None:
+        """Begins to write and returns; later steps do not change what is written. Raises the error of an earlier save."""
+        if step == self.manager.latest_step():
             return
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         free = shutil.disk_usage(self.folder).free
@@ -64,122 +119,138 @@ class Checkpoints:
                 f"no room for a checkpoint in {self.folder}: {free / 2**20:,.0f} MiB are free and "
                 f"{1.2 * needed / 2**20:,.0f} are needed. {self.kept()}"
             )
-        record |= {"step": step, "config": json.loads(self.config.to_json_best_effort())}
+        record = {"step": step, "config": as_dict(self.config), "bad_images": bad_images}
+        record |= {"versions": versions(), "devices": devices()}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
-        with self.named_errors():
+        with self._named_errors():
             self.manager.save(step, args=args, force=True)
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk; raises what went wrong meanwhile."""
-        with self.named_errors():
+        """Returns when everything is on disk; raises what went wrong."""
+        with self._named_errors():
             self.manager.wait_until_finished()
-
-    def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
-        """(state, record) of the latest checkpoint that can be read; one that a crash of the machine has torn cannot.
-
-        `abstract` has the shapes and the shardings that are wanted.
-        """
-        errors = {}
-        for step in sorted(self.manager.all_steps(), reverse=True):
-            try:
-                record = self.manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
-                differing = differences(record["config"], json.loads(self.config.to_json_best_effort()))
-                if not differing:
-                    args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                    return self.manager.restore(step, args=args).state, record
-            except Exception as error:  # whatever Orbax and TensorStore make of broken files
-                logging.warning("The checkpoint of step %d in %s cannot be read: %s", step, self.folder, error)
-                errors[step] = error
-                continue
-            raise ValueError(
-                f"the checkpoint of step {step} in {self.folder} is of another configuration. Then and now:\n  "
-                + "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differing)
-                + "\nGive another workdir, or start a new run from these parameters with --config.init_from."
-            )
-        raise OSError(f"no checkpoint in {self.folder} can be read: {errors}")
-
-    def set_aside_after(self, step: int) -> None:
-        """Renames the checkpoints of later steps, those that could not be read: the run will save these steps again."""
-        for later in self.manager.all_steps():
-            if later > step and jax.process_index() == 0:
-                (self.folder / str(later)).rename(self.folder / f"unreadable_{later}")
-        self.manager.reload()
-
-    def restore_parts(self, abstract: dict[str, dict[str, Any]], loose: str = "(?!)") -> Any:
-        """Parts of the state alone, `{"params": {part: ...}}` or others, whatever else the configuration was. Arrays whose
-        paths match the regex `loose` come in the shapes that they have there, whole on each device.
-
-        Raises ValueError naming the other arrays of these parts that are missing, unexpected or of another shape.
-        """
-        path = self.folder / str(self.latest()) / "state"
-        checkpointer = ocp.PyTreeCheckpointer()
-        saved = checkpointer.metadata(path).item_metadata.tree
-        saved = {section: {part: saved[section].get(part, {}) for part in parts} for section, parts in abstract.items()}
-
-        there = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(saved)}
-
-        def as_saved(path: Any, here: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            shape = there.get(path_name(path), here.shape)
-            if shape == here.shape or not re.search(loose, path_name(path)):
-                return here
-            whole = here.sharding and jax.sharding.NamedSharding(here.sharding.mesh, jax.sharding.PartitionSpec())
-            return jax.ShapeDtypeStruct(shape, here.dtype, sharding=whole)
-
-        abstract = jax.tree.map_with_path(as_saved, abstract)
-        check_shapes(saved, abstract, f"the parameters in {self.folder}")
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(abstract, restore_args, partial_restore=True)
-        return checkpointer.restore(path, args=args)
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether any process of the run was told to stop; all must ask at the same steps."""
+        """Whether any process of the run got SIGTERM; all processes must ask at the same steps."""
         return self.manager.reached_preemption(step)
 
-    def close(self) -> None:
-        """After `wait` there is nothing left to fail; without it, something else has, which is to be told."""
-        with contextlib.suppress(Exception):
-            self.manager.close()
-
     def kept(self) -> str:
-        """A sentence for error messages: what is safe."""
-        with contextlib.suppress(Exception):  # of a save under way: the error that is told now is another
+        """A sentence for error messages: which checkpoint is safe."""
+        with contextlib.suppress(Exception):  # of a save that is under way: another error is reported now
             self.manager.wait_until_finished()
-        self.manager.reload()
-        step = self.latest()
-        return "No checkpoint was written yet." if step is None else f"The checkpoint of step {step} is whole."
+        steps = saved_steps(self.folder)
+        return f"The checkpoint of step {steps[0]} is whole." if steps else "No checkpoint was written yet."
 
     @contextlib.contextmanager
-    def named_errors(self) -> Iterator[None]:
-        """Whatever Orbax and TensorStore throw when a file cannot be written becomes one OSError that says what to do."""
+    def _named_errors(self) -> Iterator[None]:
+        """Turns whatever Orbax and TensorStore raise when a file cannot be written into one OSError."""
         try:
             yield
         except Exception as error:
             raise OSError(f"writing a checkpoint to {self.folder} failed: {error}. {self.kept()}") from error
 
 
-def check_shapes(given: Any, wanted: Any, what: str) -> None:
-    """Raises ValueError naming the arrays of two trees that are not in both, or not of one shape."""
-    have, want = (
-        {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (given, wanted)
-    )
-    wrong = sorted(path for path in have.keys() | want.keys() if have.get(path) != want.get(path))
-    if wrong:
-        raise ValueError(
-            f"{what} are of another model. There and here:\n  "
-            + "\n  ".join(f"{path}: {have.get(path, 'missing')} -> {want.get(path, 'missing')}" for path in wrong)
-        )
+def restore(folder: Path, abstract: Any, config: ml_collections.ConfigDict) -> tuple[Any, dict[str, Any]]:
+    """(state, record) of the newest checkpoint in `folder` that can be read (a crash of the machine can tear one), with the
+    shapes and shardings of `abstract`.
 
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """(key, old, new) of the entries that make it another run."""
-    out = []
-    for key in sorted(old.keys() | new.keys()):
-        name, a, b = prefix + key, old.get(key), new.get(key)
-        if name in FREE:
+    Raises ValueError, naming the keys, for a checkpoint of another configuration, and OSError when none can be read.
+    """
+    errors = {}
+    for step in saved_steps(folder):
+        try:
+            record = read_record(folder / str(step))
+            problem = mismatch(record, config)
+            if not problem:
+                return read_arrays(folder / str(step), abstract), record
+        except Exception as error:  # whatever Orbax and TensorStore make of broken files
+            logging.warning("The checkpoint of step %d in %s cannot be read: %s", step, folder, error)
+            errors[step] = error
             continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            out += differences(a, b, f"{name}.")
-        elif a != b:
-            out.append((name, a, b))
+        raise ValueError(f"the checkpoint of step {step} in {folder} {problem}")
+    raise OSError(f"no checkpoint in {folder} can be read: {errors}")
+
+
+def mismatch(record: dict[str, Any], config: ml_collections.ConfigDict) -> str:
+    """Why the run of `config` cannot continue the checkpoint of `record`; "" when it can."""
+    if "versions" not in record:
+        return "is from a version of mim_jax before 0.2: finish that run with that version, or give another workdir"
+    if differing := differences(record["config"], as_dict(config)):
+        lines = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in differing)
+        advice = "Give another workdir, or start a new run from these parameters with --config.init_from."
+        return f"is of another configuration. Then and now:\n{lines}\n{advice}"
+    if record["step"] > durations.total_steps(config):
+        return f"is past the end of this run: total is {config.total}"
+    return ""
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, old value, new value) where two configs, as JSON, describe different trainings.
+
+    A key that `old` lacks, because a newer version added it, has its default there: that of the skeleton of all configs, or
+    else that of the recipe `new["recipe"]`.
+    """
+    recipe = new.get("recipe")
+    old, new = flatten(old), flatten(new)
+    if new.keys() - old.keys():
+        defaults = flatten(as_dict(configs.skeleton()))
+        with contextlib.suppress(OSError, ValueError):  # the file may have gone
+            defaults = flatten(as_dict(configs.load_config(recipe or ""))) | defaults
+        old = {key: defaults[key] for key in new if key in defaults} | old
+    return [
+        (key, old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not MAY_CHANGE.fullmatch(key)
+    ]
+
+
+def changes(record: dict[str, Any], config: ml_collections.ConfigDict) -> list[str]:
+    """What a run that continues the checkpoint of `record` prints: a changed total, and changed versions or devices."""
+    lines, then = [], record["config"]["total"]
+    if then != config.total:
+        lines.append(f"total: {then} -> {config.total}: schedules now end at step {durations.total_steps(config):,}")
+    old, new = ({"devices": r["devices"], **r["versions"]} for r in (record, {"devices": devices(), "versions": versions()}))
+    changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+    return lines + ([f"changed since the checkpoint: {', '.join(changed)}"] if changed else [])
+
+
+def versions() -> dict[str, str]:
+    libraries = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return {"mim_jax": mim_jax.__version__, **libraries, "Python": platform.python_version()}
+
+
+def devices() -> str:
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
+def absolute(path: str | Path) -> Path:
+    return Path(path).expanduser().absolute()
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps of the finished checkpoints in a folder, newest first. Orbax renames a checkpoint to its step at the end."""
+    return sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    return json.loads((path / "record/metadata").read_text())
+
+
+def read_arrays(path: Path, abstract: Any, partial: bool = False) -> Any:
+    """The state of the checkpoint in the folder `path`, or a part of it, with the dtypes and shardings of `abstract`."""
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    args = ocp.args.PyTreeRestore(abstract, restore_args, partial_restore=partial)
+    return ocp.PyTreeCheckpointer().restore(path / "state", args=args)
+
+
+def as_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """As JSON has it: tuples are lists."""
+    return json.loads(config.to_json_best_effort())
+
+
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value}"""
+    out = {}
+    for name, value in config.items():
+        out |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return out

@@ -230,7 +230,7 @@ def skeleton() -> ml_collections.ConfigDict:
     config.optim.warmup = "10 epochs"
     config.optim.weight_decay = 0.05
     config.optim.weight_decay_end = 0.05
-    config.optim.not_decayed = r"(bias|scale|gamma_\d)$"  # a regex over parameter paths
+    config.optim.no_decay = ()  # names of parameters without weight decay; vectors (biases, scales) never have it
     config.optim.beta1 = 0.9
     config.optim.beta2 = 0.999
     config.optim.eps = 1e-8

@@ -10,23 +10,26 @@ import numpy as np
 from clu import parameter_overview
 
 from mim_jax import sharding
+from mim_jax.config import resolve_target
+from mim_jax.durations import steps_per_epoch, total_steps
+from mim_jax.learned import abstract_target
 from mim_jax.methods.base import make_method
-from mim_jax.optim import steps_per_epoch, total_steps
 from mim_jax.state import abstract_state
 from mim_jax.step import make_train_step
-from mim_jax.target import abstract_frozen
 
 
 def plan(config: ml_collections.ConfigDict) -> str:
-    """Compiles the real train step for the devices that there are and tells what it will need.
+    """Compiles the real train step for the available devices and says what it will need.
 
     Simulated devices are enough: with `JAX_NUM_CPU_DEVICES=8` a laptop plans for eight.
     """
+    resolve_target(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     with jax.set_mesh(mesh):
         method = make_method(config)
         state = abstract_state(method, config)
-        args = state, abstract_frozen(method), abstract_batch(method, config)
+        target = abstract_target(method, config)
+        args = state, target, abstract_batch(method, config)
         memory: Any = make_train_step(method, config).lower(*args).compile().memory_analysis()
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak += memory.temp_size_in_bytes
@@ -35,6 +38,7 @@ def plan(config: ml_collections.ConfigDict) -> str:
             [
                 parameter_overview.get_parameter_overview(state.params, include_stats=False),
                 sharding.table(state, config.mesh.rules, mesh),
+                *([f"frozen target\n{sharding.table(target, config.mesh.rules, mesh)}"] if target else []),
                 "",
                 f"{mesh.size} x {mesh.devices.flat[0].device_kind}, global batch {config.data.batch_size}, {total:,} steps "
                 f"({total / steps_per_epoch(config):,.1f} epochs)",
@@ -42,6 +46,7 @@ def plan(config: ml_collections.ConfigDict) -> str:
                 f"  parameters      {device_bytes(state.params) / 2**20:>10,.1f} MiB",
                 f"  teacher         {device_bytes(state.teacher) / 2**20:>10,.1f} MiB",
                 f"  optimizer       {device_bytes(state.opt_state) / 2**20:>10,.1f} MiB",
+                *([f"  frozen target   {device_bytes(target) / 2**20:>10,.1f} MiB"] if target else []),
                 f"  peak            {peak / 2**20:>10,.1f} MiB   (as compiled for this machine)",
                 f"  state donated   {memory.alias_size_in_bytes / 2**20:>10,.1f} MiB of {device_bytes(state) / 2**20:,.1f}",
                 f"FLOPs per step: {flops:.3e} in all, {flops / mesh.size:.3e} per device, "
@@ -52,14 +57,10 @@ def plan(config: ml_collections.ConfigDict) -> str:
 
 def abstract_batch(method: Any, config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of what the pipeline yields, over the batch axes of the mesh if there is one."""
-    b, canvas = config.data.batch_size, config.data.canvas
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": ((b, canvas, canvas, 3), np.uint8), "size": ((b, 2), np.int32)}
-    shapes |= {"label": ((b,), np.int32), "index": ((b,), np.int32)}
-    if method.mask and method.mask.on_host:
-        shapes["mask"] = ((b, len(method.crops[0].policies), method.mask.grid**2), np.bool_)
     mesh = sharding.current_mesh()
-    placed = None if mesh is None else jax.sharding.NamedSharding(mesh, sharding.BATCH)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=placed) for name, (shape, dtype) in shapes.items()}
+    place = None if mesh is None else jax.sharding.NamedSharding(mesh, sharding.BATCH)
+    shapes = method.views.batch_shapes(config.data.batch_size, config.data.canvas)
+    return {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for name, s in shapes.items()}
 
 
 def step_flops(config: ml_collections.ConfigDict, make: Callable[[ml_collections.ConfigDict], Any] = make_method) -> float:
@@ -71,7 +72,7 @@ def step_flops(config: ml_collections.ConfigDict, make: Callable[[ml_collections
     if "unroll" in config.model:
         config.model.unroll = 1000
     method = make(config)
-    args = abstract_state(method, config), abstract_frozen(method), abstract_batch(method, config)
+    args = abstract_state(method, config), abstract_target(method, config), abstract_batch(method, config)
     lowered = make_train_step(method, config).lower(*args)
     cost: Any = lowered.cost_analysis()
     return cost["flops"]

@@ -12,55 +12,54 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mim_jax import metrics
+from mim_jax import journal
 from mim_jax.health import Verdict
 
 FILE = "report.html"
-POINTS = 300  # of a curve; what is more is averaged
+POINTS = 300  # of a curve at most; longer curves are averaged
 
+# picture -> (heading, caption), in the order of the page
 CAPTIONS: Mapping[str, tuple[str, str]] = {
-    "crops": (
-        "What the model sees",
-        "Images as the host decoded them, and all the crops that the device made of them, at their relative sizes.",
-    ),
+    "crops": ("Crops", "Images as decoded, and all crops that the model is trained on, at their relative sizes."),
     "reconstruction": (
-        "What it paints",
-        "Held-out images, what the mask leaves of them, and what the model makes of that: its hidden patches painted in, and "
-        "all that it predicts, the patches it has seen too (no loss asks for those). Where targets are normalised, brightness "
-        "and contrast are the image's own.",
+        "Reconstruction",
+        "Held-out images, what the mask leaves of them, and what the model predicts: in the masked patches alone, and in all "
+        "patches (the loss does not ask for the visible ones). Where targets are normalised, brightness and contrast are "
+        "taken from the image.",
     ),
     "attention": (
-        "Where the heads look",
-        "Attention of the last block's CLS token over the patches, one column for each head: the heat, and below it the "
-        "patches that together hold most of the attention.",
+        "Attention",
+        "Attention of the last block's CLS token to the patches, one column for each head. Below it, the patches that "
+        "together hold most of the attention.",
     ),
-    "tokens": (
-        "Which tokens it uses",
-        "How often each code of the vocabulary stands for a place of the held-out images. Few in use: a small vocabulary.",
-    ),
+    "tokens": ("Use of the codes", "How often the tokenizer uses each code for the held-out images."),
     "features": (
-        "Which patches are alike",
-        "Held-out images and the first three principal components of their patch features as red, green and blue, on axes that "
-        "all images share.",
+        "Patch features",
+        "Held-out images and the first three principal components of their patch features as red, green and blue. The axes "
+        "are the same for all images.",
     ),
     "correspondences": (
-        "The same patch in two views",
-        "Two views of held-out images, and lines between the patches that are most alike by cosine, each the other's nearest.",
+        "Correspondences",
+        "Two views of held-out images. Lines join the most similar patches (by cosine) that are each other's nearest.",
     ),
     "neighbors": (
-        "What the features call alike",
-        "Held-out images and the bank images nearest to them by cosine. Green: the same class, red: another.",
+        "Nearest neighbors",
+        "Held-out images and their nearest images in the bank, by cosine. Green: the same class, red: another.",
     ),
 }
 
-FLOORS: Mapping[str, str] = {"_floor_whitened": "whitened pixels", "_floor_pixels": "pixels", "_floor_untrained": "untrained"}
+BASELINES: Mapping[str, str] = {
+    "_baseline_whitened": "whitened pixels",
+    "_baseline_pixels": "pixels",
+    "_baseline_untrained": "untrained",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Curves over the step: `series` are tag -> name, `zero` says whether the axis starts there whatever the values.
+    """Curves over the steps. `series`: tag -> name. `zero`: the axis starts at zero, whatever the values.
 
-    Floors of a tag are drawn with it where they were measured; the untrained one is the curve's first point.
+    The baselines of a tag are drawn as horizontal lines; the untrained encoder's is the curve's first point, too.
     """
 
     title: str
@@ -88,22 +87,22 @@ CHARTS = (
         {"health/teacher_entropy": "teacher entropy", "health/student_entropy": "student entropy"},
     ),
     Chart(
-        "What votes tell",
-        "Nats that a teacher's vote tells about its image, and what the student has not matched yet. A collapse drives both "
-        "to zero.",
+        "Information of the votes",
+        "How much a teacher's vote says about its image, and how far the student is from the teacher, in nats. A collapse "
+        "drives both to zero.",
         {"health/vote_information": "information", "health/kl": "KL(teacher ‖ student)"},
         zero=True,
     ),
     Chart(
         "Prototypes in use",
-        "Share of all prototypes, counted by the entropy of the mean vote.",
+        "Share of all prototypes: exp of the entropy of the mean vote, over their number.",
         {"health/prototype_usage": "share"},
         zero=True,
     ),
-    Chart("Feature rank", "Number of directions that the features fill (RankMe).", {"health/rank": "rank"}, zero=True),
+    Chart("Feature rank", "Effective number of dimensions of the features (RankMe).", {"health/rank": "rank"}, zero=True),
     Chart(
         "Feature spread",
-        "Std of the features' directions over images: 1 all over the sphere, 0 all the same.",
+        "Std of the normalised features over images: 1 when spread over the whole sphere, 0 when all are equal.",
         {"health/feature_std": "std"},
         zero=True,
     ),
@@ -124,9 +123,8 @@ def write_report(
     config: str,
     verdict: Verdict,
     facts: Mapping[str, str],
-    notes: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes `workdir/report.html` from the run's figures and pictures so far; a reader never meets half a file.
+    """Writes `workdir/report.html` from the run's figures and pictures so far, whole or not at all.
 
     Args:
         workdir: holds `metrics.jsonl` and `pictures/*.png`.
@@ -134,7 +132,6 @@ def write_report(
         config: as text, shown as it is.
         verdict: of `health.verdict`.
         facts: what else to know, name -> text: data, steps, device, versions.
-        notes: more to say about charts and scores, by the title of the chart (bank and test size, say).
 
     Returns:
         The path of the report.
@@ -143,14 +140,13 @@ def write_report(
         OSError: naming the path, when it cannot be written.
     """
     workdir = Path(workdir)
-    history = metrics.read(workdir)
-    latest = metrics.latest(workdir)
-    notes = notes or {}
-    scores = "".join(_score(chart, latest, notes.get(chart.title, "")) for chart in SCORES)
-    charts = "".join(_chart(chart, history, latest, notes.get(chart.title, "")) for chart in CHARTS)
+    history = journal.read(workdir)
+    latest = {tag: value for row in history for tag, value in row.items()}
+    scores = "".join(_score(chart, latest) for chart in SCORES)
+    charts = "".join(_chart(chart, history, latest) for chart in CHARTS)
     drawn = {tag for chart in CHARTS for tag in chart.series} | {"step"}
-    others = sorted(tag for tag in latest if tag not in drawn and "_floor_" not in tag)
-    more = "".join(_chart(Chart(tag, "", {tag: tag}), history, latest, "") for tag in others)
+    others = sorted(tag for tag in latest if tag not in drawn and "_baseline_" not in tag)
+    more = "".join(_chart(Chart(tag, "", {tag: tag}), history, latest) for tag in others)
     pictures = "".join(_picture(path) for path in _in_order(workdir / "pictures"))
     page = PAGE.format(
         title=escape(title),
@@ -169,12 +165,8 @@ def write_report(
         config=escape(config),
     )
     path = workdir / FILE
-    draft = path.with_suffix(".tmp")
-    try:
-        draft.write_text(page, encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write the report: {error.strerror}", str(path)) from error
+    with journal.named_errors(path):
+        journal.write_whole(path, page.encode())
     return path
 
 
@@ -203,60 +195,59 @@ def thin(points: Sequence[tuple[float, float]], count: int = POINTS) -> list[tup
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
-def _floors(tags: Sequence[str], latest: Mapping[str, Any]) -> dict[str, float]:
-    found = {name: latest.get(tag + suffix) for tag in tags for suffix, name in FLOORS.items()}
+def _baselines(tags: Sequence[str], latest: Mapping[str, Any]) -> dict[str, float]:
+    found = {name: latest.get(tag + suffix) for tag in tags for suffix, name in BASELINES.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _score(chart: Chart, latest: Mapping[str, Any], note: str) -> str:
+def _score(chart: Chart, latest: Mapping[str, Any]) -> str:
     (tag,) = chart.series
     value = latest.get(tag)
     if value is None:
         return ""
-    floors = _floors([tag], latest)
-    full = max(value, *floors.values(), 0.01) * 1.1 if floors else 1.0
-    marks = "".join(f'<i style="left:{floor / full:.2%}"></i>' for floor in floors.values())
+    baselines = _baselines([tag], latest)
+    full = max(value, *baselines.values(), 0.01) * 1.1 if baselines else 1.0
+    marks = "".join(f'<i style="left:{baseline / full:.2%}"></i>' for baseline in baselines.values())
     beside = "".join(
-        f'<li class="{"above" if value > floor else "below"}"><b>{floor:.3f}</b> {escape(name)}</li>'
-        for name, floor in floors.items()
+        f'<li class="{"above" if value > baseline else "below"}"><b>{baseline:.3f}</b> {escape(name)}</li>'
+        for name, baseline in baselines.items()
     )
     return (
         f'<div class="score"><h3>{escape(chart.title)}</h3><p class="value">{value:.3f}</p>'
         f'<div class="bar"><span style="width:{value / full:.2%}"></span>{marks}</div>'
-        f"<ul>{beside}</ul>{f'<p>{escape(note)}</p>' if note else ''}</div>"
+        f"<ul>{beside}</ul></div>"
     )
 
 
-def _chart(chart: Chart, history: Sequence[Mapping[str, Any]], latest: Mapping[str, Any], note: str) -> str:
+def _chart(chart: Chart, history: Sequence[Mapping[str, Any]], latest: Mapping[str, Any]) -> str:
     curves = {}
     for tag, name in chart.series.items():
         points = [(row["step"], row[tag]) for row in history if row.get(tag) is not None]
-        untrained = latest.get(f"{tag}_floor_untrained")
+        untrained = latest.get(f"{tag}_baseline_untrained")
         curves[name] = thin(([(0, untrained)] if points and untrained is not None else []) + points)
     curves = {name: points for name, points in curves.items() if points}
     if not curves:
         return ""
-    floors = _floors(list(chart.series), latest)
+    baselines = _baselines(list(chart.series), latest)
     legend = "".join(
         f'<li><svg width="18" height="8"><line class="c{i}" x2="18" y1="4" y2="4"/></svg>{escape(name)}'
         f" <b>{number(points[-1][1])}</b></li>"
         for i, (name, points) in enumerate(curves.items())
     ) + "".join(
-        f'<li><svg width="18" height="8"><line class="floor f{i}" x2="18" y1="4" y2="4"/></svg>{escape(name)}'
+        f'<li><svg width="18" height="8"><line class="baseline f{i}" x2="18" y1="4" y2="4"/></svg>{escape(name)}'
         f" <b>{number(value)}</b></li>"
-        for i, (name, value) in enumerate(floors.items())
+        for i, (name, value) in enumerate(baselines.items())
     )
-    caption = " ".join(text for text in (chart.caption, note) if text)
     return (
         f'<figure class="chart"><h3>{escape(chart.title)}</h3><ul class="legend">{legend}</ul>'
-        f"{_plot(chart, list(curves.values()), list(floors.values()), last_step=max(latest['step'], 1))}"
-        f"{f'<figcaption>{escape(caption)}</figcaption>' if caption else ''}</figure>"
+        f"{_plot(chart, list(curves.values()), list(baselines.values()), last_step=max(latest['step'], 1))}"
+        f"{f'<figcaption>{escape(chart.caption)}</figcaption>' if chart.caption else ''}</figure>"
     )
 
 
-def _plot(chart: Chart, curves: Sequence[Sequence[tuple[float, float]]], floors: Sequence[float], last_step: int) -> str:
+def _plot(chart: Chart, curves: Sequence[Sequence[tuple[float, float]]], baselines: Sequence[float], last_step: int) -> str:
     width, height, left, right, top, bottom = 520, 230, 52, 14, 8, 26
-    ys = [y for curve in curves for _, y in curve] + list(floors)
+    ys = [y for curve in curves for _, y in curve] + list(baselines)
     spread = max(ys) - min(ys) or abs(ys[0]) or 1.0
     y_low, y_high = min(ys) - 0.08 * spread, max(ys) + 0.08 * spread
     if min(ys) >= 0 and (chart.zero or min(ys) < 0.5 * spread):  # where zero is near, it belongs in the picture
@@ -274,9 +265,9 @@ def _plot(chart: Chart, curves: Sequence[Sequence[tuple[float, float]]], floors:
     for value, written in ticks(0, last_step):
         x, _ = place(value, y_low)
         parts.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{written}</text>')
-    for i, floor in enumerate(floors):
-        _, y = place(0, floor)
-        parts.append(f'<line class="floor f{i}" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+    for i, baseline in enumerate(baselines):
+        _, y = place(0, baseline)
+        parts.append(f'<line class="baseline f{i}" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
     for i, curve in enumerate(curves):
         placed = [place(x, y) for x, y in curve]
         parts.append(f'<polyline class="c{i}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in placed)}"/>')
@@ -337,7 +328,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; font-weight: 650; letter-sp
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .8rem; font-weight: 620; }
 small { font-size: .85rem; font-weight: 400; color: var(--faint); margin-left: .4rem; }
 h3 { font-size: .95rem; margin: 0; font-weight: 600; }
-.step, figcaption, .score p:last-child, dt, .legend { color: var(--faint); }
+.step, figcaption, dt, .legend { color: var(--faint); }
 .step { margin: 0; }
 .verdict { display: flex; gap: .9rem; align-items: baseline; margin: 1.2rem 0; padding: .8rem 1.1rem; background: var(--card);
   border: 1px solid var(--line); border-left: 4px solid var(--mood); border-radius: 8px; }
@@ -352,7 +343,6 @@ h3 { font-size: .95rem; margin: 0; font-weight: 600; }
 .score ul, .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
 .score ul { margin: .65rem 0 0; font-size: .85rem; }
 .score li::before { content: "above "; color: var(--good); } .score li.below::before { content: "below "; color: var(--bad); }
-.score p:last-child { margin: .5rem 0 0; font-size: .82rem; }
 .bar { position: relative; height: 8px; border-radius: 4px; background: var(--line); }
 .bar span { display: block; height: 100%; border-radius: 4px; background: var(--c0); }
 .bar i { position: absolute; top: -4px; bottom: -4px; width: 2px; margin-left: -1px; background: var(--ink); opacity: .65; }
@@ -368,7 +358,7 @@ polyline { fill: none; stroke-linejoin: round; stroke-linecap: round; }
 .c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); }
 .c0, .c1, .c2 { stroke: var(--c); stroke-width: 2; }
 circle { fill: var(--c); stroke: none !important; }
-.floor { stroke: var(--faint); stroke-width: 1.5; stroke-dasharray: 7 4; }
+.baseline { stroke: var(--faint); stroke-width: 1.5; stroke-dasharray: 7 4; }
 .f1 { stroke-dasharray: 2 3; } .f2 { stroke-dasharray: 9 3 2 3; }
 figcaption { font-size: .82rem; margin-top: .5rem; max-width: 75ch; }
 .picture { padding: 1rem 1.1rem; margin-bottom: 1rem; }

@@ -49,8 +49,8 @@ def pin_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
-def everywhere(tree: Any) -> Any:
-    """Arrays of a jitted function, whole on every process; without a mesh, the tree itself."""
+def replicate(tree: Any) -> Any:
+    """Inside a jitted function: arrays whole on every device; without a mesh, the tree itself."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, P())
@@ -61,17 +61,12 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def tree_paths(tree: Any) -> Any:
-    """The tree with every leaf replaced by its slash-joined path."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
-
-
-def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
+def shardings(tree: Any, rules: Rules, mesh: Mesh, every_rule: bool = True) -> Any:
     """A NamedSharding for every leaf of `tree` (arrays or shapes), by the first rule whose regex is found in its path.
 
     Rules: `(regex, spec)`, a spec naming a mesh axis or None for each array axis. No rule: replicated. An axis that its
-    mesh axes do not divide is replicated instead (`table` marks it). Raises ValueError for a rule that matches no leaf
-    or is longer than the array that it matches.
+    mesh axes do not divide is replicated instead (`table` marks it). Raises ValueError for a rule that is longer than the
+    array that it matches and, with `every_rule`, for one that matches no leaf.
     """
     unused = {pattern for pattern, _ in rules}
 
@@ -86,17 +81,26 @@ def shardings(tree: Any, rules: Rules, mesh: Mesh) -> Any:
                 return NamedSharding(mesh, P(*kept))
         return NamedSharding(mesh, P())
 
-    placed = jax.tree_util.tree_map_with_path(place, tree)
-    if unused:
+    places = jax.tree_util.tree_map_with_path(place, tree)
+    if unused and every_rule:
         raise ValueError(f"sharding rules that match no array: {sorted(unused)}")
-    return placed
+    return places
+
+
+def placed(shapes: Any, rules: Rules, every_rule: bool = True) -> Any:
+    """`ShapeDtypeStruct`s with the shardings of the rules, where a mesh is set."""
+    mesh = current_mesh()
+    if mesh is None:
+        return shapes
+    places = shardings(shapes, rules, mesh, every_rule)
+    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places)
 
 
 def table(tree: Any, rules: Rules, mesh: Mesh) -> str:
     """The sharding table as text: one line for every distinct placement, widest arrays first."""
-    placed = shardings(tree, rules, mesh)
+    places = shardings(tree, rules, mesh, every_rule=False)
     groups: dict[str, list[tuple[str, int]]] = {}
-    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(placed)):
+    for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(places)):
         wanted = next((spec for pattern, spec in rules if re.search(pattern, path_name(path))), ())
         kept = tuple(sharding.spec)
         note = " (indivisible: replicated)" if any(a and a != b for a, b in zip(wanted, kept)) else ""

@@ -7,44 +7,43 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from mim_jax import optim
-from mim_jax.methods.base import LOSS, make_views
 from mim_jax.state import TrainState, abstract_state
+from mim_jax.views import LOSS, MIX
 
 
 def make_train_step(method: Any, config: ml_collections.ConfigDict) -> jax.stages.Wrapped:
-    """`train_step(state, frozen, batch) -> (state, metrics)`, jitted; the state given is donated.
+    """`train_step(state, target, batch) -> (state, metrics)`, jitted; the state given is donated.
 
-    `batch` is what the pipeline yields, or finished views (no key `image`): then nothing is augmented. Where the loss or
-    the gradient is not finite the state comes back as it was, and `train/skipped` is 1.
+    `target` are the parameters of the frozen network, {} for a method without. `batch` is what the pipeline yields, or
+    finished views (no key `image`): then nothing is augmented. If the loss or the gradient is not finite, nothing of the state
+    changes but the step, and `train/skipped` is 1.
     """
-    tx = optim.make_optimizer(config, method.fixed)
-    schedules = {**optim.schedules(config), **method.schedules}
 
-    def train_step(state: TrainState, frozen: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, dict]:
+    def train_step(state: TrainState, target: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, dict]:
         # (1) randomness
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         # (2) views
-        views = make_views(method, batch, key, config.data) if "image" in batch else batch
+        views = method.views.make(batch, key) if "image" in batch else batch
+        views = method.mix(views, jax.random.fold_in(key, MIX))
         # (3) loss and gradient
         (loss, (extra, metrics)), grads = jax.value_and_grad(method.loss, has_aux=True)(
-            state.params, state.teacher, frozen, state.extra, views, jax.random.fold_in(key, LOSS), state.step
+            state.params, state.teacher, target, state.extra, views, jax.random.fold_in(key, LOSS), state.step
         )
         # (4) optimizer
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = method.optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         # (5) teacher
         teacher = state.teacher
         if method.teacher_parts:
             m = method.schedules["momentum_teacher"](state.step)
             teacher = {part: ema(teacher[part], params[part], m) for part in method.teacher_parts}
+        new = method.after_update(TrainState(state.step + 1, params, teacher, opt_state, extra))
         # (6) the next state, unless something is not finite
         grad_norm = optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new = TrainState(state.step + 1, params, teacher, opt_state, extra)
-        new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state)
+        new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state.replace(step=new.step))
 
-        metrics = metrics | {f"train/{name}": schedule(state.step) for name, schedule in schedules.items()}
+        metrics = metrics | {f"train/{name}": schedule(state.step) for name, schedule in method.schedules.items()}
         metrics |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/skipped": 1 - ok.astype(jnp.int32)}
         return new, metrics | {"step": new.step}
 

@@ -73,18 +73,38 @@ def train_batches(
             flags.FLAGS.mark_as_parsed()
         one_at_a_time = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         iterator = one_at_a_time.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return _tell_bad(iterator, source, on_bad or _log_once())
+    return _name_bad(iterator, source, on_bad or log_once())
 
 
-def eval_batch(source: Source, count: int, canvas: int, seed: int, on_bad: OnBad | None = None) -> Batch:
-    """`count` distinct examples chosen by `seed` (all, if the source has fewer), as one batch laid out as in training.
+def choose(source: Source, count: int, seed: int) -> np.ndarray:
+    """`count` distinct rows of a source chosen by `seed` (all, if it has fewer), int32, in random order."""
+    return np.array(list(grain.MapDataset.range(len(source)).seed(seed).shuffle()[:count]), np.int32)
 
-    Args and errors are those of `train_batches`.
+
+def eval_batches(
+    source: Source,
+    rows: np.ndarray,
+    *,
+    canvas: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    on_bad: OnBad | None = None,
+) -> Iterator[Batch]:
+    """The given rows in their order, once: process p decodes its share of each global batch, as in `train_batches`.
+
+    Yields:
+      The batch of `train_batches`, and "place" int32 [b], where in `rows` each image is. The last batch is filled up with
+      its last image, so that all have one size.
     """
-    rows = grain.MapDataset.range(len(source)).seed(seed).shuffle()[:count].batch(64)
-    batches = rows.map(lambda rows: load(source, rows, canvas)).to_iter_dataset(_read_options(source))
-    parts = list(_tell_bad(batches, source, on_bad or _log_once()))
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    if batch_size % process_count:
+        raise ValueError(f"The batch size {batch_size} must be divisible by the number of processes {process_count}.")
+    places = np.minimum(np.arange(-(-len(rows) // batch_size) * batch_size, dtype=np.int32), len(rows) - 1)
+    places = places.reshape(-1, process_count, batch_size // process_count)[:, process_index]
+    batches = grain.MapDataset.range(len(places)).map(
+        lambda number: load(source, rows[places[number]], canvas) | {"place": places[number]}
+    )
+    return _name_bad(batches.to_iter_dataset(_read_options(source)), source, on_bad or log_once())
 
 
 def load(source: Source, rows: Sequence[int] | np.ndarray, canvas: int) -> Batch:
@@ -124,7 +144,7 @@ def _first_good(source: Source, row: int, canvas: int) -> tuple[int, np.ndarray,
     raise ValueError(f"{MAX_SUBSTITUTES} images in a row are bad in {source.description}. The last: {last}")
 
 
-def _tell_bad(batches: Iterator[Batch], source: Source, on_bad: OnBad) -> Iterator[Batch]:
+def _name_bad(batches: Iterator[Batch], source: Source, on_bad: OnBad) -> Iterator[Batch]:
     """Passes the batches on and names their bad images, here because workers cannot: what they met can be derived."""
     for batch in batches:
         for drawn, used in zip(batch.pop("drawn").tolist(), batch["index"].tolist(), strict=True):
@@ -133,7 +153,8 @@ def _tell_bad(batches: Iterator[Batch], source: Source, on_bad: OnBad) -> Iterat
         yield batch
 
 
-def _log_once() -> OnBad:
+def log_once() -> OnBad:
+    """Logs each bad image the first time that it is met."""
     seen = set()
 
     def log(row: int, name: str) -> None:

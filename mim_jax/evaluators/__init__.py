@@ -1,148 +1,296 @@
-"""What the features are worth while they are learned: k-NN, linear probe, view retrieval, each beside its floors."""
+"""What the features are worth during training: k-NN, linear probe and view retrieval, each beside its baselines, and pictures.
+
+Images are read again at every evaluation, batch by batch, and only features are kept. So memory does not grow with the size
+of the images: 4 bytes a feature on each host, and `PIXELS` at a time on each device.
+"""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
+from PIL import Image
 
 from mim_jax import health
-from mim_jax.data.augment import Crops, augment, center_crop
+from mim_jax.data import pipeline
+from mim_jax.data.augment import augment, center_crop, denormalize
+from mim_jax.data.sources import Source
+from mim_jax.evaluators import pictures
 from mim_jax.evaluators.knn import knn_accuracy, pixel_features, whitened_features
 from mim_jax.evaluators.probe import probe_accuracy, standardize
 from mim_jax.evaluators.retrieval import view_retrieval
-from mim_jax.sharding import everywhere, pin_batch
+from mim_jax.sharding import global_batch, replicate
+from mim_jax.state import TrainState
 
-Batch = Mapping[str, np.ndarray]
+BASELINE_SIZE = 32  # side at which plain pixels are measured, at most: PCA needs the square of the number of values
+PIXELS = 2**20  # that a device encodes at a time, at most (one image at least)
+DETAILED = 256  # side of the crops up to which attention and features are drawn at twice their size
+K, TEMPERATURE = 20, 0.07  # of the k-NN vote
+QUERIES, NEIGHBORS, RECONSTRUCTED, ATTENDED, CROPPED = 8, 8, 16, 4, 6  # images on a picture
 
-# Pixel floors of larger pictures are measured at this size: PCA needs the square of the number of values.
-FLOOR_SIZE = 32
+Batch = dict[str, jax.Array]
+Arrays = dict[str, np.ndarray]
+
+gather = jax.jit(replicate)
 
 
-@dataclasses.dataclass(frozen=True)
-class Monitor:
-    """Measures an encoder on the same images again and again. All processes call it alike; each gets the same figures.
+def compiled(method: Callable[..., Any]) -> Any:
+    """Makes a method a jitted function, compiled once for each object."""
+    return functools.cached_property(lambda self: jax.jit(functools.partial(method, self)))
 
-    Attributes:
-        method_features: `(params, images [B, H, W, 3] normalized) -> {"cls": [B, D], "patch": [B, N, D]}`.
-        bank: `image` uint8 [N, S, S, 3], `size` int [N, 2], `label` int [N]: what k-NN and probe learn from.
-        test: the same for the M held-out images on which everything is measured.
-        num_classes: 0 for images without labels: then only view retrieval and health are measured.
-        crops: the crops whose first two are the views of view retrieval.
-        mean, std: per channel.
-        out, fraction: the evaluation picture, see `center_crop`.
-        tokens: "cls", or "patch" for the mean of the patch tokens.
-        standardize: whether the k-NN sees each feature less its mean over its std on the bank, as the probe does.
-        k, temperature: of the k-NN vote. `k` is cut to the size of the bank.
-        batch_size: images encoded at a time.
-        seed: of the views.
+
+class Evaluation:
+    """Measures an encoder on the same images again and again. All processes call it alike; each gets the same results.
+
+    The encoder is the teacher of the state, where there is one.
+
+    Args:
+        config: reads `eval`, `seed`, `data.canvas` and `model.img_size`.
+        method: the `Method` that is trained.
+        source: images that k-NN and probe learn from; `eval.bank` of them are chosen by the seed.
+        held_out: images on which everything is measured; `eval.test` of them. If it is the same split as `source`, the
+            split is divided: at most a fifth is measured on, and these images are not in the bank.
     """
 
-    method_features: Callable[[Any, jax.Array], Mapping[str, jax.Array]]
-    bank: Batch
-    test: Batch
-    num_classes: int
-    crops: Crops
-    mean: Sequence[float]
-    std: Sequence[float]
-    out: int
-    fraction: float = 1.0
-    tokens: str = "cls"
-    standardize: bool = False
-    k: int = 20
-    temperature: float = 0.07
-    batch_size: int = 256
-    seed: int = 0
+    def __init__(self, config: ml_collections.ConfigDict, method: Any, source: Source, held_out: Source):
+        self.config, self.method, self.source, self.held_out = config.eval, method, source, held_out
+        self.seed, self.canvas, self.size = config.seed, config.data.canvas, config.eval.img_size or config.model.img_size
+        bank, test = config.eval.bank, config.eval.test
+        if held_out.description == source.description:
+            test = min(test, len(source) // 5)
+            self.test_rows, self.bank_rows = np.split(pipeline.choose(source, bank + test, self.seed), [test])
+        else:
+            self.bank_rows, self.test_rows = (pipeline.choose(s, n, self.seed) for s, n in ((source, bank), (held_out, test)))
+        crop = method.views.crops[0].size
+        self.detail = 2 * crop if crop <= DETAILED else crop
+        self.on_bad = pipeline.log_once()
+        self.encoded: tuple[Any, Arrays, Arrays] | None = None  # of the last state, by its `step`
 
-    def run(self, params: Any) -> Iterator[tuple[str, float]]:
-        """Yields (tag, value): `eval/knn`, `eval/knn_top5`, `eval/probe`, `eval/view_retrieval` (shares, 0 to 1),
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """The numbers of images that vote and that are measured on."""
+        return len(self.bank_rows), len(self.test_rows)
+
+    def scores(self, state: TrainState) -> dict[str, float]:
+        """`eval/knn`, `eval/knn_top5`, `eval/probe` (of images with labels), `eval/view_retrieval` (shares, 0 to 1),
         `health/rank` and `health/feature_std` (of the held-out images' features)."""
-        test = self.encode(params, self.test)
-        if self.num_classes:
-            bank = self.encode(params, self.bank)
-            knn = self._knn(*(standardize(bank, test) if self.standardize else (bank, test)))
-            yield "eval/knn", knn[0]
-            if self.num_classes > 5:
-                yield "eval/knn_top5", knn[1]
-            yield "eval/probe", self._probe(bank, test)
-        yield "eval/view_retrieval", float(view_retrieval(*self.encode_views(params)))
-        yield "health/rank", float(health.rank_me(test))
-        yield "health/feature_std", float(health.feature_std(test))
+        bank, test = self.encode(state)
+        self.encoded = state.step, bank, test
+        return self._scores(bank, test)
 
-    def floors(self, untrained_params: Any) -> dict[str, float]:
-        """What no learning scores on the same images; to be measured once per run.
+    def baselines(self, state: TrainState) -> dict[str, float]:
+        """What scores the same without learning; to be measured once a run, before its first step.
 
-        `..._floor_untrained` is the encoder before its first step, `..._floor_pixels` are plain pixels, and
-        `..._floor_whitened` are PCA-whitened pixels, the one to beat.
+        `..._baseline_untrained` is the encoder of `state`, `..._baseline_pixels` are plain pixels, and
+        `..._baseline_whitened` are PCA-whitened pixels, the one to beat. Pixels are those of pictures and views that are
+        reduced to `BASELINE_SIZE`, where they are larger.
         """
-        untrained = dict(self.run(untrained_params))
+        bank, test = self.encode(state, pixels=True)
+        scores = self._scores(bank, test)
         measured = ("eval/knn", "eval/probe", "eval/view_retrieval")
-        floors = {f"{tag}_floor_untrained": untrained[tag] for tag in measured if tag in untrained}
-        if self.num_classes:
-            bank, test = self._pixels(self.bank), self._pixels(self.test)
-            floors["eval/knn_floor_pixels"] = self._knn(pixel_features(bank), pixel_features(test))[0]
-            whitened = whitened_features(bank.reshape(len(bank), -1), test.reshape(len(test), -1))
-            floors["eval/knn_floor_whitened"] = self._knn(*whitened)[0]
-            floors["eval/probe_floor_whitened"] = self._probe(*whitened)
-        views = self._batched(lambda batch: self._views(batch).reshape(len(batch["image"]), 2, -1), self.test)
-        floors["eval/view_retrieval_floor_pixels"] = float(view_retrieval(views[:, 0], views[:, 1]))
-        return floors
+        baselines = {f"{tag}_baseline_untrained": scores[tag] for tag in measured if tag in scores}
+        labels, pixels = (bank["label"], test["label"]), (bank["pixels"], test["pixels"])
+        if self.source.num_classes:
+            baselines["eval/knn_baseline_pixels"] = self._knn(*map(pixel_features, pixels), *labels)[0]
+            whitened = whitened_features(*(images.reshape(len(images), -1) for images in pixels))
+            baselines["eval/knn_baseline_whitened"] = self._knn(*whitened, *labels)[0]
+            baselines["eval/probe_baseline_whitened"] = self._probe(*whitened, *labels)
+        views = (test[name].reshape(len(test[name]), -1).astype(np.float32) for name in ("pixels_1", "pixels_2"))
+        baselines["eval/view_retrieval_baseline_pixels"] = float(view_retrieval(*views))
+        return baselines
 
-    def encode(self, params: Any, batch: Batch) -> np.ndarray:
-        """Features [N, D] of the evaluation pictures of N images (`image`, `size`)."""
-        return self._batched(lambda rows: self._encode(params, self._picture(rows["image"], rows["size"])), batch)
+    def encode(self, state: TrainState, pixels: bool = False) -> tuple[Arrays, Arrays]:
+        """(bank, test): `features` [N, D] float32, `label`, `index` [N] int32; of the test also those of two random crops
+        that are the same at every call, `view_1` and `view_2`; with `pixels` also small pictures of them all, uint8."""
+        params = encoder(state)
 
-    def encode_views(self, params: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Features of two random crops of each held-out image, [M, D] each. The crops are the same at every call."""
+        def bank(batch: Batch) -> Batch:
+            found = {name: batch[name] for name in ("label", "index")}
+            found["features"] = self._features(params, self._picture(batch))
+            return found | ({"pixels": self._small(batch)} if pixels else {})
 
-        def two_crops(rows: Batch) -> np.ndarray:
-            views = self._views(rows)
-            return np.stack([self._encode(params, views[:, i]) for i in range(2)], axis=1)
+        def test(batch: Batch) -> Batch:
+            found = bank(batch)
+            for i, view in enumerate(self._views(batch), 1):
+                found[f"view_{i}"] = self._features(params, view)
+                found |= {f"pixels_{i}": self._small_view(view)} if pixels else {}
+            return found
 
-        features = self._batched(two_crops, self.test)
-        return features[:, 0], features[:, 1]
+        side = max(self.size, self.method.views.crops[0].size)
+        return self._stream(self.source, self.bank_rows, bank, side), self._stream(self.held_out, self.test_rows, test, side)
 
-    def _knn(self, bank: np.ndarray, test: np.ndarray) -> tuple[float, ...]:
-        k = min(self.k, len(bank))
-        return knn_accuracy(bank, self.bank["label"], test, self.test["label"], self.num_classes, k, self.temperature)
+    def _scores(self, bank: Arrays, test: Arrays) -> dict[str, float]:
+        scores, labels, features = {}, (bank["label"], test["label"]), (bank["features"], test["features"])
+        if self.source.num_classes:
+            top1, top5 = self._knn(*(standardize(*features) if self.config.standardize else features), *labels)
+            scores |= {"eval/knn": top1} | ({"eval/knn_top5": top5} if self.source.num_classes > 5 else {})
+            scores["eval/probe"] = self._probe(*features, *labels)
+        scores["eval/view_retrieval"] = float(view_retrieval(test["view_1"], test["view_2"]))
+        scores["health/rank"] = float(health.rank_me(test["features"]))
+        scores["health/feature_std"] = float(health.feature_std(test["features"]))
+        return scores
 
-    def _probe(self, bank: np.ndarray, test: np.ndarray) -> float:
-        return probe_accuracy(bank, self.bank["label"], test, self.test["label"], self.num_classes)
+    def _knn(self, bank: np.ndarray, test: np.ndarray, bank_label: np.ndarray, label: np.ndarray) -> tuple[float, ...]:
+        return knn_accuracy(bank, bank_label, test, label, self.source.num_classes, min(K, len(bank)), TEMPERATURE)
 
-    def _pixels(self, batch: Batch) -> np.ndarray:
-        size = min(self.out, FLOOR_SIZE)
-        crop = jax.jit(lambda rows: center_crop(rows["image"], rows["size"], size, self.fraction, (0, 0, 0), (1, 1, 1)))
-        return self._batched(crop, batch)
+    def _probe(self, bank: np.ndarray, test: np.ndarray, bank_label: np.ndarray, label: np.ndarray) -> float:
+        return probe_accuracy(bank, bank_label, test, label, self.source.num_classes)
 
-    def _batched(self, function: Callable[[Batch], Any], batch: Batch) -> np.ndarray:
-        """`function` over slices of one size, so that it is traced once; the last slice is filled up, and cut."""
-        count = len(batch["image"])
-        size = -(-min(self.batch_size, count) // jax.device_count()) * jax.device_count()
-        columns = {"image": batch["image"], "size": batch["size"], "index": np.arange(count, dtype=np.int32)}
-        results = []
-        for start in range(0, count, size):
-            rows = np.minimum(np.arange(start, start + size), count - 1)
-            results.append(np.asarray(function({name: column[rows] for name, column in columns.items()})))
-        return np.concatenate(results)[:count]
+    def _stream(self, source: Source, rows: np.ndarray, function: Callable[[Batch], Batch], side: int) -> Arrays:
+        """`function(batch)` [B, ...] of the images at `rows`, which it turns into pictures of `side`: arrays [N, ...]."""
+        devices = jax.device_count()
+        size = devices * min(-(-min(self.config.batch_size, len(rows)) // devices), max(1, PIXELS // side**2))
+        processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
+        results: Arrays = OrderedDict()
+        stream = pipeline.eval_batches(source, rows, canvas=self.canvas, batch_size=size, on_bad=self.on_bad, **processes)
+        for start, batch in zip(range(0, len(rows), size), stream, strict=True):
+            for name, part in jax.device_get(gather(OrderedDict(function(global_batch(batch))))).items():
+                if not start:
+                    results[name] = np.empty((len(rows), *part.shape[1:]), part.dtype)
+                results[name][start : start + size] = part[: len(rows) - start]
+        return results
 
-    @cached_property
-    def _picture(self) -> Callable[..., jax.Array]:
-        return jax.jit(lambda image, size: center_crop(image, size, self.out, self.fraction, self.mean, self.std))
+    def _center(self, batch: Batch, side: int, normalized: bool = True) -> jax.Array:
+        mean, std = (self.method.views.mean, self.method.views.std) if normalized else ((0.0,) * 3, (1.0,) * 3)
+        return center_crop(batch["image"], batch["size"], side, self.config.resize, mean, std)
 
-    @cached_property
-    def _views(self) -> Callable[[Batch], jax.Array]:
-        crops = dataclasses.replace(self.crops, policies=(self.crops.policies * 2)[:2])
-        key = jax.random.key(self.seed)
-        return jax.jit(lambda rows: augment(rows, [crops], key, self.mean, self.std)[crops.name])
+    def _random_views(self, batch: Batch, key: jax.Array, side: int) -> jax.Array:
+        """Two random global crops of each image [B, 2, side, side, 3], by its place and `key`."""
+        views = self.method.views
+        group = dataclasses.replace(views.crops[0], size=side, policies=(views.crops[0].policies * 2)[:2])
+        return augment(batch | {"index": batch["place"]}, [group], key, views.mean, views.std)[group.name]
 
-    @cached_property
-    def _encode(self) -> Callable[[Any, jax.Array], jax.Array]:
-        def encode(params: Any, images: jax.Array) -> jax.Array:
-            features = self.method_features(params, pin_batch(images))
-            chosen = features["cls"] if self.tokens == "cls" else features["patch"].mean(axis=1)
-            return everywhere(chosen.astype(jnp.float32))  # all processes compute with all rows afterwards
+    @compiled
+    def _picture(self, batch: Batch) -> jax.Array:
+        return self._center(batch, self.size)
 
-        return jax.jit(encode)
+    @compiled
+    def _views(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        views = self._random_views(batch, jax.random.key(self.seed), self.method.views.crops[0].size)
+        return views[:, 0], views[:, 1]
+
+    @compiled
+    def _features(self, params: Any, images: jax.Array) -> jax.Array:
+        features = self.method.features(params, images)
+        chosen = features["cls"] if self.config.tokens == "cls" else features["patch"].mean(axis=1)
+        return chosen.astype(jnp.float32)
+
+    @compiled
+    def _small(self, batch: Batch) -> jax.Array:
+        return levels(self._center(batch, min(self.size, BASELINE_SIZE), normalized=False))
+
+    @compiled
+    def _small_view(self, view: jax.Array) -> jax.Array:
+        side, image = view.shape[1], self.method.views.denormalize(view)
+        size = jnp.full((len(image), 2), side)
+        return levels(center_crop(image, size, min(side, BASELINE_SIZE), 1.0, (0.0,) * 3, (1.0,) * 3))
+
+    # Pictures
+
+    def crop_picture(self) -> Image.Image:
+        """The first images of the bank beside all crops and masks that the step makes of them."""
+        views, rows = self.method.views, self.bank_rows[:CROPPED]
+        crops = self._stream(self.source, rows, self._crops, max(group.size for group in views.crops))
+        masked = {name: pictures.darkened(crops["global"], mask) for name, mask in views.example_masks(len(rows)).items()}
+        return pictures.crop_grid(self._images(self.source, rows), crops | masked)
+
+    def pictures(self, state: TrainState, target: Any) -> Iterator[tuple[str, Image.Image]]:
+        """(name, picture) of what the method declares, and of the nearest neighbors of held-out images."""
+        wanted, params, crop, detail = self.method.pictures, encoder(state), self.method.views.crops[0].size, self.detail
+
+        def held_out(number: int | None, side: int, function: Callable[..., Batch], *args: Any) -> Arrays:
+            return self._stream(self.held_out, self.test_rows[:number], functools.partial(function, *args), side)
+
+        if "reconstruction" in wanted:
+            columns = held_out(RECONSTRUCTED, crop, self._reconstruction, params, state.extra, target)
+            image = {"image": columns.pop("image")}
+            masks = self.method.views.example_masks(len(image["image"]), 1)
+            masked = {name: pictures.darkened(image["image"], mask[:, 0]) for name, mask in masks.items()}
+            yield "reconstruction", pictures.reconstructions(image | masked | columns)
+        if "tokens" in wanted:
+            tokens = held_out(None, crop, self._tokens, params, state.extra)["tokens"]
+            yield "tokens", pictures.usage(np.bincount(tokens.reshape(-1), minlength=self.method.codes))
+        if "attention" in wanted:
+            found = held_out(ATTENDED, detail, self._attention, params)
+            grid = (round(found["attention"].shape[-1] ** 0.5),) * 2
+            yield "attention", pictures.attention_maps(found["attention"], grid, found["images"])
+        if "features" in wanted:
+            found = held_out(RECONSTRUCTED, detail, self._patches, params)
+            yield "features", pictures.principal_colors(found["patch"], found["images"])
+            found = held_out(QUERIES, detail, self._patches_of_views, params)
+            yield "correspondences", pictures.correspondences(found["patch"], found["images"])
+        yield "neighbors", self._neighbors(state)
+
+    def _neighbors(self, state: TrainState) -> Image.Image:
+        """Held-out images and those of the bank that are nearest to each, by cosine."""
+        if self.encoded is None or self.encoded[0] is not state.step:
+            self.encoded = state.step, *self.encode(state)
+        _, bank, test = self.encoded
+        queries, votes = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (test["features"][:QUERIES], bank["features"]))
+        nearest = np.argsort(-queries @ votes.T, axis=1)[:, :NEIGHBORS]
+        images = self._images(self.source, bank["index"][nearest.reshape(-1)])
+        found = [images[start : start + nearest.shape[1]] for start in range(0, len(images), nearest.shape[1])]
+        shown = self._images(self.held_out, test["index"][:QUERIES])
+        if not self.source.num_classes:
+            return pictures.neighbors(shown, found)
+        names = self.source.classes or [f"class {i}" for i in range(self.source.num_classes)]
+        voted = [[names[label] for label in labels] for labels in bank["label"][nearest]]
+        return pictures.neighbors(shown, found, [names[label] for label in test["label"][:QUERIES]], voted)
+
+    def _images(self, source: Source, rows: np.ndarray) -> list[np.ndarray]:
+        found = self._stream(source, rows, lambda batch: {name: batch[name] for name in ("image", "size")}, self.canvas)
+        return [image[:height, :width] for image, (height, width) in zip(found["image"], found["size"])]
+
+    @compiled
+    def _crops(self, batch: Batch) -> Batch:
+        made = self.method.views.make(batch, jax.random.key(0))
+        return OrderedDict((g.name, self.method.views.denormalize(made[g.name])) for g in self.method.views.crops)
+
+    @compiled
+    def _reconstruction(self, params: Any, extra: Any, target: Any, batch: Batch) -> Batch:
+        """The same images and masks at every call, and what the model makes of them; in the method's order."""
+        group, masks = self.method.views.crops[0], self.method.views.example_masks(RECONSTRUCTED, 1)
+        views = {name: jnp.asarray(mask)[batch["place"]] for name, mask in masks.items()}
+        views["global"] = self._center(batch, group.size)[:, None]
+        if group.target:
+            views["target"] = self._center(batch, group.target.size, normalized=False)[:, None]
+        columns = {"image": views["global"], **self.method.reconstruction(params, extra, target, views)}
+        return OrderedDict((caption, self.method.views.denormalize(images)[:, 0]) for caption, images in columns.items())
+
+    @compiled
+    def _tokens(self, params: Any, extra: Any, batch: Batch) -> Batch:
+        return {"tokens": self.method.tokens(params | extra, self._center(batch, self.method.views.crops[0].size))}
+
+    @compiled
+    def _attention(self, params: Any, batch: Batch) -> Batch:
+        images = self._center(batch, self.detail)
+        return {"attention": self.method.attention(params, images), "images": self.method.views.denormalize(images)}
+
+    @compiled
+    def _patches(self, params: Any, batch: Batch) -> Batch:
+        images = self._center(batch, self.detail)
+        return {"patch": self.method.features(params, images)["patch"], "images": self.method.views.denormalize(images)}
+
+    @compiled
+    def _patches_of_views(self, params: Any, batch: Batch) -> Batch:
+        images = self._random_views(batch, jax.random.key(0), self.detail)
+        patch = self.method.features(params, images.reshape(-1, *images.shape[2:]))["patch"]
+        return {
+            "patch": patch.reshape(*images.shape[:2], *patch.shape[1:]),
+            "images": self.method.views.denormalize(images),
+        }
+
+
+def encoder(state: TrainState) -> Any:
+    """The parameters that are evaluated: those of the teacher, where there is one."""
+    return state.teacher or state.params
+
+
+def levels(images: jax.Array) -> jax.Array:
+    """Images in 0..1 as uint8."""
+    return denormalize(images, (0.0,) * 3, (1.0,) * 3)

@@ -1,4 +1,4 @@
-"""Pictures of what goes in and what comes out: image grids, crops, attention maps, nearest neighbors.
+"""Pictures of what goes in and what comes out: crops, reconstructions, attention maps, features, nearest neighbors.
 
 Everything takes numpy uint8 images and gives a `PIL.Image`: tiles on white, captions in the margins.
 """
@@ -83,18 +83,6 @@ def table(
                 write(captions[number][i], x, y + inner + 2, width, INK)
         y += height + GAP
     return page
-
-
-def image_grid(
-    images: Sequence[np.ndarray], columns: int = 8, side: int = TILE, labels: Sequence[str] | None = None
-) -> Image.Image:
-    """Images, uint8 [N, H, W, 3] or N of different sizes, in rows of `columns`, with `labels` as captions."""
-    tiles = [enlarge(image, side) for image in images]
-
-    def in_rows(items: Sequence) -> list:
-        return [items[start : start + columns] for start in range(0, len(items), columns)]
-
-    return table(in_rows(tiles), None if labels is None else in_rows(list(labels)))
 
 
 def crop_grid(images: Sequence[np.ndarray], crops: Mapping[str, np.ndarray], side: int = TILE) -> Image.Image:

@@ -1,18 +1,44 @@
 """Linear probe of frozen features, in closed form: ridge regression on one-hot labels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+BLOCK = 4096  # rows that are held in float64 at a time
+
+
+def blocks(*columns: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """The same `BLOCK` rows of each column, one block after the other."""
+    for start in range(0, len(columns[0]), BLOCK):
+        yield tuple(column[start : start + BLOCK] for column in columns)
+
+
+def location_scale(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and std of each dimension of `features` [N, D], float64. The std of a dimension that does not vary is infinite."""
+    mean = features.mean(axis=0, dtype=np.float64)
+    std = np.sqrt(sum(np.square(rows - mean).sum(axis=0) for (rows,) in blocks(features)) / len(features))
+    return mean, np.where(std > 1e-6 * (np.abs(mean) + std.max()), std, np.inf)
+
 
 def standardize(bank: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shifts and scales both sets of features, [N, D] and [M, D], to what is mean 0 and std 1 in each dimension of `bank`.
+    """Shifts and scales both sets of features, [N, D] and [M, D], to mean 0 and std 1 in each dimension of `bank`, float32.
 
     A dimension that does not vary on the bank becomes 0.
     """
-    mean, std = bank.mean(axis=0), bank.std(axis=0)
-    std = np.where(std > 1e-6 * (np.abs(mean) + std.max()), std, np.inf)
+    mean, std = (x.astype(np.float32) for x in location_scale(bank))
     return (bank - mean) / std, (test - mean) / std
+
+
+class Sums(NamedTuple):
+    """What a least-squares fit needs of N rows x [D] and their classes."""
+
+    count: np.ndarray  # of each class, [C]
+    x: np.ndarray  # of each class, [C, D]
+    xx: np.ndarray  # x x^T, [D, D]
+
+    def __add__(self, other: "Sums") -> "Sums":  # type: ignore[override]
+        return Sums(*(a + b for a, b in zip(self, other)))
 
 
 def probe_accuracy(
@@ -38,21 +64,30 @@ def probe_accuracy(
         penalties: candidates, relative to a feature's mean square (which is 1).
         held_out: share of the bank on which the penalty is chosen.
     """
-    bank, queries = standardize(np.asarray(bank_features, np.float64), np.asarray(features, np.float64))
-    targets = np.eye(num_classes)[np.asarray(bank_labels)]
+    mean, std = location_scale(bank_features)
+    split = len(bank_features) - int(len(bank_features) * held_out)
+    fitted, chosen_on = ((bank_features[part], bank_labels[part]) for part in (slice(split), slice(split, None)))
 
-    def fit(x: np.ndarray, y: np.ndarray, penalties: Sequence[float]) -> list[tuple[np.ndarray, np.ndarray]]:
-        center, bias = x.mean(axis=0), y.mean(axis=0)
-        eigenvalues, basis = np.linalg.eigh((x - center).T @ (x - center) / len(x))
-        projected = basis.T @ ((x - center).T @ (y - bias) / len(x))
+    def summed(features: np.ndarray, labels: np.ndarray) -> Sums:
+        total = Sums(np.zeros(num_classes), np.zeros((num_classes, len(mean))), np.zeros((len(mean),) * 2))
+        for rows, classes in blocks(features, labels):
+            x, y = (rows - mean) / std, np.eye(num_classes)[classes]
+            total += Sums(y.sum(axis=0), y.T @ x, x.T @ x)
+        return total
+
+    def fit(sums: Sums, penalties: Sequence[float]) -> list[tuple[np.ndarray, np.ndarray]]:
+        n = sums.count.sum()
+        center, bias = sums.x.sum(axis=0) / n, sums.count / n
+        eigenvalues, basis = np.linalg.eigh(sums.xx / n - np.outer(center, center))
+        projected = basis.T @ (sums.x.T / n - np.outer(center, bias))
         weights = [basis @ (projected / (np.maximum(eigenvalues, 0)[:, None] + penalty)) for penalty in penalties]
         return [(weight, bias - center @ weight) for weight in weights]
 
-    def accuracy(x: np.ndarray, y: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> float:
-        return float(np.mean(np.argmax(x @ weight + bias, axis=1) == y))
+    def accuracy(features: np.ndarray, labels: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> float:
+        found = [np.argmax((rows - mean) / std @ weight + bias, axis=1) for (rows,) in blocks(features)]
+        return float(np.mean(np.concatenate(found) == labels))
 
-    split = len(bank) - int(len(bank) * held_out)
-    trials = fit(bank[:split], targets[:split], penalties)
-    scores = [accuracy(bank[split:], np.asarray(bank_labels)[split:], *trial) for trial in trials]
-    ((weight, bias),) = fit(bank, targets, [penalties[int(np.argmax(scores))]])
-    return accuracy(queries, np.asarray(labels), weight, bias)
+    sums = summed(*fitted)
+    scores = [accuracy(*chosen_on, *trial) for trial in fit(sums, penalties)]
+    (classifier,) = fit(sums + summed(*chosen_on), [penalties[int(np.argmax(scores))]])
+    return accuracy(features, labels, *classifier)

@@ -15,8 +15,8 @@ from mim_jax.evaluators.knn import Array, normalize
 def view_retrieval(first: Array, second: Array, chunk: int = 500) -> jax.Array:
     """Share (0 to 1) of the images whose nearest second view is their own.
 
-    Features are standardized (mean 0 and std 1 per dimension, over all views: what all images share tells none apart)
-    and compared by cosine. Chance is 1 / N, so a value means nothing without N.
+    Features are standardized (mean 0 and std 1 per dimension, over all views, since what all images share tells none of them
+    apart) and compared by cosine. Chance is 1 / N, so a value means nothing without N.
 
     Args:
         first, second: features of two views of the same N images in the same order, [N, D].

@@ -1,125 +1,241 @@
-"""What a method is. Each `methods/<name>.py` has one frozen dataclass with these members and `make(config) -> Method`.
+"""What a method is. Each `methods/<name>.py` has one subclass of `Method` and `make(config) -> Method`.
 
-A method holds its paper: which views it needs, its parameters, its loss. The augmentation, optimizer, EMA teacher,
-sharding, checkpoints, logging and evaluation are shared, and none of them knows which method it serves.
-
-`views` has one layout for all methods, with the keys that the method declared. B, the batch, is always axis 0 and the
-only sharded axis:
-
-    global [B, G, H, W, C] float, local [B, L, h, w, C] float, label [B] int32, index [B] int32,
-    mask [B, G, N] bool, True where masked, patches of the global crops row-major,
-    target [B, G, H', W', C] float in 0..1, the same crops as a tokenizer or teacher is to see them
+A method holds its paper: its views, its parameters, its loss. The augmentation, the step, the EMA teacher, sharding,
+checkpoints, logging and evaluation are shared, and none of them knows which method it serves.
 """
 
+import dataclasses
 import importlib
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import optax
 
-from mim_jax.config import load_config
-from mim_jax.data.augment import Crops, augment
-from mim_jax.masking import Mask
-from mim_jax.optim import Schedule
+from mim_jax import optim
+from mim_jax.config import check
+from mim_jax.models import vit
+from mim_jax.models.swin import Swin
+from mim_jax.models.vit import ViT
+from mim_jax.views import Views
 
 Params = dict[str, Any]  # part name -> pytree
+Images = dict[str, jax.Array]  # caption -> normalised images [B, G, H, W, C]
 
 
-class Method(Protocol):
-    @property
-    def crops(self) -> tuple[Crops, ...]:
-        """The crops that the device makes of each image. Fixes every static shape."""
+class Network(Protocol):
+    """A frozen network that makes the targets of others. It also has one of
 
-    @property
-    def mask(self) -> Mask | None:
-        """How the patches of the global crops are masked; None for a method without."""
+        features(params, images) -> {"cls": [B, D], "patch": [B, N, D]},
+        tokens(params, images) -> int32 [B, N],
 
-    @property
-    def teacher_parts(self) -> tuple[str, ...]:
-        """The parts of the parameters that have an EMA copy; () for a method without a teacher."""
+    for images [B, H, W, 3] in 0..1, patches row-major. A method becomes one by `Method.network`; any other object with these
+    members is one, too. `learned.load_target` fills in its parameters from `config.target`.
+    """
 
-    @property
-    def fixed(self) -> str:
-        """A regex over parameter paths that are never trained (they are saved, shaped and averaged as all others)."""
+    def init(self, key: jax.Array) -> Params:
+        """Initial values of the parts that it needs."""
 
-    @property
-    def schedules(self) -> Mapping[str, Schedule]:
-        """The scalars that follow the step; all are logged. The step reads `momentum_teacher`, the loss the others."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method of training; a subclass states what it has beyond these defaults.
+
+    Attributes:
+        views: what the loss sees; every shape follows from it.
+        target: the frozen network that the targets come from, if there is one.
+        schedules: scalars that follow the step; all are logged. The step reads `momentum_teacher`, the loss the others.
+        untrained: a regex over parameter paths that are never updated (they are saved, sharded and averaged as all others).
+        teacher_parts: the parts of the parameters that have an EMA copy; () for a method without a teacher.
+        pictures: what can be drawn of it: of "attention", "features", "reconstruction" and "tokens".
+        encoder_part: the part of the parameters that `features` reads, and that another run can begin with.
+        optimizer: made from the config by `make_method`.
+    """
+
+    views: Views
+    target: Any = None  # Network
+    schedules: Mapping[str, optim.Schedule] = dataclasses.field(default_factory=dict)
+    untrained: str = ""
+    teacher_parts: tuple[str, ...] = ()
+    pictures: tuple[str, ...] = ()
+    encoder_part: ClassVar[str] = "backbone"
+    optimizer: optax.GradientTransformationExtraArgs = optax.with_extra_args_support(optax.identity())
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
-        """(params, extra): trained parameters by part, and the state that gets no gradient (centre, queue; or {})."""
+        """(params, extra): trained parameters by part, and state without gradient (centre, queue; or {})."""
+        raise NotImplementedError
 
-    def frozen(self, key: jax.Array) -> Params:
-        """The fixed network that makes the targets, as that part of its own run's state which it needs, under the state's
-        names (`{"params": ..., "extra": ...}`); {} for most. Here are first values: `mim_jax.target` loads learned ones."""
+    def mix(self, views: Params, key: jax.Array) -> Params:
+        """Changes finished views before the loss sees them: what mixes images of a batch, or is computed once for each image."""
+        return views
 
     def loss(
-        self, params: Params, teacher: Params, frozen: Params, extra: Params, views: Params, key: jax.Array, step: jax.Array
+        self, params: Params, teacher: Params, target: Params, extra: Params, views: Params, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, tuple[Params, dict[str, jax.Array]]]:
-        """The paper: (loss, (new extra, metrics)). Views are finished: nothing is augmented or masked in here."""
+        """The paper: (loss, (new extra, metrics)). `target` are the parameters of `self.target`; views are finished."""
+        raise NotImplementedError
+
+    def after_update(self, state: Any) -> Any:
+        """Changes the new `TrainState` of a step: what is refreshed every so many steps."""
+        return state
 
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
         """Normalised images [B, H, W, C] -> {"cls": [B, D], "patch": [B, N, D]}; for evaluators and users."""
-
-    @property
-    def pictures(self) -> tuple[str, ...]:
-        """What can be drawn of this method: names of the members below that it has."""
+        raise NotImplementedError
 
     def attention(self, params: Params, images: jax.Array) -> jax.Array:
-        """What the CLS token of the last block attends to: [B, heads, N] over the patches, row-major."""
+        """The attention of the last block's CLS token, [B, heads, N] over the patches, row-major."""
+        raise NotImplementedError
 
-    def reconstruction(self, params: Params, extra: Params, frozen: Params, views: Params) -> dict[str, jax.Array]:
-        """What the model paints of the global crops, under captions: normalised pixels, [B, G, H, W, C] each."""
+    def reconstruction(self, params: Params, extra: Params, target: Params, views: Params) -> Images:
+        """What the model predicts of the global crops, by caption."""
+        raise NotImplementedError
+
+    def lr_scales(self, params: Params, decay: float, patch_embed: float) -> Params:
+        """The factor of each parameter's learning rate under layer-wise decay; see `ViT.lr_scales`."""
+        raise ValueError(f"optim.layer_decay={decay} and optim.patch_embed_lr={patch_embed} need a ViT: set both to 1")
+
+    def network(self) -> Network:
+        """The method's trained network, to make targets for others."""
+        raise ValueError(f"{type(self).__name__} has no network that could make targets")
 
 
-class Tokenizer(Method, Protocol):
-    """A method whose model turns images into visual tokens, the targets of others. Its configs set data.mean to 0 and
-    data.std to 1: its global crops are images in 0..1. One that paints has `reconstruction` among its pictures."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneMethod(Method):
+    """A method whose `backbone` is a ViT or a Swin."""
+
+    backbone: Any  # ViT | Swin
+    pictures: tuple[str, ...] = ("attention",)
+
+    def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
+        return vit.features(self.backbone, params["backbone"], images)
+
+    def attention(self, params: Params, images: jax.Array) -> jax.Array:
+        return vit.last_attention(self.backbone, params["backbone"], images)[:, :, 0, 1 + self.backbone.registers :]
+
+    def lr_scales(self, params: Params, decay: float, patch_embed: float) -> Params:
+        if isinstance(self.backbone, Swin):
+            return super().lr_scales(params, decay, patch_embed)
+        other = {part: jax.tree.map(lambda _: 1.0, tree) for part, tree in params.items()}
+        return other | {"backbone": self.backbone.lr_scales(params["backbone"], decay, patch_embed)}
+
+    def network(self) -> Network:
+        return Encoder(self.backbone, self.views.mean, self.views.std)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A trained backbone as a frozen network."""
+
+    backbone: ViT | Swin
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def dim(self) -> int:
+        return self.backbone.dim
+
+    @property
+    def stride(self) -> int:
+        return self.backbone.stride
+
+    def init(self, key: jax.Array) -> Params:
+        image = jnp.zeros((1, 1, self.backbone.img_size, self.backbone.img_size, 3))
+        return {"backbone": self.backbone.init(key, [image])["params"]}
+
+    def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
+        images = (images - jnp.array(self.mean)) / jnp.array(self.std)
+        return vit.features(self.backbone, params["backbone"], images)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer(Method):
+    """A method whose model turns images into visual tokens. Its config sets data.mean to 0 and data.std to 1: its global crops
+    are images in 0..1. One that can decode has "reconstruction" among its pictures.
+
+    `parts` below are the model's parts, those of `init`'s two results together.
+    """
+
+    pictures: tuple[str, ...] = ("reconstruction", "tokens")
+    encoder_part: ClassVar[str] = "encoder"
 
     @property
     def codes(self) -> int:
         """The size of the vocabulary."""
+        raise NotImplementedError
 
     @property
     def stride(self) -> int:
-        """Pixels that a token stands for, a side."""
+        """The side, in pixels, of the square that a token stands for."""
+        raise NotImplementedError
 
-    def tokens(self, params: Params, extra: Params, images: jax.Array) -> jax.Array:
+    def tokens(self, parts: Params, images: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] in 0..1 -> int32 [B, N], row-major."""
+        raise NotImplementedError
 
-    def decode(self, params: Params, extra: Params, tokens: jax.Array) -> jax.Array:
-        """Tokens [B, N] of square images -> what is painted of them, [B, H, W, 3] in 0..1."""
+    def decode(self, parts: Params, tokens: jax.Array) -> jax.Array:
+        """Tokens [B, N] of square images -> the decoded images [B, H, W, 3] in 0..1."""
+        raise NotImplementedError
+
+    def reconstruction(self, params: Params, extra: Params, target: Params, views: Params) -> Images:
+        images, parts = views["global"], params | extra
+        decoded = self.decode(parts, self.tokens(parts, images.reshape(-1, *images.shape[2:])))
+        return {"decoded from its tokens": decoded.reshape(images.shape)}
+
+    def network(self) -> Network:
+        return FrozenTokenizer(self)
 
 
-AUGMENT, LOSS, MASK = range(3)  # streams of randomness; each is a function of (seed, step, stream) and the example's index
+@dataclasses.dataclass(frozen=True)
+class FrozenTokenizer:
+    """A trained tokenizer as a frozen network."""
 
+    method: Tokenizer
 
-def make_views(method: Any, batch: Params, key: jax.Array, data: ml_collections.ConfigDict) -> Params:
-    """A host batch -> the views that `method` declares. `data`: the config's section. See `augment` for the batch."""
-    views = augment(batch, method.crops, jax.random.fold_in(key, AUGMENT), data.mean, data.std)
-    if method.mask and not method.mask.on_host:
-        crops = len(method.crops[0].policies)
-        views["mask"] = method.mask.draw(jax.random.fold_in(key, MASK), batch["index"], crops)
-    return views
+    @property
+    def codes(self) -> int:
+        return self.method.codes
+
+    @property
+    def stride(self) -> int:
+        return self.method.stride
+
+    def init(self, key: jax.Array) -> Params:
+        params, extra = self.method.init(key)
+        return params | extra
+
+    def tokens(self, params: Params, images: jax.Array) -> jax.Array:
+        return self.method.tokens(params, images)
+
+    def decode(self, params: Params, tokens: jax.Array) -> jax.Array:
+        return self.method.decode(params, tokens)
 
 
 def vit_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What all methods' ViTs take from `config.model`."""
+    """What the ViTs of all methods take from `config.model`."""
     names = ("patch_size", "img_size", "dim", "depth", "heads", "mlp_ratio", "drop_path_rate", "unroll")
     return {name: model[name] for name in names} | {"dtype": jnp.dtype(model.dtype)}
 
 
-def learned_section(method: Any) -> str:
-    """Where a state has what a method has learned for others to use: in the average of the parameters, if there is one."""
-    return "teacher" if method.teacher_parts else "params"
+def normalization(config: ml_collections.ConfigDict) -> dict[str, tuple[float, ...]]:
+    """`mean` and `std` of the views."""
+    return {"mean": tuple(config.data.mean), "std": tuple(config.data.std)}
 
 
 def make_method(config: ml_collections.ConfigDict) -> Any:
-    """The method that `config.method` names. Raises ValueError if there is no such file."""
+    """The method that `config.method` names, with its optimizer. Raises ValueError for a config that `config.check` or the
+    method refuses."""
+    check(config)
+    method = made(config)
+    schedules = optim.schedules(config)
+    optimizer = optim.make_optimizer(config, schedules, method)
+    return dataclasses.replace(method, optimizer=optimizer, schedules={**schedules, **method.schedules})
+
+
+def made(config: ml_collections.ConfigDict) -> Any:
+    """What `mim_jax/methods/<config.method>.py` makes of a config."""
     try:
         module = importlib.import_module(f"mim_jax.methods.{config.method}")
     except ModuleNotFoundError as error:
@@ -129,9 +245,10 @@ def make_method(config: ml_collections.ConfigDict) -> Any:
     return module.make(config)
 
 
-def target_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The config of the network that `config.target` names: what its run had, where there is one, else its file's."""
-    saved = Path(config.target.workdir or "") / "config.json"
-    if config.target.workdir and saved.is_file():
-        return ml_collections.ConfigDict(json.loads(saved.read_text())).lock()
-    return load_config(config.target.config)
+def make_target(config: ml_collections.ConfigDict) -> Any:
+    """The frozen network that `config.target` names: the network of a method, or what `mim_jax/models/<network>.py` makes of a
+    config that has a key `network` and no `method`."""
+    network = config.target.network
+    if "method" in network:
+        return made(network).network()
+    return importlib.import_module(f"mim_jax.models.{network.network}").make(network)

@@ -1,66 +1,51 @@
 """BEiT: BERT pre-training of image transformers (Bao et al. 2022, arXiv:2106.08254).
 
-Blocks of patches become a mask token, and the model tells which visual tokens a fixed tokenizer finds there, looking at the
-whole image in a rendering of its own.
+Blocks of patches become a mask token, and the model predicts their visual tokens: those that a frozen tokenizer makes of the
+whole image, in a rendering of its own.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from mim_jax import losses, optim
+from mim_jax import losses
 from mim_jax.data.augment import Crops, Policy, Target
 from mim_jax.masking import BlockMask
-from mim_jax.methods.base import Params, learned_section, make_method, target_config, vit_settings
+from mim_jax.methods.base import BackboneMethod, Images, Params, make_target, normalization, vit_settings
 from mim_jax.models.heads import TokenHead
-from mim_jax.models.vit import ViT, features, last_attention, masked_first, rescale_residual
+from mim_jax.models.vit import ViT, masked_first, rescale_residual
+from mim_jax.views import Views
 
 
-@dataclasses.dataclass(frozen=True)
-class Beit:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Beit(BackboneMethod):
+    views: Views[BlockMask]
     backbone: ViT
     head: TokenHead
-    crops: tuple[Crops, ...]
-    mask: BlockMask
-    tokenizer: Any  # see `base.Tokenizer`
-    mean: tuple[float, ...]  # of the global crops, for what is painted
-    std: tuple[float, ...]
-    pictures: tuple[str, ...]
-    schedules: Mapping[str, optim.Schedule] = dataclasses.field(default_factory=dict)
-    fixed: str = ""
-    teacher_parts: tuple[str, ...] = ()
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         backbone_key, head_key = jax.random.split(key)
-        image = jnp.zeros((1, 1, self.backbone.img_size, self.backbone.img_size, 3))
-        mask = jnp.zeros((1, 1, self.mask.grid**2), bool)
-        backbone = self.backbone.init(backbone_key, [image], masks=[mask])["params"]
+        views = self.views.zeros()
+        backbone = self.backbone.init(backbone_key, [views["global"]], masks=[views["mask"]])["params"]
         backbone = backbone | {"blocks": rescale_residual(backbone["blocks"])}
         head = self.head.init(head_key, jnp.zeros((1, self.backbone.dim)))["params"]
         return {"backbone": backbone, "head": head}, {}
 
-    def frozen(self, key: jax.Array) -> Params:
-        params, extra = self.tokenizer.init(key)
-        return {learned_section(self.tokenizer): params, "extra": extra}
-
-    def loss(self, params, teacher, frozen, extra, views, key, step):
-        places, weight = masked_first(views["mask"], self.mask.count)
-        targets = jnp.take_along_axis(self.tokens(frozen, views["target"]), places, axis=-1)
+    def loss(self, params, teacher, target, extra, views, key, step):
+        places, weight = masked_first(views["mask"], self.views.masks.count)
+        targets = jnp.take_along_axis(self.tokens(target, views["target"]), places, axis=-1)
         predictions = self.predict(params, views, places, key)
         loss = jnp.stack([losses.masked_cross_entropy(logits, targets, weight) for logits in predictions]).sum()
         right = jnp.sum((predictions[0].argmax(-1) == targets) * weight) / jnp.sum(weight)
         counts = jnp.bincount(targets.reshape(-1), weight.reshape(-1).astype(loss.dtype), length=self.head.vocab_size)
         return loss, (extra, {"train/masked_accuracy": right, "train/most_frequent_token": counts.max() / counts.sum()})
 
-    def tokens(self, frozen: Params, target: jax.Array) -> jax.Array:
-        """The tokenizer's view of the crops, [B, G, H, W, 3] in 0..1 -> tokens int32 [B, G, N]."""
-        images = target.reshape(-1, *target.shape[2:])
-        tokens = self.tokenizer.tokens(frozen[learned_section(self.tokenizer)], frozen["extra"], images)
-        return tokens.reshape(*target.shape[:2], -1)
+    def tokens(self, target: Params, crops: jax.Array) -> jax.Array:
+        """The tokenizer's tokens of crops [B, G, H, W, 3] in 0..1: int32 [B, G, N]."""
+        return self.target.tokens(target, crops.reshape(-1, *crops.shape[2:])).reshape(*crops.shape[:2], -1)
 
     def predict(self, params: Params, views: Params, places: jax.Array, key: jax.Array | None = None) -> list[jax.Array]:
         """Scores [B, G, M, K] of the patches at `places` [B, G, M], one array for each term of the loss."""
@@ -74,24 +59,18 @@ class Beit:
         picked = jnp.take_along_axis(patch, places[..., None], axis=2)
         return self.head.apply({"params": params["head"]}, picked)
 
-    def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
-        return features(self.backbone, params["backbone"], images)
-
-    def attention(self, params: Params, images: jax.Array) -> jax.Array:
-        return last_attention(self.backbone, params["backbone"], images)[:, :, 0, 1:]
-
-    def reconstruction(self, params: Params, extra: Params, frozen: Params, views: Params) -> dict[str, jax.Array]:
-        true = self.tokens(frozen, views["target"])
-        everywhere = jnp.broadcast_to(jnp.arange(true.shape[-1]), true.shape)
-        predicted = self.predict(params, views, everywhere)[0].argmax(-1)
+    def reconstruction(self, params: Params, extra: Params, target: Params, views: Params) -> Images:
+        true = self.tokens(target, views["target"])
+        all_places = jnp.broadcast_to(jnp.arange(true.shape[-1]), true.shape)
+        predicted = self.predict(params, views, all_places)[0].argmax(-1)
         shown = {"its tokens": true, "masked ones predicted": jnp.where(views["mask"], predicted, true)}
-        return {name: self.decode(frozen, tokens) for name, tokens in shown.items()}
+        return {name: self.decode(target, tokens) for name, tokens in shown.items()}
 
-    def decode(self, frozen: Params, tokens: jax.Array) -> jax.Array:
-        """Tokens [B, G, N] as the tokenizer paints them, normalised as the crops."""
-        flat = tokens.reshape(-1, tokens.shape[-1])
-        images = self.tokenizer.decode(frozen[learned_section(self.tokenizer)], frozen["extra"], flat)
-        return ((images - jnp.array(self.mean)) / jnp.array(self.std)).reshape(*tokens.shape[:2], *images.shape[1:])
+    def decode(self, target: Params, tokens: jax.Array) -> jax.Array:
+        """Tokens [B, G, N] -> the tokenizer's images of them, normalised as the crops."""
+        images = self.target.decode(target, tokens.reshape(-1, tokens.shape[-1]))
+        images = (images - jnp.array(self.views.mean)) / jnp.array(self.views.std)
+        return images.reshape(*tokens.shape[:2], *images.shape[1:])
 
 
 def make(config: ml_collections.ConfigDict) -> Beit:
@@ -99,9 +78,9 @@ def make(config: ml_collections.ConfigDict) -> Beit:
 
 
 def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """What BEiT and BEiT v2 have in common. Raises ValueError where the tokenizer's tokens are not the patches'."""
+    """What BEiT and BEiT v2 have in common. Raises ValueError if the grid of tokens is not that of the patches."""
     m, c, dtype = config.model, config.crops, jnp.dtype(config.model.dtype)
-    tokenizer, grid = make_method(target_config(config)), m.img_size // m.patch_size
+    tokenizer, grid = make_target(config), m.img_size // m.patch_size
     if tokenizer.codes != config.head.vocab_size:
         raise ValueError(
             f"the tokenizer of config.target has {tokenizer.codes} tokens, but head.vocab_size is {config.head.vocab_size}"
@@ -122,6 +101,7 @@ def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
         color_first=True,
         target=Target(c.target_size, c.target_interpolation),
     )
+    masks = BlockMask((grid, grid), config.mask.count, config.mask.smallest, config.mask.exact)
     return dict(
         backbone=ViT(
             **vit_settings(m),
@@ -135,10 +115,7 @@ def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
             token_init=one_std,
         ),
         head=TokenHead(config.head.vocab_size, one_std, dtype),
-        crops=(group,),
-        mask=BlockMask(grid, config.mask.count, config.mask.smallest, config.mask.exact),
-        tokenizer=tokenizer,
-        mean=tuple(config.data.mean),
-        std=tuple(config.data.std),
-        pictures=("reconstruction", "attention") if "reconstruction" in tokenizer.pictures else ("attention",),
+        views=Views((group,), **normalization(config), masks=masks),
+        target=tokenizer,
+        pictures=("reconstruction", "attention") if hasattr(tokenizer, "decode") else ("attention",),
     )

@@ -18,14 +18,14 @@ from mim_jax.models.layers import TORCH_UNIFORM, layer_norm, param_dtype, torch_
 from mim_jax.models.vit import rescale_residual, stack
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Beit2(beit.Beit):
-    early_layers: int = 9  # blocks after which the patches are taken
-    head_layers: int = 2  # blocks of the second prediction
+    early_layers: int  # blocks after which the patches are taken
+    head_layers: int  # blocks of the second prediction
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         params, extra = super().init(key)
-        tokens = jnp.zeros((1, 1 + self.mask.grid**2, self.backbone.dim))
+        tokens = jnp.zeros((1, 1 + self.views.masks.patches, self.backbone.dim))
         key, *bias_keys = jax.random.split(key, 4)
         blocks = self.cls_layers(tokens.shape[1], stochastic=False).init(key, tokens, jnp.zeros(self.head_layers), (None,))
         blocks = rescale_residual(blocks["params"], before=self.early_layers)

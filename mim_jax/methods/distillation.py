@@ -1,4 +1,4 @@
-"""Distillation of a smaller student from a fixed DINOv2 teacher (Oquab et al. 2024, arXiv:2304.07193, section 5).
+"""Distillation of a smaller student from a frozen DINOv2 teacher (Oquab et al. 2024, arXiv:2304.07193, section 5).
 
 DINOv2's losses with the votes of a larger network that is trained already. Nothing is masked: the second loss is of all
 patches of the global crops. The moving average of the student is the result.
@@ -11,18 +11,25 @@ import jax.numpy as jnp
 import ml_collections
 
 from mim_jax.methods import dinov2
-from mim_jax.methods.base import Params, make_method, target_config
+from mim_jax.methods.base import Params, made
+from mim_jax.methods.dino import multi_crop
 from mim_jax.models.heads import DinoHead
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation(dinov2.Dinov2):
-    fixed: str = r"mask_token$"  # official files have one
-    source: dinov2.Dinov2 = dataclasses.field(kw_only=True)  # the teacher's method
+class Teacher:
+    """A trained DINOv2 with its heads, as a frozen network."""
 
-    def frozen(self, key: jax.Array) -> Params:
-        params, _ = self.source.init(key)
-        return {"teacher": params}
+    method: dinov2.Dinov2
+
+    def init(self, key: jax.Array) -> Params:
+        return self.method.init(key)[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distillation(dinov2.Dinov2):
+    target: Teacher
+    untrained: str = r"mask_token$"  # official files have one
 
     def chosen(self, views: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
         batch, crops, side, *_ = views["global"].shape
@@ -31,16 +38,16 @@ class Distillation(dinov2.Dinov2):
         places = jnp.broadcast_to(jnp.arange(each), (groups, each))
         return places, jnp.ones(places.shape, bool), jnp.full(places.shape, 1 / patches)
 
-    def votes(self, teacher: Params, frozen: Params, crops: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.source.votes(frozen["teacher"], {}, crops, places)
+    def votes(self, teacher: Params, target: Params, views: Params, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.target.method.votes(target, {}, views, places)
 
 
 def make(config: ml_collections.ConfigDict) -> Distillation:
-    """Raises ValueError where the teacher's votes are not what the student can be compared with."""
-    first = target_config(config)
-    parts, source = dinov2.parts(config), make_method(first)
+    """Raises ValueError if the student cannot be compared with the teacher's votes."""
+    network = config.target.network
+    parts, source = dinov2.parts(config), made(network)
     if not isinstance(source, dinov2.Dinov2):
-        raise ValueError(f"the teacher of config.target must be of DINOv2, not of {first.method}")
+        raise ValueError(f"the teacher of config.target must be of DINOv2, not of {network.method}")
 
     def prototypes(*heads: DinoHead | None) -> list[int]:
         return [head.out_dim for head in heads if head]
@@ -48,9 +55,10 @@ def make(config: ml_collections.ConfigDict) -> Distillation:
     here = prototypes(parts["dino_head"], parts["ibot_head"])
     for what, student, teacher in (
         ("prototypes (of CLS and, if apart, of patches)", here, prototypes(source.dino_head, source.ibot_head)),
-        ("pixels a patch", parts["backbone"].patch_size, source.backbone.patch_size),
-        ("mean and std of the images", [*config.data.mean, *config.data.std], [*first.data.mean, *first.data.std]),
+        ("patch size in pixels", parts["backbone"].patch_size, source.backbone.patch_size),
+        ("mean and std of the images", [*config.data.mean, *config.data.std], [*network.data.mean, *network.data.std]),
     ):
         if student != teacher:
             raise ValueError(f"student and teacher must have the same {what}: {student} here, {teacher} there")
-    return Distillation(**parts, mask=None, source=source)
+    views = multi_crop(config, *dinov2.policies(config))
+    return Distillation(**parts, views=views, target=Teacher(source))

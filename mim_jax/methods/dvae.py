@@ -6,29 +6,29 @@ BEiT's code, with the squared error.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from mim_jax import health, losses, optim
+from mim_jax import durations, health, losses, optim
 from mim_jax.data.augment import FLIP, Crops
-from mim_jax.masking import Mask
-from mim_jax.methods.base import Params
+from mim_jax.methods.base import Params, Tokenizer, normalization
 from mim_jax.models import dvae
 from mim_jax.models.quantizers import gumbel_softmax
+from mim_jax.views import Views
 
 
 @dataclasses.dataclass(frozen=True)
 class Likelihood:
-    """What the pixels follow: the map of images in 0..1 that the network sees, the loss of what the decoder gives, and the
-    image that this stands for."""
+    """The distribution of the pixels."""
 
-    map_pixels: Callable[[jax.Array], jax.Array]
+    map_pixels: Callable[[jax.Array], jax.Array]  # images in 0..1 -> what the network sees
     loss: Callable[[jax.Array, jax.Array], jax.Array]  # (decoder's output, mapped pixels) -> mean over pixels and channels
-    paint: Callable[[jax.Array], jax.Array]
+    image: Callable[[jax.Array], jax.Array]  # decoder's output -> image in 0..1
 
 
 LOGIT_LAPLACE = Likelihood(dvae.map_pixels, losses.logit_laplace_loss, dvae.dalle_pixels)
@@ -39,30 +39,22 @@ SQUARED_ERROR = Likelihood(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Dvae:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dvae(Tokenizer):
     encoder: Any
     decoder: Any
     codes: int
     stride: int
     likelihood: Likelihood
-    crops: tuple[Crops, ...]
-    schedules: Mapping[str, optim.Schedule]
-    mask: Mask | None = None
-    fixed: str = ""
     teacher_parts: tuple[str, ...] = ("encoder", "decoder")  # no teacher: the average of the weights is the tokenizer
-    pictures: tuple[str, ...] = ("reconstruction", "tokens")
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         encoder_key, decoder_key = jax.random.split(key)
-        encoder = self.encoder.init(encoder_key, jnp.zeros((1, self.crops[0].size, self.crops[0].size, 3)))
+        encoder = self.encoder.init(encoder_key, self.views.zeros()["global"][0, :1])
         decoder = self.decoder.init(decoder_key, jnp.zeros((1, 1, 1, self.codes)))
         return {"encoder": encoder["params"], "decoder": decoder["params"]}, {}
 
-    def frozen(self, key: jax.Array) -> Params:
-        return {}
-
-    def loss(self, params, teacher, frozen, extra, views, key, step):
+    def loss(self, params, teacher, target, extra, views, key, step):
         """The likelihood's loss, a mean over pixels and channels, and the divergence, a mean over the places of a grid: in
         DALL-E's units, nats per image divided by its values, `kl_weight` is beta * places / values (beta / 192 there)."""
         images = views["global"].reshape(-1, *views["global"].shape[2:])
@@ -80,24 +72,19 @@ class Dvae:
         """Images [B, H, W, 3] in 0..1 -> [B, h, w, codes]."""
         return self.encoder.apply({"params": params["encoder"]}, self.likelihood.map_pixels(images))
 
-    def tokens(self, params: Params, extra: Params, images: jax.Array) -> jax.Array:
-        return self.logits(params, images).argmax(-1).astype(jnp.int32).reshape(len(images), -1)
+    def tokens(self, parts: Params, images: jax.Array) -> jax.Array:
+        return self.logits(parts, images).argmax(-1).astype(jnp.int32).reshape(len(images), -1)
 
-    def decode(self, params: Params, extra: Params, tokens: jax.Array) -> jax.Array:
-        side = round(tokens.shape[-1] ** 0.5)
+    def decode(self, parts: Params, tokens: jax.Array) -> jax.Array:
+        side = math.isqrt(tokens.shape[-1])
         sample = jax.nn.one_hot(tokens.reshape(-1, side, side), self.codes)
-        return self.likelihood.paint(self.decoder.apply({"params": params["decoder"]}, sample))
+        return self.likelihood.image(self.decoder.apply({"params": parts["decoder"]}, sample))
 
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
         """Those of the distributions' logits."""
         logits = self.logits(params, images)
         patch = logits.reshape(len(logits), -1, self.codes)
         return {"cls": patch.mean(1), "patch": patch}
-
-    def reconstruction(self, params: Params, extra: Params, frozen: Params, views: Params) -> dict[str, jax.Array]:
-        images = views["global"]
-        painted = self.decode(params, extra, self.tokens(params, extra, images.reshape(-1, *images.shape[2:])))
-        return {"from its tokens": painted.reshape(images.shape)}
 
 
 def make(config: ml_collections.ConfigDict) -> Dvae:
@@ -114,16 +101,17 @@ def make(config: ml_collections.ConfigDict) -> Dvae:
         raise ValueError(f'model.arch is {m.arch!r}, but must be "dalle" or "beit"')
     if m.img_size % stride:
         raise ValueError(f"tokens of {stride} pixels do not fill an image of model.img_size={m.img_size}")
+    group = Crops("global", m.img_size, tuple(c.global_crops_scale), (FLIP,) * c.global_crops_number)
     return Dvae(
         encoder=encoder,
         decoder=decoder,
         codes=m.codes,
         stride=stride,
         likelihood=likelihood,
-        crops=(Crops("global", m.img_size, tuple(c.global_crops_scale), (FLIP,) * c.global_crops_number),),
+        views=Views((group,), **normalization(config)),
         schedules={
-            "temperature": optim.cosine_schedule(1.0, o.temperature, optim.duration(config, o, "temperature")),
-            "kl_weight": optim.cosine_schedule(0.0, o.kl_weight, optim.duration(config, o, "kl")),
+            "temperature": optim.cosine_schedule(1.0, o.temperature, durations.steps(config, "loss.temperature_decay")),
+            "kl_weight": optim.cosine_schedule(0.0, o.kl_weight, durations.steps(config, "loss.kl_warmup")),
             "momentum_teacher": lambda step: jnp.asarray(config.optim.momentum_teacher),
         },
     )

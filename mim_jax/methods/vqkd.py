@@ -1,11 +1,10 @@
 """VQ-KD: the tokenizer of BEiT v2 (Peng et al. 2022, arXiv:2208.06366, section 3.2).
 
-An encoder's tokens become codes of unit length, from which a small decoder predicts what a fixed teacher sees in each patch:
-so the codes are of meaning rather than of pixels.
+An encoder's tokens become codes of unit length, from which a small decoder predicts the features that a frozen teacher has of
+each patch. So the codes stand for meaning rather than for pixels.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -13,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from mim_jax import health, losses, optim
+from mim_jax import health, losses
 from mim_jax.data.augment import FLIP, Crops, Target
-from mim_jax.masking import Mask
-from mim_jax.methods.base import Params, learned_section, make_method, target_config, vit_settings
+from mim_jax.methods.base import Params, Tokenizer, make_target, normalization, vit_settings
 from mim_jax.models.layers import dense, param_dtype
 from mim_jax.models.quantizers import NormEmaQuantizer, State, cosine_kmeans, unit
 from mim_jax.models.vit import ViT, features, rescale_residual
+from mim_jax.views import Views
 
 
 class TaskLayer(nn.Module):
@@ -36,22 +35,14 @@ class TaskLayer(nn.Module):
         return dense(self.out_dim, dtype, init, name="out")(x).reshape(*shape, self.out_dim)
 
 
-@dataclasses.dataclass(frozen=True)
-class VqKd:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VqKd(Tokenizer):
     encoder: ViT
     encode_task: TaskLayer
     quantizer: NormEmaQuantizer
     decoder: ViT
     decode_task: TaskLayer
-    crops: tuple[Crops, ...]
-    teacher: Any  # the method that the teacher learned by
-    teacher_mean: tuple[float, ...]
-    teacher_std: tuple[float, ...]
     kmeans_init: bool
-    schedules: Mapping[str, optim.Schedule] = dataclasses.field(default_factory=dict)
-    mask: Mask | None = None
-    fixed: str = ""
-    teacher_parts: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ("tokens",)
 
     @property
@@ -76,17 +67,13 @@ class VqKd:
             params[name] = params[name] | {"blocks": rescale_residual(params[name]["blocks"])}
         return params, {"quantizer": self.quantizer.init(keys[4], param_dtype(self.encoder.dtype))}
 
-    def frozen(self, key: jax.Array) -> Params:
-        params, _ = self.teacher.init(key)
-        return {learned_section(self.teacher): {"backbone": params["backbone"]}}
-
-    def loss(self, params, teacher, frozen, extra, views, key, step):
+    def loss(self, params, teacher, target, extra, views, key, step):
         images, state = views["global"], extra["quantizer"]
         z = self.encode(params, images)
         if self.kmeans_init:
             state = jax.lax.cond(step == 0, lambda: self.first_codes(state, z, key), lambda: state)
         quantized, state = self.quantizer(state, z, train=True)
-        loss = quantized.loss + losses.cosine_distance(self.rebuild(params, quantized.z), self.target(frozen, views["target"]))
+        loss = quantized.loss + losses.cosine_distance(self.rebuild(params, quantized.z), self.teacher_features(target, views["target"]))
         figures = health.codebook_figures(state["cluster_size"]) | {"train/commitment": quantized.loss}
         return loss, ({"quantizer": state}, figures)
 
@@ -108,14 +95,13 @@ class VqKd:
         out = self.decoder.apply({"params": params["decoder"]}, [codes.reshape(*codes.shape[:2], grid, grid, -1)])[0]
         return self.decode_task.apply({"params": params["decode_task"]}, out["patch"])
 
-    def target(self, frozen: Params, images: jax.Array) -> jax.Array:
-        """The teacher's features of the crops, [B, G, H, W, 3] in 0..1 -> [B, G, N, D]."""
-        images = (images - jnp.array(self.teacher_mean)) / jnp.array(self.teacher_std)
-        patch = self.teacher.features(frozen[learned_section(self.teacher)], images.reshape(-1, *images.shape[2:]))["patch"]
-        return jax.lax.stop_gradient(patch.reshape(*images.shape[:2], *patch.shape[1:]))
+    def teacher_features(self, target: Params, crops: jax.Array) -> jax.Array:
+        """The teacher's features of crops [B, G, H, W, 3] in 0..1: [B, G, N, D]."""
+        patch = self.target.features(target, crops.reshape(-1, *crops.shape[2:]))["patch"]
+        return jax.lax.stop_gradient(patch.reshape(*crops.shape[:2], *patch.shape[1:]))
 
-    def tokens(self, params: Params, extra: Params, images: jax.Array) -> jax.Array:
-        quantized, _ = self.quantizer(extra["quantizer"], self.encode(params, images[:, None]))
+    def tokens(self, parts: Params, images: jax.Array) -> jax.Array:
+        quantized, _ = self.quantizer(parts["quantizer"], self.encode(parts, images[:, None]))
         return quantized.indices[:, 0]
 
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
@@ -123,8 +109,8 @@ class VqKd:
 
 
 def make(config: ml_collections.ConfigDict) -> VqKd:
-    m, q, first = config.model, config.quantizer, target_config(config)
-    teacher, grid, dtype = make_method(first), m.img_size // m.patch_size, jnp.dtype(m.dtype)
+    m, q, teacher = config.model, config.quantizer, make_target(config)
+    grid, dtype = m.img_size // m.patch_size, jnp.dtype(m.dtype)
     settings = vit_settings(m) | {"drop_path_rate": 0.0, "k_bias": False}
     decoder = settings | {"patch_size": 1, "img_size": grid, "depth": m.decoder_depth}
     group = Crops(
@@ -132,17 +118,15 @@ def make(config: ml_collections.ConfigDict) -> VqKd:
         m.img_size,
         tuple(config.crops.global_crops_scale),
         (FLIP,) * config.crops.global_crops_number,
-        target=Target(grid * teacher.backbone.stride),
+        target=Target(grid * teacher.stride),
     )
     return VqKd(
         encoder=ViT(**settings),
         encode_task=TaskLayer(q.dim, dtype),
         quantizer=NormEmaQuantizer(q.codes, q.dim, q.decay, q.beta),
         decoder=ViT(**decoder),
-        decode_task=TaskLayer(teacher.backbone.dim, dtype),
-        crops=(group,),
-        teacher=teacher,
-        teacher_mean=tuple(first.data.mean),
-        teacher_std=tuple(first.data.std),
+        decode_task=TaskLayer(teacher.dim, dtype),
+        views=Views((group,), **normalization(config)),
+        target=teacher,
         kmeans_init=q.kmeans_init,
     )

@@ -5,32 +5,26 @@ The codes are moving averages of their members (appendix A.1); those that lose t
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from mim_jax import health, optim
+from mim_jax import health
 from mim_jax.data.augment import FLIP, Crops
-from mim_jax.masking import Mask
-from mim_jax.methods.base import Params
+from mim_jax.methods.base import Params, Tokenizer, normalization
 from mim_jax.models.layers import param_dtype
 from mim_jax.models.quantizers import EmaQuantizer
 from mim_jax.models.vqvae import VqVaeDecoder, VqVaeEncoder
+from mim_jax.views import Views
 
 
-@dataclasses.dataclass(frozen=True)
-class VqVae:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VqVae(Tokenizer):
     encoder: VqVaeEncoder
     quantizer: EmaQuantizer
     decoder: VqVaeDecoder
-    crops: tuple[Crops, ...]
-    schedules: Mapping[str, optim.Schedule] = dataclasses.field(default_factory=dict)
-    mask: Mask | None = None
-    fixed: str = ""
-    teacher_parts: tuple[str, ...] = ()
-    pictures: tuple[str, ...] = ("reconstruction", "tokens")
 
     @property
     def codes(self) -> int:
@@ -42,21 +36,18 @@ class VqVae:
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         keys = jax.random.split(key, 3)
-        encoder = self.encoder.init(keys[0], jnp.zeros((1, self.crops[0].size, self.crops[0].size, 3)))
+        encoder = self.encoder.init(keys[0], self.views.zeros()["global"][0, :1])
         decoder = self.decoder.init(keys[1], jnp.zeros((1, 1, 1, self.quantizer.dim)))
         state = self.quantizer.init(keys[2], param_dtype(self.encoder.dtype))
         return {"encoder": encoder["params"], "decoder": decoder["params"]}, {"quantizer": state}
 
-    def frozen(self, key: jax.Array) -> Params:
-        return {}
-
-    def loss(self, params, teacher, frozen, extra, views, key, step):
+    def loss(self, params, teacher, target, extra, views, key, step):
         images = views["global"].reshape(-1, *views["global"].shape[2:])
         z = self.encode(params, images)
         quantized, state = self.quantizer(extra["quantizer"], z, train=True)
         vectors = z.reshape(-1, z.shape[-1])
         state = self.quantizer.replace_dead(state, vectors[jax.random.randint(key, (self.codes,), 0, len(vectors))])
-        error = jnp.mean((self.paint(params, quantized.z) - images) ** 2)
+        error = jnp.mean((self.pixels(params, quantized.z) - images) ** 2)
         figures = health.codebook_figures(state["cluster_size"]) | {"train/mse": error, "train/commitment": quantized.loss}
         return 4 * error + quantized.loss, ({"quantizer": state}, figures)  # the error of values in -1..1
 
@@ -64,28 +55,23 @@ class VqVae:
         """Images [B, H, W, 3] in 0..1 -> what is quantised, [B, h, w, code]."""
         return self.encoder.apply({"params": params["encoder"]}, 2 * images - 1)
 
-    def paint(self, params: Params, codes: jax.Array) -> jax.Array:
+    def pixels(self, params: Params, codes: jax.Array) -> jax.Array:
         """Codes [B, h, w, code] -> images [B, H, W, 3], about in 0..1."""
         return (1 + self.decoder.apply({"params": params["decoder"]}, codes)) / 2
 
-    def tokens(self, params: Params, extra: Params, images: jax.Array) -> jax.Array:
-        quantized, _ = self.quantizer(extra["quantizer"], self.encode(params, images))
+    def tokens(self, parts: Params, images: jax.Array) -> jax.Array:
+        quantized, _ = self.quantizer(parts["quantizer"], self.encode(parts, images))
         return quantized.indices.reshape(len(images), -1)
 
-    def decode(self, params: Params, extra: Params, tokens: jax.Array) -> jax.Array:
-        side = round(tokens.shape[-1] ** 0.5)
-        codes = extra["quantizer"]["codebook"][tokens.reshape(-1, side, side)]
-        return jnp.clip(self.paint(params, codes), 0, 1)
+    def decode(self, parts: Params, tokens: jax.Array) -> jax.Array:
+        side = math.isqrt(tokens.shape[-1])
+        codes = parts["quantizer"]["codebook"][tokens.reshape(-1, side, side)]
+        return jnp.clip(self.pixels(parts, codes), 0, 1)
 
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
         z = self.encode(params, images)
         patch = z.reshape(len(z), -1, z.shape[-1])
         return {"cls": patch.mean(1), "patch": patch}
-
-    def reconstruction(self, params: Params, extra: Params, frozen: Params, views: Params) -> dict[str, jax.Array]:
-        images = views["global"]
-        painted = self.decode(params, extra, self.tokens(params, extra, images.reshape(-1, *images.shape[2:])))
-        return {"from its tokens": painted.reshape(images.shape)}
 
 
 def make(config: ml_collections.ConfigDict) -> VqVae:
@@ -93,9 +79,10 @@ def make(config: ml_collections.ConfigDict) -> VqVae:
     sizes = dict(hidden=m.hidden, layers=m.layers, blocks=m.blocks, dtype=dtype)
     if m.img_size % 2**m.layers:
         raise ValueError(f"model.img_size={m.img_size} cannot be halved model.layers={m.layers} times")
+    group = Crops("global", m.img_size, tuple(c.global_crops_scale), (FLIP,) * c.global_crops_number)
     return VqVae(
         encoder=VqVaeEncoder(q.dim, **sizes),
         quantizer=EmaQuantizer(q.codes, q.dim, q.decay, commitment=q.commitment, threshold=q.threshold),
         decoder=VqVaeDecoder(**sizes),
-        crops=(Crops("global", m.img_size, tuple(c.global_crops_scale), (FLIP,) * c.global_crops_number),),
+        views=Views((group,), **normalization(config)),
     )

@@ -4,6 +4,7 @@ Dense layers are given flat tokens [N, D], not [B, T, D]: XLA's CPU backend cont
 gradient, and to other backends it is the same.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -63,12 +64,12 @@ def patchify(images: jax.Array, size: int) -> jax.Array:
     return jnp.moveaxis(patches, -4, -3).reshape(*batch, rows * columns, size * size * channels)
 
 
-def unpatchify(patches: jax.Array, size: int) -> jax.Array:
-    """The inverse of `patchify` for square images: [..., N, size * size * C] -> [..., H, W, C]."""
+def unpatchify(patches: jax.Array, size: int, grid: tuple[int, int] | None = None) -> jax.Array:
+    """The inverse of `patchify`: [..., N, size * size * C] -> [..., H, W, C]; `grid` (rows, columns), by default square."""
     *batch, count, _ = patches.shape
-    side = round(count**0.5)
-    images = jnp.moveaxis(patches.reshape(*batch, side, side, size, size, -1), -4, -3)
-    return images.reshape(*batch, side * size, side * size, -1)
+    rows, columns = grid or (math.isqrt(count), math.isqrt(count))
+    images = jnp.moveaxis(patches.reshape(*batch, rows, columns, size, size, -1), -4, -3)
+    return images.reshape(*batch, rows * size, columns * size, -1)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **rest: Any) -> jax.Array:
@@ -112,10 +113,11 @@ def convolve_to_twice(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def painted_in(images: jax.Array, painted: jax.Array, mask: jax.Array) -> jax.Array:
-    """Images [..., H, H, C] with the masked patches, bool [..., N], taken from other ones of the same shape."""
-    grid = round(mask.shape[-1] ** 0.5)
-    squares = mask.reshape(*mask.shape[:-1], grid, grid)
-    pixels = jnp.repeat(jnp.repeat(squares, images.shape[-3] // grid, -2), images.shape[-2] // grid, -1)
+    """Images [..., H, W, C] with the masked patches, bool [..., N] and square, taken from `painted`, of the same shape."""
+    height, width = images.shape[-3:-1]
+    size = math.isqrt(height * width // mask.shape[-1])
+    patches = mask.reshape(*mask.shape[:-1], height // size, width // size)
+    pixels = jnp.repeat(jnp.repeat(patches, size, -2), size, -1)
     return jnp.where(pixels[..., None], painted, images)
 
 

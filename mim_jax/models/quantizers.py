@@ -8,12 +8,10 @@ are sums over the global batch; as products with one-hot vectors they are the sa
 import dataclasses
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from mim_jax import losses
-from mim_jax.models.layers import TORCH_UNIFORM, param_dtype, torch_bias
 
 State = dict[str, jax.Array]
 
@@ -147,33 +145,6 @@ class NormEmaQuantizer:
         return out, {"codebook": codebook, "cluster_size": moving_average(state["cluster_size"], counts, self.decay)}
 
 
-@dataclasses.dataclass(frozen=True)
-class VqGanQuantizer:
-    """VQ-GAN's quantiser (Esser et al. 2021, section 3.1; VectorQuantizer2), whose codebook learns by gradient.
-
-    Its state belongs to the parameters. `legacy`: `beta` weighs the codebook's term, as in the official models, and not the
-    commitment's, as in VQ-VAE.
-    """
-
-    codes: int
-    dim: int
-    beta: float = 0.25
-    legacy: bool = True
-
-    def init(self, key: jax.Array, dtype: Any = jnp.float32) -> State:
-        return {"codebook": jax.random.uniform(key, (self.codes, self.dim), dtype, -1 / self.codes, 1 / self.codes)}
-
-    def __call__(self, state: State, z: jax.Array, train: bool = False) -> tuple[Quantized, State]:
-        """z [..., D]; the state comes back as it is."""
-        z = z.astype(state["codebook"].dtype)
-        indices = nearest(z, state["codebook"])
-        codes = jax.nn.one_hot(indices, self.codes, dtype=z.dtype)
-        codes = jnp.einsum("...k,kd->...d", codes, state["codebook"], precision="highest")
-        commitment, codebook = losses.commitment_loss(z, codes), losses.codebook_loss(z, codes)
-        loss = commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
-        return Quantized(straight_through(z, codes), indices, loss), state
-
-
 def gumbel_softmax(logits: jax.Array, noise: jax.Array, temp: jax.Array | float, hard: bool = False) -> jax.Array:
     """A relaxed sample of each distribution: logits and Gumbel noise [..., K] -> [..., K] (Jang et al. 2017, equation 2).
 
@@ -181,26 +152,3 @@ def gumbel_softmax(logits: jax.Array, noise: jax.Array, temp: jax.Array | float,
     """
     soft = jax.nn.softmax((logits + noise) / temp)
     return straight_through(soft, jax.nn.one_hot(soft.argmax(-1), soft.shape[-1], dtype=soft.dtype)) if hard else soft
-
-
-class GumbelQuantizer(nn.Module):
-    """VQ-GAN's Gumbel quantiser (GumbelQuantize): a distribution over the codes, a sample of it, the sum of its codes.
-
-    The loss is the mean KL divergence to the uniform distribution, times `kl_weight`.
-    """
-
-    codes: int
-    dim: int
-    kl_weight: float = 5e-4
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, z: jax.Array, noise: jax.Array, temp: jax.Array | float = 1.0, hard: bool = False) -> Quantized:
-        """z [B, h, w, C], Gumbel noise [B, h, w, K] -> z [B, h, w, D], indices of the samples [B, h, w]."""
-        dtype = param_dtype(self.dtype)
-        inits = dict(kernel_init=TORCH_UNIFORM, bias_init=torch_bias(z.shape[-1]))
-        logits = nn.Conv(self.codes, (1, 1), dtype=dtype, param_dtype=dtype, name="proj", **inits)(z)
-        sample = gumbel_softmax(logits, noise, temp, hard)
-        codebook = self.param("codebook", nn.initializers.normal(1.0), (self.codes, self.dim), dtype)
-        kl = self.kl_weight * losses.kl_to_uniform(logits).mean()
-        return Quantized(sample @ codebook, sample.argmax(-1).astype(jnp.int32), kl)

@@ -5,6 +5,7 @@ layers that treat tokens one by one; attention runs once per resolution. Blocks 
 """
 
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -199,6 +200,11 @@ def stack(depth: int, unroll: int, **block: Any) -> nn.Module:
     )(**block, name="blocks")
 
 
+def is_stacked(path: str) -> bool:
+    """Whether the parameter at this slash-joined path has a leading depth axis: one tensor a block, as the papers count."""
+    return re.search("(^|/)blocks/", path) is not None
+
+
 def rescale_residual(blocks: dict[str, Any], before: int = 0) -> dict[str, Any]:
     """Stacked blocks with what each adds to the tokens divided by sqrt(2 * layer), counted from `before` + 1 (BEiT's first
     values)."""
@@ -307,6 +313,23 @@ class ViT(nn.Module):
             ffn=self.ffn,
             kept=(self.drop_path_group, self.drop_path_rate) if self.drop_path_group else None,
         )
+
+    def lr_scales(self, params: dict[str, Any], decay: float, patch_embed: float) -> dict[str, Any]:
+        """Factors of the learning rates under layer-wise decay (BEiT, MAE): decay ** (depth + 1 - layer).
+
+        Layer 0 is what comes before the blocks, block k is layer k + 1 (stacked blocks: [depth, 1, ...]), what comes after is
+        layer depth + 1. `patch_embed` is a further factor for the patch embedding (DINOv2).
+        """
+        before = {"patch_embed", "cls_token", "mask_token", "register_tokens", "pos_embed"}
+        blocks = decay ** (self.depth - np.arange(self.depth))
+
+        def scale(path: tuple, leaf: Any) -> Any:
+            name = path[0].key
+            if name == "blocks":
+                return blocks.reshape(self.depth, *[1] * (leaf.ndim - 1))
+            return decay ** (self.depth + 1 if name in before else 0) * (patch_embed if name == "patch_embed" else 1.0)
+
+        return jax.tree_util.tree_map_with_path(scale, params)
 
     @nn.compact
     def __call__(

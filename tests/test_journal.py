@@ -18,11 +18,12 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from mim_jax import health, metrics, report
+from mim_jax import health, journal, report
+from mim_jax.journal import Journal
 
 
 def lines(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / metrics.FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (workdir / journal.FILE).read_text().splitlines()]
 
 
 def events(workdir: Path) -> list[event_pb2.Event]:
@@ -37,7 +38,7 @@ def events(workdir: Path) -> list[event_pb2.Event]:
 
 
 def test_figures_are_one_object_a_line_at_once(tmp_path):
-    with metrics.Writer(tmp_path) as writer:
+    with Journal(tmp_path, 10) as writer:
         writer.write(0, {"eval/knn": 0.25, "health/rank": np.float32(2)})
         writer.write(10, {"train/loss": jnp.float32(1.5), "train/steps": 3})
         assert lines(tmp_path) == [  # before the file is closed
@@ -49,21 +50,21 @@ def test_figures_are_one_object_a_line_at_once(tmp_path):
 
 
 def test_figures_that_are_not_finite_are_null_and_the_line_stays_json(tmp_path):
-    with metrics.Writer(tmp_path) as writer:
+    with Journal(tmp_path, 10) as writer:
         writer.write(1, {"a": math.nan, "b": math.inf, "c": -jnp.inf, "d": 1.0})
-    assert "NaN" not in (tmp_path / metrics.FILE).read_text()
+    assert "NaN" not in (tmp_path / journal.FILE).read_text()
     assert lines(tmp_path) == [{"step": 1, "a": None, "b": None, "c": None, "d": 1.0}]
 
 
 def test_a_resumed_run_has_every_step_once(tmp_path):
-    with metrics.Writer(tmp_path) as writer:
+    with Journal(tmp_path, 10) as writer:
         for step in range(6):
             writer.write(step, {"train/loss": step})
             if step % 2 == 0:
                 writer.write(step, {"eval/knn": step})
-    with (tmp_path / metrics.FILE).open("a") as file:
+    with (tmp_path / journal.FILE).open("a") as file:
         file.write('{"step": 6, "train/lo')  # torn by a kill
-    with metrics.Writer(tmp_path, resume_step=2) as writer:
+    with Journal(tmp_path, 10, resume_step=2) as writer:
         for step in range(3, 8):
             writer.write(step, {"train/loss": step})
     rows = lines(tmp_path)
@@ -75,7 +76,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path):
 
 def test_a_run_from_scratch_forgets_the_one_before(tmp_path):
     for _ in range(2):
-        with metrics.Writer(tmp_path) as writer:
+        with Journal(tmp_path, 10) as writer:
             writer.write(0, {"a": 1})
     assert len(lines(tmp_path)) == 1
 
@@ -83,8 +84,8 @@ def test_a_run_from_scratch_forgets_the_one_before(tmp_path):
 def test_a_killed_process_loses_no_line(tmp_path):
     program = f"""
 import os, signal
-from mim_jax import metrics
-writer = metrics.Writer({str(tmp_path)!r})
+from mim_jax.journal import Journal
+writer = Journal({str(tmp_path)!r}, 50)
 for step in range(50):
     writer.write(step, {{"train/loss": step}})
 os.kill(os.getpid(), signal.SIGKILL)
@@ -97,30 +98,30 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_read_leaves_out_what_is_not_a_whole_line(tmp_path):
-    assert metrics.read(tmp_path) == []
-    (tmp_path / metrics.FILE).write_text('{"step": 1, "a": 2}\n\n[1]\n{"a": 3}\n{"step": 2, "a"')
-    assert metrics.read(tmp_path) == [{"step": 1, "a": 2}]
+    assert journal.read(tmp_path) == []
+    (tmp_path / journal.FILE).write_text('{"step": 1, "a": 2}\n\n[1]\n{"a": 3}\n{"step": 2, "a"')
+    assert journal.read(tmp_path) == [{"step": 1, "a": 2}]
 
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"cannot write the run's figures.*file/run/metrics.jsonl"):
-        metrics.Writer(tmp_path / "file" / "run")
+    with pytest.raises(OSError, match=r"cannot write.*file/run/metrics.jsonl"):
+        Journal(tmp_path / "file" / "run", 10)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
 def test_a_full_disk_is_named(tmp_path):
-    writer = metrics.Writer(tmp_path)
+    writer = Journal(tmp_path, 10)
     writer._lines.close()
     writer._lines = open("/dev/full", "w", buffering=1)
-    with pytest.raises(OSError, match=r"cannot write the run's figures: No space left.*metrics.jsonl"):
+    with pytest.raises(OSError, match=r"cannot write: No space left.*metrics.jsonl"):
         writer.write(1, {"a": 1})
     with pytest.raises(OSError, match="metrics.jsonl"):
         writer.close()
 
 
 def test_a_picture_is_kept_for_the_report_and_shown_in_tensorboard(tmp_path):
-    with metrics.Writer(tmp_path) as writer:
+    with Journal(tmp_path, 10) as writer:
         writer.picture(0, "crops", Image.new("RGB", (4, 3), "red"))
         writer.picture(5, "crops", Image.new("RGB", (4, 3), "blue"))
     kept = Image.open(tmp_path / "pictures" / "crops.png")
@@ -131,79 +132,86 @@ def test_a_picture_is_kept_for_the_report_and_shown_in_tensorboard(tmp_path):
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("jax.process_index", lambda: 1)
-    with metrics.Writer(tmp_path / "run") as writer:
+    with Journal(tmp_path / "run", 10) as writer:
         writer.write(0, {"a": 1})
         writer.picture(0, "a", Image.new("RGB", (1, 1)))
-    with metrics.Progress(10) as progress:
-        progress.advance(1)
-        progress.report({"train/loss": 1.0})
-        progress.say("hello")
+        writer.save("config.json", b"{}")
+        writer.advance(1)
+        writer.show({"train/loss": 1.0})
+        writer.print("hello")
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    with Journal(tmp_path, 10) as writer:
+        writer.save("config.json", b"first")
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write: No space left.*config.json"):
+            patch.setattr(Path, "replace", no_space)
+            writer.save("config.json", b"second")
+    assert (tmp_path / "config.json").read_bytes() == b"first"
+
+
+def no_space(*_):
+    raise OSError(28, "No space left on device")
 
 
 # Progress
 
 
-def test_progress_in_a_log_file_is_one_line_for_each_report():
+def test_progress_in_a_log_file_is_one_line_for_each_show(tmp_path):
     file = io.StringIO()
-    with metrics.Progress(10, file=file) as progress:
-        progress.report({"eval/knn": 0.25})
+    with Journal(tmp_path, 10, file=file) as writer:
+        writer.show({"eval/knn": 0.25})
         for step in range(1, 5):
-            progress.advance(step)
-        progress.report({"train/loss": jnp.float32(2.5), "perf/images_per_s": 1234.5, "health/kl": 1})
-        progress.say("saved")
+            writer.advance(step)
+        writer.show({"train/loss": jnp.float32(2.5), "perf/images_per_s": 1234.5, "health/kl": 1})
+        writer.print("saved")
     first, second, third = file.getvalue().splitlines()
     assert first == "step 0/10 | k-NN 0.250 | ETA ?"
     assert second.startswith("step 4/10 | loss 2.5000 | 1,234 images/s | k-NN 0.250 | ETA 0:0")
     assert third == "saved"
 
 
-def test_progress_on_a_terminal_is_a_bar():
+def test_progress_on_a_terminal_is_a_bar(tmp_path):
     class Terminal(io.StringIO):
         def isatty(self):
             return True
 
     file = Terminal()
-    with metrics.Progress(10, start=2, file=file) as progress:
-        progress.report({"train/loss": 2.5, "eval/knn": 0.25})
-        progress.say("saved")
+    with Journal(tmp_path, 10, resume_step=2, file=file) as writer:
+        writer.show({"train/loss": 2.5, "eval/knn": 0.25})
+        writer.print("saved")
         for step in range(3, 11):
-            progress.advance(step)
+            writer.advance(step)
     text = file.getvalue()
     assert "\r" in text and "loss 2.5000 | k-NN 0.250" in text and "saved\n" in text
     assert "2/10" in text and "10/10" in text
 
 
-def test_remaining_time_leaves_compilation_out(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    file = io.StringIO()
-    progress = metrics.Progress(101, file=file)
-    now[0] = 500  # compilation
-    progress.advance(1)
-    now[0] = 510
-    progress.advance(11)
-    progress.report({})
-    assert "ETA 1:30" in file.getvalue()
-
-
-def test_stopwatch_leaves_pauses_out():
-    now = [0.0]
-    watch = metrics.Stopwatch(clock=lambda: now[0])
-    with watch.paused():
+def test_times_leave_out_compilation_and_speed_leaves_out_pauses(tmp_path):
+    now, file = [0.0], io.StringIO()
+    writer = Journal(tmp_path, 101, batch_size=50, file=file, clock=lambda: now[0])
+    with writer.paused():
         now[0] += 100
-    assert watch.lap() is None
-    for _ in range(4):
+    assert writer.images_per_s() is None
+    now[0] = 500  # compilation
+    writer.advance(1)
+    assert writer.images_per_s() is None
+    for step in range(2, 12):
         now[0] += 1
-        watch.count(50)
-    with pytest.raises(KeyError), watch.paused():
+        writer.advance(step)
+    writer.show({})
+    assert "ETA 1:30" in file.getvalue()
+    with pytest.raises(KeyError), writer.paused():
         now[0] += 1000
         raise KeyError
-    assert watch.lap() == 50
+    assert writer.images_per_s() == 50
     now[0] += 2
-    watch.count(30)
-    assert watch.lap() == 15
+    writer.advance(12)
+    assert writer.images_per_s() == 25
+    assert writer.images_per_s() is None
+    writer.close()
 
 
 # Report
@@ -213,22 +221,20 @@ VERDICT = health.Verdict("collapsing", "teacher entropy 98% of uniform <b>")
 
 
 def write_run(workdir: Path) -> None:
-    with metrics.Writer(workdir) as writer:
-        writer.write(0, {"eval/knn_floor_untrained": 0.271, "eval/knn_floor_whitened": 0.423})
+    with Journal(workdir, 1000) as writer:
+        writer.write(0, {"eval/knn_baseline_untrained": 0.271, "eval/knn_baseline_whitened": 0.423})
         for step in range(1, 1001):
             writer.write(step, {"train/loss": math.nan if step == 500 else 7 - step / 200, "train/odd": 3})
         writer.write(1000, {"eval/knn": 0.376})
         writer.picture(1000, "crops", Image.new("RGB", (8, 8), "red"))
 
 
-def test_report_is_one_whole_file_with_scores_floors_verdict_pictures_and_config(tmp_path):
+def test_report_is_one_whole_file_with_scores_baselines_verdict_pictures_and_config(tmp_path):
     write_run(tmp_path)
-    path = report.write_report(
-        tmp_path, title="A <run>", config="lr: 1 < 2", verdict=VERDICT, facts={"jax": "0.10"}, notes={"Loss": "noted"}
-    )
+    path = report.write_report(tmp_path, title="A <run>", config="lr: 1 < 2", verdict=VERDICT, facts={"jax": "0.10"})
     assert path == tmp_path / "report.html"
     page = path.read_text(encoding="utf-8")
-    for text in ("A &lt;run&gt;", "step 1,000", "collapsing", "98% of uniform &lt;b&gt;", "lr: 1 &lt; 2", "noted", "train/odd"):
+    for text in ("A &lt;run&gt;", "step 1,000", "collapsing", "98% of uniform &lt;b&gt;", "lr: 1 &lt; 2", "train/odd"):
         assert text in page
     assert '<p class="value">0.376</p>' in page
     assert '<li class="above"><b>0.271</b> untrained</li>' in page
@@ -253,7 +259,7 @@ def test_curves_lie_within_the_axes_and_fall_where_the_loss_falls(tmp_path):
     assert (np.diff(points[:, 0]) > 0).all() and (np.diff(points[:, 1]) >= 0).all()  # SVG counts downwards
 
 
-def test_report_of_a_run_that_has_told_nothing_yet(tmp_path):
+def test_report_of_a_run_that_has_logged_nothing_yet(tmp_path):
     page = report.write_report(tmp_path, title="t", config="", verdict=health.verdict({}), facts={}).read_text()
     assert "nothing has been measured yet" in page and "Curves" not in page
 
@@ -261,11 +267,8 @@ def test_report_of_a_run_that_has_told_nothing_yet(tmp_path):
 def test_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = report.write_report(tmp_path, title="first", config="", verdict=VERDICT, facts={})
 
-    def full(self, target):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError, match="cannot write the report: No space left.*report.html"):
+    monkeypatch.setattr(Path, "replace", no_space)
+    with pytest.raises(OSError, match="cannot write: No space left.*report.html"):
         report.write_report(tmp_path, title="second", config="", verdict=VERDICT, facts={})
     assert "first" in path.read_text()
 
@@ -300,5 +303,5 @@ def test_thin_keeps_short_curves_and_averages_long_ones():
 
 def test_latest_is_the_last_of_each_tag(tmp_path):
     write_run(tmp_path)
-    latest = metrics.latest(tmp_path)
-    assert latest["step"] == 1000 and latest["train/loss"] == 2 and latest["eval/knn_floor_untrained"] == 0.271
+    latest = journal.latest(tmp_path)
+    assert latest["step"] == 1000 and latest["train/loss"] == 2 and latest["eval/knn_baseline_untrained"] == 0.271

@@ -1,0 +1,195 @@
+"""Learned weights: of another run (`config.init_from`, `config.target.workdir`) or of a file of official ones.
+
+Of a run the average of the weights, its `teacher`, is what it learned; where there is none, its parameters.
+"""
+
+import functools
+import re
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from mim_jax import convert, sharding
+from mim_jax.checkpoint import SavedRun
+from mim_jax.methods.base import Params, made
+from mim_jax.models import positions
+from mim_jax.sharding import path_name
+
+SECTIONS = ("teacher", "params", "extra")  # of a saved state; the first that has a part has what was learned of it
+
+
+class Run(NamedTuple):
+    """A run, to be used: `run.method.features(run.params, images)`."""
+
+    config: ml_collections.ConfigDict
+    method: Any
+    params: Params  # what was learned, by part: the teacher's if there is one
+    extra: Params
+    step: int
+
+
+def load_run(workdir: str | Path) -> Run:
+    """The newest checkpoint in a workdir. Raises FileNotFoundError if there is none."""
+    saved = SavedRun(workdir)
+    config = ml_collections.ConfigDict(saved.record["config"]).lock()
+    shapes = saved.shapes()
+    learned = read_parts(saved, {part: where(shapes, part) for part in shapes["params"]}, shapes)
+    return Run(config, made(config), learned, saved.read({"extra": shapes["extra"]})["extra"], saved.step)
+
+
+def abstract_target(method: Any, config: ml_collections.ConfigDict) -> Params:
+    """The shapes of the frozen target's parameters, with their shardings where a mesh is set; {} for a method without."""
+    if method.target is None:
+        return {}
+    shapes = jax.eval_shape(lambda: method.target.init(jax.random.key(0)))
+    return sharding.placed(shapes, config.mesh.rules, every_rule=False)
+
+
+def load_target(method: Any, config: ml_collections.ConfigDict) -> Params:
+    """The parameters of the frozen target that `config.target` names, by part; {} for a method without.
+
+    Raises FileNotFoundError if there is no such run or file, and ValueError if none is named or it is of another model.
+    """
+    wanted = abstract_target(method, config)
+    if not wanted:
+        return {}
+    target = config.target
+    if target.weights:
+        given = official_parts(target.weights, target.family)
+        refuse(misfits(given, wanted), f"the weights in {target.weights}")
+        return jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), given, wanted)
+    if not target.workdir:
+        raise ValueError(
+            f"{config.method} learns from {target.config}: name its run, --config.target.workdir=..., or official weights, "
+            "--config.target.weights=file.npz --config.target.family=..."
+        )
+    saved = SavedRun(target.workdir)
+    shapes = saved.shapes()
+    sections = {part: where(shapes, part) for part in wanted}
+    there = {part: shapes[section][part] for part, section in sections.items() if section}
+    refuse(misfits(there, wanted), f"the parameters in {saved.path}")
+    return read_parts(saved, sections, {section: wanted for section in SECTIONS})
+
+
+def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> Any:
+    """`state` with what the run `config.init_from` learned; one line on standard error says what was taken.
+
+    Taken is each part that both have (of `config.init_parts`, if it names some). Where only one of the two has a teacher, it is
+    filled from the parameters, or fills them. Learned positions are interpolated for another image size. A part of another
+    shape (another head) stays new, and so does `extra` then. Raises ValueError if the encoder does not fit, and for names in
+    `init_parts` that are not parts of both.
+    """
+    saved = SavedRun(config.init_from)
+    shapes = saved.shapes()
+    here = {name: getattr(state, name) for name in SECTIONS}
+    both = [part for part in state.params if part in shapes["params"]]
+    if unknown := set(config.init_parts or ()) - set(both):
+        raise ValueError(f"init_parts names {sorted(unknown)}, but {saved.path} and this model have in common only {both}")
+
+    sources: dict[str, dict[str, str]] = {"params": {}, "teacher": {}, "extra": {}}  # ours -> part -> theirs
+    new = [part for part in state.params if part not in both]
+    for part in both if not config.init_parts else config.init_parts:
+        wrong = misfits({part: shapes["params"][part]}, {part: state.params[part]}, loose=positions.LEARNED)
+        if wrong and part == method.encoder_part:
+            refuse(wrong, f"the parameters in {saved.path}")
+        if wrong:
+            new.append(f"{part} ({wrong[0]})")
+        elif part in state.teacher:
+            sources["params"][part] = "params"
+            sources["teacher"][part] = where(shapes, part)
+        else:
+            sources["params"][part] = where(shapes, part)
+    whole = set(sources["params"]) == set(state.params)
+    if whole and not misfits(shapes["extra"], state.extra):
+        sources["extra"] = {part: "extra" for part in state.extra}
+    elif state.extra:
+        new.append("extra")
+
+    fitted: list[str] = []
+
+    def fit(path: Any, there: jax.Array, ours: jax.Array) -> jax.Array:
+        name = path_name(path)
+        if there.shape == ours.shape:
+            return there
+        if method.untrained and re.search(method.untrained, name):
+            return ours  # positions that are never trained: those of this size
+        fitted.append(name)
+        options = dict(shape=ours.shape, antialias=config.model.get("antialias", False))
+        resize = functools.partial(positions.fit_positions, name.rpartition("/")[2], **options)
+        return jax.jit(resize, out_shardings=ours.sharding)(there)
+
+    for section, parts in sources.items():
+        ours = {part: here[section][part] for part in parts}
+        placed = {theirs: as_saved(ours, shapes[theirs]) for theirs in set(parts.values())}
+        here[section] = here[section] | jax.tree.map_with_path(fit, read_parts(saved, parts, placed), ours)
+    if jax.process_index() == 0:
+        print(coverage(saved, sources, fitted, new), file=sys.stderr)
+    return state.replace(**here)
+
+
+def coverage(saved: SavedRun, sources: dict[str, dict[str, str]], fitted: list[str], new: list[str]) -> str:
+    taken = [f"{ours}/{part}{f' from {theirs}' * (ours != theirs)}" for ours in sources for part, theirs in sources[ours].items()]
+    text = f"initialised from step {saved.step} in {saved.folder.parent}: {', '.join(taken)}"
+    text += f"; interpolated: {', '.join(fitted)}" if fitted else ""
+    return text + (f"; new: {', '.join(new)}" if new else "")
+
+
+def where(shapes: dict[str, Params], part: str) -> str:
+    """The section of a saved state that has what was learned of a part; "" if none has it."""
+    return next((section for section in SECTIONS if part in shapes[section]), "")
+
+
+def read_parts(saved: SavedRun, sections: dict[str, str], wanted: dict[str, Params]) -> Params:
+    """{part: arrays}, each from its section, in the shapes and shardings of `wanted[section][part]`."""
+    abstract: dict[str, Params] = {}
+    for part, section in sections.items():
+        abstract.setdefault(section, {})[part] = wanted[section][part]
+    read = saved.read(abstract) if abstract else {}
+    return {part: read[section][part] for part, section in sections.items()}
+
+
+def as_saved(ours: Params, saved: Params) -> Params:
+    """The parts `ours` as they are to be read: arrays of another shape (positions) in that shape, whole on each device."""
+
+    def one(here: jax.Array, there: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        place = here.sharding
+        if here.shape != there.shape and isinstance(place, jax.sharding.NamedSharding):
+            place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
+        return jax.ShapeDtypeStruct(there.shape, here.dtype, sharding=place)
+
+    return {part: jax.tree.map(one, tree, saved[part]) for part, tree in ours.items() if part in saved}
+
+
+def official_parts(file: str, family: str) -> Params:
+    """The parameters in a .npz file of official arrays, by part."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"there is no file {Path(file).absolute()} (config.target.weights)")
+    try:
+        with np.load(file) as arrays:
+            named = dict(arrays)
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is no .npz file of named arrays: {error}") from error
+    return convert.from_torch(named, family)
+
+
+def misfits(there: Params, here: Params, loose: str = "(?!)") -> list[str]:
+    """The arrays of two trees that are not in both, or not of one shape; paths with the regex `loose` may differ in shape."""
+    have, want = (
+        {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (there, here)
+    )
+    return [
+        f"{path}: {have.get(path, 'missing')} -> {want.get(path, 'missing')}"
+        for path in sorted(have.keys() | want.keys())
+        if have.get(path) != want.get(path) and not (path in have and path in want and re.search(loose, path))
+    ]
+
+
+def refuse(misfits: list[str], what: str) -> None:
+    """Raises ValueError if there are misfits."""
+    if misfits:
+        raise ValueError(f"{what} are of another model. There and here:\n  " + "\n  ".join(misfits))
