@@ -250,7 +250,7 @@ def as_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"section.key": value}"""
-    out = {}
+    out: dict[str, Any] = {}
     for name, value in config.items():
         out |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return out

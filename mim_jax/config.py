@@ -119,7 +119,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     Of keys alone; what only a method knows is checked where it is made. Under a mesh batches must be divisible by its devices.
     """
-    values = dict(leaves(config))
+    values = {key: value for key, value in leaves(config) if not key.startswith("target.")}
 
     def wrong(key: str, must: str) -> ValueError:
         value = values[key]
@@ -169,12 +169,12 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of everything in a config but the target's, keys joined by dots."""
+    """(key, value) of everything in a config, the keys of sections joined by dots."""
     for key, value in config.items():
-        if not isinstance(value, ml_collections.ConfigDict):
-            yield prefix + key, value
-        elif key != "target":
+        if isinstance(value, ml_collections.ConfigDict):
             yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def flat(value: Any) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 Of a run the average of the weights, its `teacher`, is what it learned; where there is none, its parameters.
 """
 
+import dataclasses
 import functools
 import re
 import sys
@@ -73,7 +74,7 @@ def load_target(method: Any, config: ml_collections.ConfigDict) -> Params:
     sections = {part: where(shapes, part) for part in wanted}
     there = {part: shapes[section][part] for part, section in sections.items() if section}
     refuse(misfits(there, wanted), f"the parameters in {saved.path}")
-    return read_parts(saved, sections, {section: wanted for section in SECTIONS})
+    return read_parts(saved, sections, dict.fromkeys(SECTIONS, wanted))
 
 
 def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> Any:
@@ -106,7 +107,7 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
             sources["params"][part] = where(shapes, part)
     whole = set(sources["params"]) == set(state.params)
     if whole and not misfits(shapes["extra"], state.extra):
-        sources["extra"] = {part: "extra" for part in state.extra}
+        sources["extra"] = dict.fromkeys(state.extra, "extra")
     elif state.extra:
         new.append("extra")
 
@@ -129,11 +130,12 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
         here[section] = here[section] | jax.tree.map_with_path(fit, read_parts(saved, parts, placed), ours)
     if jax.process_index() == 0:
         print(coverage(saved, sources, fitted, new), file=sys.stderr)
-    return state.replace(**here)
+    return dataclasses.replace(state, **here)
 
 
 def coverage(saved: SavedRun, sources: dict[str, dict[str, str]], fitted: list[str], new: list[str]) -> str:
-    taken = [f"{ours}/{part}{f' from {theirs}' * (ours != theirs)}" for ours in sources for part, theirs in sources[ours].items()]
+    pairs = [(ours, part, theirs) for ours, parts in sources.items() for part, theirs in parts.items()]
+    taken = [f"{ours}/{part}{f' from {theirs}' * (ours != theirs)}" for ours, part, theirs in pairs]
     text = f"initialised from step {saved.step} in {saved.folder.parent}: {', '.join(taken)}"
     text += f"; interpolated: {', '.join(fitted)}" if fitted else ""
     return text + (f"; new: {', '.join(new)}" if new else "")
@@ -180,7 +182,8 @@ def official_parts(file: str, family: str) -> Params:
 def misfits(there: Params, here: Params, loose: str = "(?!)") -> list[str]:
     """The arrays of two trees that are not in both, or not of one shape; paths with the regex `loose` may differ in shape."""
     have, want = (
-        {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (there, here)
+        {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (there, here)
     )
     return [
         f"{path}: {have.get(path, 'missing')} -> {want.get(path, 'missing')}"

@@ -142,11 +142,6 @@ def commitment_loss(z: jax.Array, codes: jax.Array) -> jax.Array:
     return jnp.mean((z - jax.lax.stop_gradient(codes)) ** 2)
 
 
-def codebook_loss(z: jax.Array, codes: jax.Array) -> jax.Array:
-    """The same number, but the codes alone get gradient (VQ-VAE, equation 3)."""
-    return commitment_loss(codes, z)
-
-
 def kl_to_uniform(logits: jax.Array) -> jax.Array:
     """KL(softmax(logits) || uniform) over the last axis, in nats: [..., K] -> [...] (DALL-E, section 2.1)."""
     log_probs = jax.nn.log_softmax(logits)

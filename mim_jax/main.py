@@ -1,63 +1,150 @@
-"""python -m mim_jax.main --config=configs/dino.py:demo --workdir=runs/dino [--config.optim.lr=1e-3 ...] [--dry_run]"""
+"""Trains a vision transformer without labels.
 
+  mim_jax --config=dino:demo --workdir=runs/dino
+  mim_jax --config=dino:demo --config.total="20 epochs" --config.data.name=folder --config.data.dir=~/images --workdir=runs/mine
+  JAX_NUM_CPU_DEVICES=8 mim_jax --config=mae:vitb16 --config.mesh.fsdp=8 --config.mesh.data=1 --dry_run
+
+  --config=NAME:VARIANT    a recipe, or a file of one: my/recipe.py:variant
+  --config.KEY=VALUE       changes a value of it
+  --workdir=FOLDER         for metrics, checkpoints, pictures and the report; a run that is there is continued
+  --dry_run                prints the plan (parameters, sharding, memory) and stops
+"""
+
+import difflib
 import logging as python_logging
 import re
+import runpy
 import sys
 import traceback
 
+import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mim_jax import dry_run, train
-from mim_jax.config import load_config
+from mim_jax.config import PACKAGED, absolute, leaves, load_config
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with a variant after a colon.", lock_config=True)
-WORKDIR = flags.DEFINE_string("workdir", None, "Where metrics, checkpoints, pictures and the report go.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile the step, print the plan (parameters, sharding, memory), and stop.")
-flags.mark_flag_as_required("config")
+EXAMPLE = "mim_jax --config=dino:demo --workdir=runs/dino"
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
+
+# Other words for keys, and those of earlier versions.
+RENAMED = (
+    (r"(.*\.)?((num|max|total|train)_)?(steps|epochs|examples|iterations)", "total"),
+    (r"loss\.warmup_teacher_temp_epochs", "loss.teacher_temp_warmup"),
+    (r"optim\.decay_(steps|epochs)", "optim.decay_at"),
+    (r"loss\.temperature_(steps|epochs)", "loss.temperature_decay"),
+    (r"loss\.kl_(steps|epochs)", "loss.kl_warmup"),
+)
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple, '(0.2, 1.0)'"}
+
+
+def cli() -> None:
+    """The console command."""
+    app.run(main, flags_parser=parse)
 
 
 def parse(argv: list[str]) -> list[str]:
-    """absl's parser; a config that there is not, or a key that it has not, is told in one line."""
+    """Defines the flag of the config that is asked for, and parses all flags. Exits with one line for what is wrong."""
+    if {"-h", "-help", "--help", "--helpshort", "--helpfull"} & set(argv):
+        print(__doc__, "Recipes:", sep="\n")
+        for path in sorted(PACKAGED.glob("*.py")):
+            print(f"  {path.stem:14}{', '.join(runpy.run_path(str(path))['VARIANTS'])}")
+        sys.exit()
+    spec, rest, arguments = "", list[str](), iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in ("-config", "--config"):
+            spec = value if equals else next(arguments, "")
+        else:
+            rest.append(argument)
+    if not spec:
+        sys.exit(f"error: --config is missing, for example {EXAMPLE}")
     try:
-        for spec in re.findall(r"\0--?config[=\0]([^\0]+)", "\0".join(argv)):
-            load_config(spec)  # says more clearly than absl what is wrong
-    except (OSError, ValueError) as error:
+        config = load_config(spec)
+        refuse_unknown_keys(rest, config)
+        config_flags.DEFINE_config_dict("config", config, sys_argv=rest)
+        return flags.FLAGS(rest)
+    except flags.IllegalFlagValueError as error:
+        match = re.match(r"flag --config\.(\S+?)=(.*?): ", str(error), re.DOTALL)
+        if match is None:
+            sys.exit(f"error: {error}")
+        section, _, key = match[1].rpartition(".")
+        kind = (config[section] if section else config).get_type(key)
+        sys.exit(f'error: {match[1]} is "{match[2]}", but must be {KINDS.get(kind, kind.__name__)}')
+    except (OSError, ValueError, flags.Error) as error:
+        if isinstance(error, (OSError, ValueError)) and not raised_here(error):
+            raise
         sys.exit(f"error: {error}")
-    try:
-        return app.parse_flags_with_usage(argv)
-    except AttributeError as error:  # of ml_collections, which names the nearest key
-        sys.exit(f"error: the config has no such key: {' '.join(str(error.args[0].args[0]).split())}")
+
+
+def refuse_unknown_keys(arguments: list[str], config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError, with what may have been meant, for `--config.KEY` of a key that the config does not have."""
+    keys = [key for key, _ in leaves(config)]
+    for argument in arguments:
+        match = re.match(r"--?(no)?config\.([^=\[]+)(\[.*\])?(=(.*))?", argument)
+        if match is None or (key := match[2]) in keys:
+            continue
+        offered = [each for each in keys if each.startswith("target.network.") == key.startswith("target.network.")]
+        if inside := [each for each in offered if each.startswith(f"{key}.")]:
+            raise ValueError(f"{key} is a section of the config, with {', '.join(inside)}")
+        if now := renamed(key, offered):
+            unit = re.search("steps|epochs|examples", key)
+            example = f'--config.{now[0]}="{match[5] or 10} {unit[0] if unit else "steps"}"'
+            raise ValueError(f"the config has no key {key}; it is {' or '.join(now)}, with a unit: {example}")
+        likeness = {each: max(alike(key, each), alike(last(key), last(each))) for each in offered}
+        best = sorted(likeness, key=likeness.__getitem__, reverse=True)[:3]
+        near = [each for each in best if likeness[each] > max(0.6, likeness[best[0]] - 0.1)]
+        raise ValueError(f"the config has no key {key}" + f"; did you mean {' or '.join(near)}?" * bool(near))
+
+
+def renamed(key: str, keys: list[str]) -> list[str]:
+    """What a key of a duration without a unit is now: the one of the table, or those of its name less the unit."""
+    if now := [now for pattern, now in RENAMED if re.fullmatch(pattern, key) and now in keys]:
+        return now[:1]
+    name = re.sub("_(steps|epochs|examples)$", "", key)
+    return [] if name == key else [each for each in keys if each == name] or [each for each in keys if last(each) == last(name)]
+
+
+def alike(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def last(key: str) -> str:
+    return key.rpartition(".")[2]
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(f"not understood: {' '.join(argv[1:])}")
+        sys.exit(f"error: not understood: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
-    logging.get_absl_handler().addFilter(worth_telling)
+    logging.get_absl_handler().addFilter(worth_logging)
+    config = flags.FLAGS.config
+    config.data.dir, config.init_from, config.resume = map(absolute, (config.data.dir, config.init_from, config.resume))
     try:
         if DRY_RUN.value:
-            print(dry_run.plan(CONFIG.value))
+            print(dry_run.plan(config))
         elif WORKDIR.value:
-            train.run(CONFIG.value, WORKDIR.value)
+            train.run(config, str(absolute(WORKDIR.value)))
         else:
-            raise app.UsageError("--workdir is missing")
+            sys.exit(f"error: --workdir is missing, for example {EXAMPLE}")
     except (OSError, ValueError, train.NotFinite) as error:
         if not raised_here(error):
             raise
         sys.exit(f"error: {error}")
 
 
-def worth_telling(record: python_logging.LogRecord) -> bool:
-    """Not so: Orbax, which logs a failure for every file and thread. It is raised, too, and told once."""
+def worth_logging(record: python_logging.LogRecord) -> bool:
+    """False for Orbax, which logs a failure for every file and thread. It is raised, too, and reported once."""
     return record.name != "asyncio" and "/orbax/" not in record.pathname
 
 
 def raised_here(error: Exception) -> bool:
-    """Whether code of this package raised it: then it is written for the user, and a traceback would only hide it."""
+    """Whether this package raised it, or the system for a file: its message is for the user, without a traceback."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals["__name__"].startswith("mim_jax.")
+    here = frame.f_globals["__name__"].startswith("mim_jax.") or frame.f_code.co_filename == __file__
+    return here or (isinstance(error, OSError) and error.filename is not None)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    cli()

@@ -162,7 +162,7 @@ class BlockMask(HostMasks):
     """Masks of rectangles, at most `count` patches of each global crop, see `blocks`.
 
     `exact` (BEiT v2): single patches, drawn at random, fill up what is missing. Raises ValueError if nothing is masked or
-    nothing is left, or if no rectangle of `smallest` patches can be drawn.
+    nothing is left, or if rectangles of `smallest` patches and more leave much of `count` unmasked on so small a grid.
     """
 
     grid: Grid
@@ -173,11 +173,11 @@ class BlockMask(HostMasks):
     def __post_init__(self) -> None:
         if not 0 < self.count < self.patches:
             raise ValueError(f"mask.count={self.count} of {self.patches} patches: some must be masked, and some be left")
-        fits = (self.grid[0] - 1) * (self.grid[1] - 1)
-        if not 0 < self.smallest <= min(self.count, fits // 2):
+        masked = np.mean([blocks(random.Random(seed), self.grid, self.count, self.smallest).sum() for seed in range(32)])
+        if masked < 0.75 * self.count and not self.exact:
             raise ValueError(
-                f"mask.smallest={self.smallest} patches: blocks must be of 1 to {min(self.count, fits // 2)} patches to reach "
-                f"mask.count={self.count} on a grid of {self.grid[0]} x {self.grid[1]} patches"
+                f"mask.smallest={self.smallest}: with blocks of so many patches only {masked:.1f} of mask.count={self.count} "
+                f"can be masked on a grid of {self.grid[0]} x {self.grid[1]} patches; take smaller blocks"
             )
 
     def one(self, rng: random.Random, numbers: np.random.RandomState) -> np.ndarray:

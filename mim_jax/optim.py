@@ -36,7 +36,7 @@ def cosine_schedule(
     return schedule
 
 
-def warmup_by_epoch(start: float, final: float, epochs: int, epoch_steps: int, hold: int = 0) -> Schedule:
+def warmup_by_epoch(start: float, final: float, epochs: float, epoch_steps: int, hold: int = 0) -> Schedule:
     """DINO's teacher temperature: linspace(start, final, epochs), one value an epoch, then `final`; all of it `hold` steps
     later, and `start` until then."""
 

@@ -1,5 +1,6 @@
 """The one train step that there is."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def make_train_step(method: Any, config: ml_collections.ConfigDict) -> jax.stage
         # (6) the next state, unless something is not finite
         grad_norm = optax.tree.norm(grads)
         ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, state.replace(step=new.step))
+        new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, dataclasses.replace(state, step=new.step))
 
         metrics = metrics | {f"train/{name}": schedule(state.step) for name, schedule in method.schedules.items()}
         metrics |= {"train/loss": loss, "train/grad_norm": grad_norm, "train/skipped": 1 - ok.astype(jnp.int32)}

@@ -41,17 +41,17 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
     nothing can be written, NotFinite for a run that has diverged. None of them harms a checkpoint.
     """
     workdir = checkpoint.absolute(workdir)
-    resolve_target(config)
-    make_method(config)  # bad values are refused before any data is opened
-    source, held_out = open_data(config)
-    method = make_method(config)
-    if (unfinished := train_target(config)) is not None:
-        return unfinished
-
-    total, batch_size, bad_images = total_steps(config), config.data.batch_size, collections.Counter[str]()
-    evaluate_every, save_every = interval(config, "eval.every"), interval(config, "checkpoint.every")
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(sharding.make_mesh(config.mesh.data, config.mesh.fsdp)))
+        resolve_target(config)
+        make_method(config)  # bad values are refused before any data is opened
+        source, held_out = open_data(config)
+        method = make_method(config)
+        if (unfinished := train_target(config)) is not None:
+            return unfinished
+
+        total, batch_size = total_steps(config), config.data.batch_size
+        evaluate_every, save_every = interval(config, "eval.every"), interval(config, "checkpoint.every")
         checkpoints = stack.enter_context(Checkpoints(workdir, config))
         stopping = stack.enter_context(preemption(checkpoints))
         state, target, record = start(method, config, checkpoints)
@@ -60,9 +60,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
         log.print(f"{config.method} on {source.description}; {checkpoint.devices()}")
 
         evaluation = Evaluation(config, method, source, held_out)
-        step = int(state.step)
+        step, bad_images = int(state.step), collections.Counter(before=record.get("bad_images", 0))
         if record:
-            bad_images["before"] = record["bad_images"]
             log.print("\n".join([f"resuming after step {step} of {total}", *checkpoint.changes(record, config)]))
         else:
             log.picture(0, "crops", evaluation.crop_picture())

@@ -6,6 +6,7 @@ import numpy as np
 
 import mim_jax
 from mim_jax import convert
+from mim_jax.sharding import path_name
 from mim_jax.state import create
 
 
@@ -21,6 +22,11 @@ def relative_error(got, want):
     return np.max(np.abs(np.asarray(got) - want)) / np.max(np.abs(want))
 
 
+def tree_paths(tree):
+    """The tree with every leaf replaced by its slash-joined path."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
+
+
 def double(tree):
     """Floating-point leaves in float64."""
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64 if a.dtype.kind == "f" else a.dtype), tree)
@@ -31,22 +37,22 @@ def official(tree, family):
     return convert.to_torch(jax.device_get(tree), family)
 
 
-def follow_four_steps(config, family, arrays, views_of_step, frozen=None):
+def follow_four_steps(config, family, arrays, views_of_step, target=None):
     """Holds the real train step, in float64, against a stored trajectory of four official ones: losses, norms of all
     gradients, learning rates, weight decays, and every weight at the end. `views_of_step(method, step)` are its views."""
     method = mim_jax.make_method(config)
-    state, frozen = create(method, config), frozen or {}
+    state, target = create(method, config), target or {}
     state = state.replace(params=double(convert.from_torch(prefixed(arrays, "w/"), family)))
     train_step = mim_jax.make_train_step(method, config)
     gradient = jax.jit(jax.grad(method.loss, has_aux=True))
 
     for step in range(4):
         views = views_of_step(method, step)
-        grads, _ = gradient(state.params, {}, frozen, {}, views, jax.random.key(0), state.step)
+        grads, _ = gradient(state.params, {}, target, {}, views, jax.random.key(0), state.step)
         grads = official(grads, family)
         norms = [np.linalg.norm(grads[str(name)]) for name in arrays["grad_norms_names"]]
         np.testing.assert_allclose(norms, arrays[f"out/grad_norms_step{step}"], rtol=1e-8, atol=1e-14)
-        state, metrics = train_step(state, frozen, views)
+        state, metrics = train_step(state, target, views)
         np.testing.assert_allclose(metrics["train/loss"], arrays[f"out/loss_step{step}"], rtol=1e-9)
         np.testing.assert_allclose(metrics["train/grad_norm"], arrays[f"out/grad_norm_step{step}"], rtol=1e-9)
         np.testing.assert_allclose(metrics["train/lr"], arrays[f"out/lr_step{step}"], rtol=1e-12)
@@ -60,7 +66,7 @@ def follow_four_steps_with_a_teacher(config, family, arrays, centers, more_views
     """The same for DINO and iBOT, whose crops are stored: also the centres (name in `extra` -> stored name) before and after
     each step, and student and teacher after it. `more_views(at)` are what a step has besides its crops."""
     method = mim_jax.make_method(config)
-    state, frozen = mim_jax.init_state(method, config)
+    state, target = mim_jax.init_state(method, config)
     params = convert.from_torch(prefixed(arrays, "params_init/"), family)
     params = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), params, state.params)
     state = state.replace(params=params, teacher=jax.tree.map(jnp.copy, params))
@@ -78,14 +84,14 @@ def follow_four_steps_with_a_teacher(config, family, arrays, centers, more_views
         crops = [channels_last(arrays[f"images/{at}_crop{c}"]).astype(float) for c in range(4)]
         views = {"global": jnp.stack(crops[:2], axis=1), "local": jnp.stack(crops[2:], axis=1)} | more_views(at)
         check_centers(state, f"before_step{step}")
-        grads, _ = gradient(state.params, state.teacher, frozen, state.extra, views, jax.random.key(0), state.step)
+        grads, _ = gradient(state.params, state.teacher, target, state.extra, views, jax.random.key(0), state.step)
         grads = official(grads, family)
         norms = np.array([np.linalg.norm(grads[n]) for n in names])
         np.testing.assert_allclose(norms, arrays[f"grad_norms_step{step}"], rtol=1e-8, atol=1e-14)
         for key, want in prefixed(arrays, f"grads_preclip_step{step}/").items():
             assert np.max(np.abs(grads[key] - want)) < 1e-10 * max(np.max(np.abs(want)), 1e-3), key
 
-        state, metrics = train_step(state, frozen, views)
+        state, metrics = train_step(state, target, views)
         told = {"lr": "lr_used", "weight_decay": "wd_used"} | {name: name for name in ("loss", "loss_cls", "loss_patch")}
         for tag, name in told.items():
             if f"{name}_step{step}" in arrays:

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from arrays import tree_paths
 
 import mim_jax
 from mim_jax import convert
-from mim_jax.sharding import tree_paths
 
 
 def shapes(tree):

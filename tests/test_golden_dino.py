@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import channels_last, follow_four_steps_with_a_teacher, prefixed, relative_error
+from arrays import channels_last, follow_four_steps_with_a_teacher, prefixed, relative_error, tree_paths
 
 import mim_jax
 from mim_jax import convert, losses, optim
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.positions import interpolate_positions
 from mim_jax.models.vit import ViT, intermediate_layers, last_attention
-from mim_jax.sharding import tree_paths
 
 SIZES = ("16x16", "24x24", "8x8", "12x20", "28x16")
 
@@ -181,14 +180,14 @@ def test_parameter_groups(golden, norm_last_layer):
     method = mim_jax.make_method(config)
     params = jax.eval_shape(method.init, jax.random.key(0))[0]
     fixed = jax.tree.map(
-        lambda path: bool(method.fixed and re.search(method.fixed, path)), tree_paths(params)
+        lambda path: bool(method.untrained and re.search(method.untrained, path)), tree_paths(params)
     )
     ours = jax.tree.map(
         lambda is_fixed, is_decayed, p: np.full(
             p.shape, "not_in_optimizer" if is_fixed else "regularized" if is_decayed else "not_regularized"
         ),
         fixed,
-        optim.decayed(params, config.optim.not_decayed),
+        optim.decayed(params, config.optim.no_decay),
         params,
     )
     got = {f"module.{key}": value.flat[0] for key, value in convert.to_torch(ours, "dino").items()}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import channels_last, double, official, prefixed, relative_error
+from arrays import channels_last, double, official, prefixed, relative_error, tree_paths
 
 import mim_jax
 from mim_jax import convert, losses, optim
@@ -17,7 +17,6 @@ from mim_jax.masking import GroupMask
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.positions import interpolate_positions
 from mim_jax.models.vit import ViT, add_to_kept_rows, intermediate_layers, kept_rows, seen, swiglu_width
-from mim_jax.sharding import tree_paths
 from mim_jax.state import create
 
 
@@ -251,7 +250,7 @@ def test_koleo(golden, kind, x64):
 
 def test_masks_are_the_official_ones_after_the_same_seed(golden):
     arrays, _ = golden("dinov2_masks_collate")
-    mask, rng = GroupMask(grid=16, group_size=8, crops=2), random.Random(7)
+    mask, rng = GroupMask((16, 16), group_size=8, crops=2), random.Random(7)
     for count in (25, 64, 128):
         drawn = np.stack([mask.one(rng, count) for _ in range(1000)]).reshape(1000, 16, 16)
         np.testing.assert_array_equal(drawn[:16], arrays[f"gen{count}/first16"])
@@ -265,10 +264,10 @@ def test_masks_are_the_official_ones_after_the_same_seed(golden):
 
 
 def test_masks_of_a_stream_are_those_of_its_groups():
-    mask = GroupMask(grid=8, group_size=4, crops=2)
-    drawn = mask.draw(3, np.arange(16), 2)
+    mask = GroupMask((8, 8), group_size=4, crops=2)
+    drawn = mask.draw_on_host(3, np.arange(16), 2)["mask"]
     assert drawn.shape == (16, 2, 64) and drawn.dtype == bool
-    np.testing.assert_array_equal(mask.draw(3, np.array([5, 14, 4]), 2), drawn[[5, 14, 4]])
+    np.testing.assert_array_equal(mask.draw_on_host(3, np.array([5, 14, 4]), 2)["mask"], drawn[[5, 14, 4]])
     for group in drawn.reshape(4, 8, 64):
         counts = np.sort(group.sum(-1))
         assert not counts[:4].any() and (counts[4:] > 0).all() and counts.sum() <= mask.upper
@@ -282,9 +281,10 @@ def test_parameter_groups(golden, decay):
     groups = meta["groups"][decay]
     config = mim_jax.load_config("configs/dinov2.py:demo")
     config.model.update(depth=meta["depth"], registers=sum("register_tokens" in key for key in groups) * 2)
-    params = jax.eval_shape(mim_jax.make_method(config).init, jax.random.key(0))[0]
-    scales = optim.layer_scales(params, float(decay[-3:]), meta["patch_embed_lr_mult"])
-    decayed = optim.decayed(params, config.optim.not_decayed)
+    method = mim_jax.make_method(config)
+    params = jax.eval_shape(method.init, jax.random.key(0))[0]
+    scales = method.lr_scales(params, float(decay[-3:]), meta["patch_embed_lr_mult"])
+    decayed = optim.decayed(params, config.optim.no_decay)
     last = jax.tree.map(lambda path: "/last_layer/" in path, tree_paths(params))
     got = {}
     for kind, tree in (("lr_multiplier", scales), ("wd_multiplier", decayed), ("is_last_layer", last)):

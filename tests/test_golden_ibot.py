@@ -7,14 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import channels_last, double, follow_four_steps_with_a_teacher, prefixed, relative_error
+from arrays import channels_last, double, follow_four_steps_with_a_teacher, prefixed, relative_error, tree_paths
 
 import mim_jax
 from mim_jax import convert, losses, optim
 from mim_jax.masking import RatioMask
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.vit import ViT
-from mim_jax.sharding import tree_paths
 
 
 @pytest.mark.parametrize("variant", ["shared", "separate", "separate_unfrozen"])
@@ -147,7 +146,7 @@ def test_the_papers_sum_is_not_divided_by_the_masked_patches():
         params, extra = method.init(jax.random.key(0))
         sizes = {"global": (3, 2, 16, 16, 3), "local": (3, 2, 8, 8, 3)}
         views = {name: jax.random.normal(jax.random.key(1), size) for name, size in sizes.items()}
-        views["mask"] = jnp.asarray(method.mask.examples(3, 2))
+        views["mask"] = jnp.asarray(method.views.example_masks(3)["mask"])
         _, (_, figures) = jax.jit(method.loss)(params, params, {}, extra, views, jax.random.key(2), jnp.int32(0))
         values[per_image] = figures["train/loss_patch"]
     np.testing.assert_allclose(values[False], 4 * values[True], rtol=1e-5)
@@ -161,7 +160,7 @@ def test_the_papers_sum_is_not_divided_by_the_masked_patches():
 ])  # fmt: skip
 def test_masks_are_the_official_ones_after_the_same_seed(golden, name, ratios, shape):
     arrays = prefixed(golden("ibot_masks")[0], f"{name}/")
-    mask, rng, numbers = RatioMask(14, ratios, shape), random.Random(7), np.random.RandomState(7)
+    mask, rng, numbers = RatioMask((14, 14), ratios, shape), random.Random(7), np.random.RandomState(7)
     drawn = np.stack([mask.one(rng, numbers) for _ in range(2000)]).reshape(2000, 14, 14)
     np.testing.assert_array_equal(drawn[:32], arrays["first32"])
     np.testing.assert_array_equal(drawn.sum((1, 2)), arrays["counts"])
@@ -177,7 +176,7 @@ def test_the_patch_temperature_waits_for_the_masks():
     method = mim_jax.make_method(config)
     expected = np.repeat(np.concatenate([np.full(3, 0.04), np.linspace(0.04, 0.07, 4), np.full(2, 0.07)]), 2)
     np.testing.assert_allclose([method.schedules["teacher_patch_temp"](step) for step in range(18)], expected, rtol=1e-6)
-    assert method.mask.start == 3 * 8
+    assert method.views.masks.start == 3 * 8
 
 
 def small(**head):
@@ -201,10 +200,10 @@ def test_parameter_groups(golden, shared, shared_teacher):
     params = jax.eval_shape(method.init, jax.random.key(0))[0]
 
     def label(path, decayed, p):
-        fixed = re.search(method.fixed, path)
+        fixed = re.search(method.untrained, path)
         return np.full(p.shape, "not_in_optimizer" if fixed else "regularized" if decayed else "not_regularized")
 
-    labels = jax.tree.map(label, tree_paths(params), optim.decayed(params, config.optim.not_decayed), params)
+    labels = jax.tree.map(label, tree_paths(params), optim.decayed(params, config.optim.no_decay), params)
     got = {key: value.flat[0] for key, value in convert.to_torch(labels, "ibot").items()}
     want = {key.removeprefix("module."): value for key, value in groups["student"].items()}
     assert {key: got[key] for key in want} == want
@@ -219,11 +218,11 @@ def test_both_last_layers_wait():
     config.optim.update(freeze_last_layer="2 steps", warmup="0 steps")
     method = mim_jax.make_method(config)
     params = jax.jit(lambda: method.init(jax.random.key(0))[0])()
-    tx = optim.make_optimizer(config, method.fixed)
+    tx = method.optimizer
     ones, opt_state = jax.tree.map(jnp.ones_like, params), tx.init(params)
     moved = []
-    for _ in range(3):
-        updates, opt_state = jax.jit(tx.update)(ones, opt_state, params)
+    for step in range(3):
+        updates, opt_state = jax.jit(tx.update)(ones, opt_state, params, step=step)
         moved.append({name: bool(np.any(updates["head"][name]["weight_v"])) for name in ("last_layer", "last_layer2")})
         assert np.any(updates["head"]["mlp_0"]["kernel"])
     assert moved == [{"last_layer": moves, "last_layer2": moves} for moves in (False, False, True)]

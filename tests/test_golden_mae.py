@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import channels_last, double, follow_four_steps, official, prefixed, relative_error
+from arrays import channels_last, double, follow_four_steps, official, prefixed, relative_error, tree_paths
 
 import mim_jax
 from mim_jax import convert, losses, optim
@@ -15,7 +15,6 @@ from mim_jax.models.heads import Classifier
 from mim_jax.models.layers import patchify, unpatchify
 from mim_jax.models.positions import interpolate_positions, sincos_positions
 from mim_jax.models.vit import ViT
-from mim_jax.sharding import tree_paths
 
 
 def config_of(meta, dtype="float64"):
@@ -31,7 +30,7 @@ def config_of(meta, dtype="float64"):
 
 def mask_of(method, noise):
     """The official masks: small noise is kept."""
-    return method.mask.of_order(jnp.argsort(jnp.asarray(noise), axis=-1)[:, ::-1])
+    return method.views.masks.of_order(jnp.argsort(jnp.asarray(noise), axis=-1)[:, ::-1])
 
 
 def views_of(method, images, noise):
@@ -72,7 +71,7 @@ def test_forward_loss_and_gradients(golden, loss, x64):
     params = double(convert.from_torch(prefixed(arrays, "w/"), "mae"))
     views = views_of(method, arrays["in/imgs"], arrays["in/noise"])
 
-    backbone = jax.jit(functools.partial(method.backbone.apply, visible=method.mask.visible))
+    backbone = jax.jit(functools.partial(method.backbone.apply, visible=method.views.masks.visible))
     out = backbone({"params": params["backbone"]}, [views["global"]], masks=[views["mask"]])[0]
     latent = arrays["out/latent"]  # kept patches in the order of their noise; ours are in the order of the image
     kept = np.argsort(arrays["in/noise"], axis=1)[:, : latent.shape[1] - 1]
@@ -213,73 +212,60 @@ def test_other_schedules_are_dinos(golden, x64):
         np.testing.assert_allclose([schedule(jnp.int32(step)) for step in range(50)], arrays[name], rtol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("decay", [0.65, 0.75])
-def test_layer_decay(golden, decay):
+BEIT = {"pos": "relative_each", "layerscale": 0.1, "k_bias": False}
+
+
+@pytest.mark.parametrize("family, decay, settings, no_decay", [
+    ("mae", 0.65, {}, ("cls_token", "pos_embed")),
+    ("mae", 0.75, {}, ("cls_token", "pos_embed")),
+    ("beit", 0.65, BEIT, ("cls_token",)),
+    ("beit", 0.85, BEIT, ("cls_token",)),
+])  # fmt: skip
+def test_layer_decay(golden, family, decay, settings, no_decay):
+    """Factors of the learning rate and weight decay, by the official names."""
     arrays, meta = golden("layer_decay")
-    stored = {name: (entry["lr_scale"], entry["weight_decay"]) for name, entry in meta[f"mae_{decay}"].items()}
-    assert sorted({scale for scale, _ in stored.values()}) == sorted(arrays[f"mae/scales_{decay}"])
-    vit = ViT(patch_size=4, img_size=16, dim=8, depth=12, heads=2, final_norm=False)
+    stored = {name: (entry["lr_scale"], entry["weight_decay"]) for name, entry in meta[f"{family}_{decay}"].items()}
+    assert sorted({scale for scale, _ in stored.values()}) == sorted(arrays[f"{family}/scales_{decay}"])
+    vit = ViT(patch_size=4, img_size=16, dim=8, depth=12, heads=2, final_norm=False, **settings)
     params = {
         "backbone": jax.eval_shape(vit.init, jax.random.key(0), [jnp.zeros((1, 1, 16, 16, 3))])["params"],
         "head": jax.eval_shape(Classifier(5, norm="layer").init, jax.random.key(0), jnp.zeros((1, 8)))["params"],
     }
-    scales = optim.layer_scales(params, decay)
+    scales = {"backbone": vit.lr_scales(params["backbone"], decay, 1.0), "head": jax.tree.map(lambda _: 1.0, params["head"])}
     full = jax.tree.map(lambda scale, p: np.broadcast_to(scale, p.shape), scales, params)
-    weight_decay = optim.decayed(params, r"(bias|scale|cls_token|pos_embed)$")
-    decays = jax.tree.map(lambda is_decayed, p: np.full(p.shape, 0.05 * is_decayed), weight_decay, params)
-    decays = official(decays, "mae")
-    got = {key: (a.flat[0], decays[key].flat[0]) for key, a in official(full, "mae").items()}
+    decayed = optim.decayed(params, no_decay)
+    decays = jax.tree.map(lambda is_decayed, p: np.full(p.shape, 0.05 * is_decayed), decayed, params)
+    decays = official(decays, family)
+    got = {key: (a.flat[0], decays[key].flat[0]) for key, a in official(full, family).items() if "index" not in key}
     assert got.keys() == stored.keys()
     for key, want in stored.items():
         np.testing.assert_allclose(got[key], want, rtol=1e-12, err_msg=key)
 
 
-@pytest.mark.parametrize("decay", [0.65, 0.85])
-def test_layer_decay_of_beit(golden, decay):
-    """By the official names, blocks stacked: with a bias table in each block, LayerScale, and biases of q and v."""
-    arrays, meta = golden("layer_decay")
-    stored = meta[f"beit_{decay}"]
-    assert sorted({entry["lr_scale"] for entry in stored.values()}) == sorted(arrays[f"beit/scales_{decay}"])
-
-    def path(name):
-        name = re.sub(r"norm(\d?)\.weight", r"norm\1.scale", name).replace("proj.weight", "kernel")
-        return re.sub(r"blocks\.\d+\.", "blocks.", name).replace("patch_embed.proj", "patch_embed").replace(".", "/")
-
-    shape = lambda name: (12, 2) if name.startswith("blocks.") else (2,)  # noqa: E731
-    params = {path(name): np.zeros(shape(name)) for name in stored}
-    scales, decayed = optim.layer_scales(params, decay), optim.decayed(params, r"(bias|scale|gamma_\d|cls_token)$")
-    for name, entry in stored.items():
-        number = re.match(r"blocks\.(\d+)", name)
-        scale = scales[path(name)][int(number[1]), 0] if number else scales[path(name)]
-        np.testing.assert_allclose(scale, entry["lr_scale"], rtol=1e-12, err_msg=name)
-        assert decayed[path(name)] == bool(entry["weight_decay"]), name
-
-
-def test_layer_decay_refuses_two_stacks_of_blocks():
-    params = {part: {"blocks": {"fc1": np.zeros((2, 3))}} for part in ("backbone", "decoder")}
-    with pytest.raises(ValueError, match=r"one stack of blocks, not those of \['backbone', 'decoder'\]"):
-        optim.layer_scales(params, 0.5)
+def test_layer_decay_refuses_a_swin():
+    config = mim_jax.load_config("tests/tiny.py:simmim_swin")
+    config.optim.layer_decay = 0.5
+    method = mim_jax.make_method(config)
+    with pytest.raises(ValueError, match="optim.layer_decay=0.5 .* need a ViT"):
+        params = jax.eval_shape(method.init, jax.random.key(0))[0]
+        jax.eval_shape(lambda p: method.optimizer.update(p, method.optimizer.init(p), p, step=0), params)
 
 
 def test_layer_decay_scales_the_update(x64):
-    config = mim_jax.load_config("configs/mae.py:demo")
+    config = mim_jax.load_config("tests/tiny.py:mae")
     config.optim.update(layer_decay=0.5, warmup="0 steps", schedule="dino", weight_decay=0.1, weight_decay_end=0.1)
-    params = {
-        "backbone": {"blocks": {"fc1": {"kernel": jnp.ones((3, 2, 2))}}, "cls_token": jnp.ones(2)},
-        "head": {"kernel": jnp.ones(2)},
-    }
 
     def update(config):
-        tx = optim.make_optimizer(config, "")
-        return tx.update(jax.tree.map(lambda p: 0.3 * p, params), tx.init(params), params)[0]
+        method = mim_jax.make_method(config)
+        params = jax.tree.map(lambda p: jnp.full(p.shape, 1.0), jax.eval_shape(method.init, jax.random.key(0))[0])
+        return jax.jit(lambda p: method.optimizer.update(p, method.optimizer.init(p), p, step=0)[0])(params)
 
     scaled = update(config)
     config.optim.layer_decay = 1.0
-    plain = update(config)
-    ratio = jax.tree.map(lambda a, b: np.asarray(a / b), scaled, plain)
-    np.testing.assert_allclose(ratio["backbone"]["blocks"]["fc1"]["kernel"][:, 0, 0], [0.125, 0.25, 0.5])
-    np.testing.assert_allclose(ratio["backbone"]["cls_token"], 1 / 16)
-    np.testing.assert_allclose(ratio["head"]["kernel"], 1)
+    ratio = jax.tree.map(lambda a, b: np.asarray(a / b), scaled, update(config))
+    np.testing.assert_allclose(ratio["backbone"]["blocks"]["fc1"]["kernel"][:, 0, 0], [0.25, 0.5])
+    np.testing.assert_allclose(ratio["backbone"]["cls_token"], 1 / 8)
+    np.testing.assert_allclose(ratio["decoder"]["pred"]["kernel"], 1)
 
 
 def test_parameter_groups(golden):
@@ -289,10 +275,10 @@ def test_parameter_groups(golden):
     params = jax.eval_shape(method.init, jax.random.key(0))[0]
 
     def group(path, is_decayed, p):
-        name = "frozen" if re.search(method.fixed, path) else "decay" if is_decayed else "no_decay"
+        name = "frozen" if re.search(method.untrained, path) else "decay" if is_decayed else "no_decay"
         return np.full(p.shape, name)
 
-    groups = jax.tree.map(group, tree_paths(params), optim.decayed(params, config.optim.not_decayed), params)
+    groups = jax.tree.map(group, tree_paths(params), optim.decayed(params, config.optim.no_decay), params)
     got = {key: value.flat[0] for key, value in official(groups, "mae").items()}
     assert got == {key: name for name, keys in meta["param_groups"].items() for key in keys}
 
@@ -315,7 +301,7 @@ def test_initial_distributions():
 def test_vit_base_has_the_published_number_of_parameters():
     method = mim_jax.make_method(mim_jax.load_config("configs/mae.py"))
     params = jax.eval_shape(method.init, jax.random.key(0))[0]
-    fixed = {path for path in jax.tree.leaves(tree_paths(params)) if re.search(method.fixed, path)}
+    fixed = {path for path in jax.tree.leaves(tree_paths(params)) if re.search(method.untrained, path)}
     count = {path: p.size for path, p in zip(jax.tree.leaves(tree_paths(params)), jax.tree.leaves(params))}
     assert sum(count.values()) == 111_907_840
     assert sum(size for path, size in count.items() if path not in fixed) == 111_655_680

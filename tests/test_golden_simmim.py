@@ -1,18 +1,18 @@
 """SimMIM, with ViT and with Swin, held against numbers of the official PyTorch code (microsoft/SimMIM at d3e29bc)."""
 
+import math
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import channels_last, double, follow_four_steps, official, prefixed, relative_error
+from arrays import channels_last, double, follow_four_steps, official, prefixed, relative_error, tree_paths
 
 import mim_jax
 from mim_jax import convert, losses, optim, sharding
 from mim_jax.masking import RandomMask
 from mim_jax.models.positions import interpolate_bias_table, progression, relative_position_index
-from mim_jax.sharding import tree_paths
 
 
 def config_of(meta, dtype="float64"):
@@ -105,10 +105,10 @@ def test_positions_instead_of_biases(pos):
     assert arrays["encoder.pos_embed"].shape == (1, 17, config.model.dim)
     assert not any("relative" in key or "gamma" in key for key in arrays)
     jax.tree.map(np.testing.assert_array_equal, convert.from_torch(arrays, "simmim"), params)
-    tx = optim.make_optimizer(config, method.fixed)
-    updates = jax.jit(lambda params: tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)[0])(params)
+    tx = method.optimizer
+    updates = jax.jit(lambda params: tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params, step=0)[0])(params)
     assert np.any(updates["backbone"]["pos_embed"]) == (pos == "learned")
-    assert not optim.decayed(params, config.optim.not_decayed)["backbone"]["pos_embed"]
+    assert not optim.decayed(params, config.optim.no_decay)["backbone"]["pos_embed"]
 
 
 def test_conversion_is_strict(golden):
@@ -135,18 +135,18 @@ def test_masks(golden, case):
     config = mim_jax.load_config("configs/simmim.py")
     config.model.update(img_size=int(size), patch_size=int(patch))
     config.mask.update(mask_patch_size=int(square), ratio=ratio)
-    mask = mim_jax.make_method(config).mask
+    mask = mim_jax.make_method(config).views.masks
     rng = np.random.RandomState(0)
     want = arrays[f"simmim/{case}"]
     for stored in want:
-        got = mask.of_order(jnp.asarray(rng.permutation(mask.grid**2)))
+        got = mask.of_order(jnp.asarray(rng.permutation(math.prod(mask.squares))))
         np.testing.assert_array_equal(got.reshape(stored.shape), stored)
     assert mask.visible == want[0].size - want[0].sum()
 
 
 def test_mask_counts_of_the_papers():
     counts = [
-        mim_jax.make_method(mim_jax.load_config(f"configs/{name}")).mask.count
+        mim_jax.make_method(mim_jax.load_config(f"configs/{name}")).views.masks.count
         for name in ("mae.py:vitb16", "simmim.py:vitb16", "simmim.py:swinb")
     ]
     assert counts == [147, 30, 22]
@@ -185,8 +185,8 @@ def test_swin_refuses_what_it_cannot_cut(key, value, message):
 
 
 def test_masks_are_uniform():
-    mask = RandomMask(grid=4, count=10)
-    drawn = np.asarray(jax.jit(lambda index: mask.draw(jax.random.key(0), index, 2))(jnp.arange(10_000)))
+    mask = RandomMask((4, 4), count=10)
+    drawn = np.asarray(jax.jit(lambda index: mask.draw(jax.random.key(0), index, 2)["mask"])(jnp.arange(10_000)))
     assert drawn.shape == (10_000, 2, 16) and (drawn.sum(-1) == 10).all()
     frequency = drawn.mean((0, 1))
     assert np.abs(frequency - 10 / 16).max() < 5 * 0.484 / 20_000**0.5
@@ -196,9 +196,9 @@ def test_masks_are_uniform():
 
 
 def test_masks_do_not_depend_on_the_devices_or_the_batch():
-    mask, key = RandomMask(grid=4, count=10, repeat=2), jax.random.key(1)
+    mask, key = RandomMask((8, 8), count=10, square=2), jax.random.key(1)
     index = np.random.default_rng(0).permutation(1000)[:24].astype(np.int32)
-    draw = jax.jit(lambda index: mask.draw(key, index, 1))
+    draw = jax.jit(lambda index: mask.draw(key, index, 1)["mask"])
     one = np.asarray(draw(index))
     assert one.shape == (24, 1, 64) and len(np.unique(one, axis=0)) == 24
     np.testing.assert_array_equal(draw(index[7:9]), one[7:9])
@@ -257,7 +257,7 @@ def test_parameter_groups(golden, name):
     config = config_of(meta, "float32")
     method = mim_jax.make_method(config)
     params = jax.eval_shape(method.init, jax.random.key(0))[0]
-    decayed = optim.decayed(params, config.optim.not_decayed)
+    decayed = optim.decayed(params, config.optim.no_decay)
     groups = jax.tree.map(lambda p, d: np.full(p.shape, "decay" if d else "no_decay"), params, decayed)
     got = {key: value.flat[0] for key, value in official(groups, "simmim").items() if value.dtype.kind == "U"}
     assert got == {key: group for group, keys in meta["param_groups"].items() for key in keys}
@@ -266,7 +266,7 @@ def test_parameter_groups(golden, name):
 def test_swin_decays_its_bias_tables_but_not_the_mask_token():
     config = mim_jax.load_config("configs/simmim.py:swinb")
     params = jax.eval_shape(mim_jax.make_method(config).init, jax.random.key(0))[0]
-    decayed = jax.tree.leaves(optim.decayed(params, config.optim.not_decayed))
+    decayed = jax.tree.leaves(optim.decayed(params, config.optim.no_decay))
     for path, is_decayed, p in zip(jax.tree.leaves(tree_paths(params)), decayed, jax.tree.leaves(params)):
         matrix = p.ndim - ("/blocks/" in path) > 1 and not path.endswith("mask_token")
         assert is_decayed == matrix, path

@@ -14,9 +14,9 @@ STAND_IN = """#!/bin/bash
 case "$*" in
   *version_info\\ \\<*) exit "${UNFIT:-0}" ;;
   *print*) echo 3.12 ;;
-  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo venv >>log ;;
-  "-m pip install "*) echo "pip ${!#}" >>log && [ ! -e offline ] ;;
-  *) echo "$*" >>log ;;
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && echo venv >>"$LOG" ;;
+  "-m pip install "*) echo "pip ${!#}" >>"$LOG" && [ ! -e offline ] ;;
+  *) echo "$*" >>"$LOG" && echo "$PWD" >>"$LOG.folders" ;;
 esac
 """
 
@@ -37,20 +37,26 @@ class Checkout:
         self.stand_in = tools / "python3.12"
         self.stand_in.write_text(STAND_IN)
         self.stand_in.chmod(self.stand_in.stat().st_mode | stat.S_IXUSR)
-        self.environment = {"PATH": str(tools)}
+        self.log = root / "log"
+        self.environment = {"PATH": str(tools), "LOG": str(self.log)}
+        self.elsewhere = root / "elsewhere"
+        self.elsewhere.mkdir()
 
     def launch(self, *args: str, script: str = "local.sh", **environment: str) -> list[str]:
-        """What the stand-in was asked to do by one launch, from a folder that is not the checkout."""
-        log = self.root / "log"
-        log.unlink(missing_ok=True)
+        """What the stand-in was asked to do by one launch from the folder `elsewhere`."""
+        self.log.unlink(missing_ok=True)
         self.result = subprocess.run(
             ["bash", self.root / "launch" / script, *args],
-            cwd="/",
+            cwd=self.elsewhere,
             env={**self.environment, **environment},
             capture_output=True,
             text=True,
         )
-        return log.read_text().splitlines() if log.exists() else []
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+    def ran_in(self) -> Path:
+        """The folder of the last thing that ran."""
+        return Path(self.log.with_suffix(".folders").read_text().splitlines()[-1])
 
 
 @pytest.fixture
@@ -59,11 +65,12 @@ def checkout(tmp_path: Path) -> Checkout:
 
 
 def test_first_use_installs_and_second_use_only_runs(checkout: Checkout):
-    run = "-m mim_jax.main --config=configs/dino.py:demo --workdir=a b"
+    run = "-P -m mim_jax.main --config=configs/dino.py:demo --workdir=a b"
     args = ("--config=configs/dino.py:demo", "--workdir=a b")
     assert checkout.launch(*args) == ["venv", "pip .", run]
     assert checkout.launch(*args) == [run]
     assert checkout.result.returncode == 0
+    assert checkout.ran_in() == checkout.elsewhere  # relative paths start where the user stood
 
 
 def test_checks_share_the_environment(checkout: Checkout):
@@ -72,14 +79,21 @@ def test_checks_share_the_environment(checkout: Checkout):
     assert checks[0] == "pip .[dev]"
     assert [line.split()[1] for line in checks[1:]] == ["ruff", "mypy", "pytest"]
     assert checks[-1].endswith("-k name")
-    assert checkout.launch() == ["-m mim_jax.main"]
+    assert checkout.ran_in() == checkout.root
+    assert checkout.launch() == ["-P -m mim_jax.main"]
+
+
+def test_paths_of_tests_are_those_of_the_folder_or_the_checkout(checkout: Checkout):
+    (checkout.elsewhere / "mine.py").touch()
+    checks = checkout.launch("mine.py::test", "tests/theirs.py", script="test.sh")
+    assert checks[-1].endswith(f" {checkout.elsewhere}/mine.py::test tests/theirs.py")
 
 
 def test_changed_requirements_are_installed(checkout: Checkout):
     checkout.launch()
     with open(checkout.root / "requirements.txt", "a") as file:
         file.write("another>=1,<2\n")
-    assert checkout.launch() == ["pip .", "-m mim_jax.main"]
+    assert checkout.launch() == ["pip .", "-P -m mim_jax.main"]
 
 
 def test_failed_install_is_explained_and_begun_again(checkout: Checkout):
@@ -87,7 +101,7 @@ def test_failed_install_is_explained_and_begun_again(checkout: Checkout):
     assert checkout.launch() == ["venv", "pip ."]
     assert checkout.result.returncode == 1 and "If it is the network" in checkout.result.stderr
     (checkout.root / "offline").unlink()
-    assert checkout.launch() == ["venv", "pip .", "-m mim_jax.main"]
+    assert checkout.launch() == ["venv", "pip .", "-P -m mim_jax.main"]
 
 
 def test_python_and_extras_are_chosen_by_the_environment(checkout: Checkout):
@@ -105,6 +119,6 @@ def test_no_suitable_python_is_explained(checkout: Checkout, python: str):
 
 def test_uv_is_preferred(checkout: Checkout):
     uv = checkout.stand_in.with_name("uv")
-    uv.write_text('#!/bin/bash\necho "uv $1" >>log\n[ "$1" != venv ] || "${@: -2:1}" -m venv "${@: -1}"\n')
+    uv.write_text('#!/bin/bash\necho "uv $1" >>"$LOG"\n[ "$1" != venv ] || "${@: -2:1}" -m venv "${@: -1}"\n')
     uv.chmod(0o755)
-    assert checkout.launch() == ["uv venv", "venv", "uv pip", "-m mim_jax.main"]
+    assert checkout.launch() == ["uv venv", "venv", "uv pip", "-P -m mim_jax.main"]

@@ -11,7 +11,7 @@ import pytest
 
 import mim_jax
 from mim_jax import sharding, train
-from mim_jax.evaluators import gallery
+from mim_jax.methods.base import Tokenizer
 from mim_jax.sharding import path_name
 from mim_jax.state import TrainState, abstract_state, first_state
 
@@ -50,7 +50,7 @@ class Case(NamedTuple):
     last: TrainState
     metrics: list[dict[str, float]]  # of each step
     gradients: tuple[Any, Any]  # with respect to the parameters and to the teacher, at the initial state
-    frozen: Any
+    target: Any
     program: str  # the compiled step
     alone: Any  # the first of them, on one device
 
@@ -67,39 +67,37 @@ def case(request) -> Case:
     config.mesh.update(data=2, fsdp=4)
     with jax.set_mesh(sharding.make_mesh(2, 4)):
         method = mim_jax.make_method(config)
-        frozen = jax.jit(lambda: method.frozen(jax.random.key(1)))()
+        target = jax.jit(lambda: method.target.init(jax.random.key(1)) if method.target else {})()
         state = first_state(method, config)
         batch = sharding.global_batch(views(method, config.data.batch_size))
-        args = (state.params, state.teacher, frozen, state.extra, batch, jax.random.key(0), state.step)
+        args = (state.params, state.teacher, target, state.extra, batch, jax.random.key(0), state.step)
         gradients, _ = jax.jit(jax.grad(method.loss, argnums=(0, 1), has_aux=True))(*args)
         on_host = jax.device_get(args[:5])  # the steps take the state
-        train_step = mim_jax.make_train_step(method, config).lower(state, frozen, batch).compile()
+        train_step = mim_jax.make_train_step(method, config).lower(state, target, batch).compile()
         states, metrics = [jax.device_get(state)], []
         for step in range(STEPS):
-            state, figures = train_step(state, frozen, batch)
+            state, figures = train_step(state, target, batch)
             metrics.append({tag: float(value) for tag, value in figures.items()})
             if step == 0:
                 states.append(jax.device_get(state))
-        abstract, gradients, frozen = abstract_state(method, config), jax.device_get(gradients), on_host[2]
+        abstract, gradients, target = abstract_state(method, config), jax.device_get(gradients), on_host[2]
     alone, _ = jax.jit(jax.grad(method.loss, has_aux=True))(*on_host, jax.random.key(0), jnp.int32(0))
     program, alone = train_step.as_text(), jax.device_get(alone)
-    return Case(share, config, method, abstract, *states, state, metrics, gradients, frozen, program, alone)
+    return Case(share, config, method, abstract, *states, state, metrics, gradients, target, program, alone)
 
 
 def views(method, batch_size, seed=0):
     """Random finished views of the shapes that the method declares: a color for each image, and noise."""
     rng = np.random.default_rng(seed)
     colors = 2 * rng.normal(size=(batch_size, 1, 1, 1, 3))
-    shapes = {crops.name: (batch_size, len(crops.policies), crops.size, crops.size, 3) for crops in method.crops}
+    specified = method.views.shapes(batch_size)
+    shapes = {crops.name: specified[crops.name].shape for crops in method.views.crops}
     views = {name: (colors + 0.5 * rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
-    if hasattr(method, "codes"):  # a tokenizer's images are in 0..1
+    if isinstance(method, Tokenizer):  # a tokenizer's images are in 0..1
         views = {name: 1 / (1 + np.exp(-images)) for name, images in views.items()}
-    group = method.crops[0]
-    if group.target:
-        views["target"] = rng.uniform(size=(*shapes["global"][:2], group.target.size, group.target.size, 3)).astype(np.float32)
-    if method.mask:
-        views["mask"] = method.mask.examples(batch_size, len(group.policies), seed)
-    return views
+    if "target" in specified:
+        views["target"] = rng.uniform(size=specified["target"].shape).astype(np.float32)
+    return views | method.views.masks.examples(batch_size, method.views.global_crops, seed)
 
 
 def tensors(tree):
@@ -118,14 +116,14 @@ def test_loss_falls_on_one_repeated_batch(case):
     assert losses[-1] < case.share * losses[0], losses
 
 
-def test_every_parameter_but_the_fixed_is_trained(case):
-    fixed = re.compile(case.method.fixed or "$^")
+def test_all_parameters_but_the_untrained_are_trained(case):
+    fixed = re.compile(case.method.untrained or "$^")
     before, after = (dict(tensors(state.params)) for state in (case.initial, case.second))
     for name, g in tensors(case.gradients[0]):
         is_fixed = bool(fixed.search(re.sub(r"\[\d+\]$", "", name)))
         assert np.any(g) != is_fixed, f"gradient of {name}"
         assert np.any(after[name] != before[name]) != is_fixed, f"update of {name}"
-    assert not case.method.fixed or any(fixed.search(name) for name in before), "`fixed` matches nothing"
+    assert not case.method.untrained or any(fixed.search(name) for name in before), "`untrained` matches nothing"
 
 
 def test_one_device_and_a_mesh_agree_on_the_gradient(case):
@@ -160,7 +158,7 @@ def test_features_and_reconstruction(case):
     assert cls.shape == (3, cls.shape[-1]) and patch.shape == (3, *patch.shape[1:2], cls.shape[-1])
     if "reconstruction" in case.method.pictures:
         seen = views(case.method, 3)
-        painted = jax.eval_shape(case.method.reconstruction, case.initial.params, case.initial.extra, case.frozen, seen)
+        painted = jax.eval_shape(case.method.reconstruction, case.initial.params, case.initial.extra, case.target, seen)
         assert painted and all(x.dtype == jnp.float32 and x.shape[:2] == seen["global"].shape[:2] for x in painted.values())
 
 
@@ -175,7 +173,7 @@ def test_pictures_are_drawn(case):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.pipeline, "eval_batch", lambda *_: columns)
         monitor = train.make_monitor(config, case.method, source, SimpleNamespace(description="other noise"))
-    drawn = dict(gallery.evaluation_pictures(monitor, case.method, case.initial, case.frozen, "abcd"))
+    drawn = dict(gallery.evaluation_pictures(monitor, case.method, case.initial, case.target, "abcd"))
     more = {"correspondences"} if "features" in case.method.pictures else set()
     assert drawn.keys() == {*case.method.pictures, "neighbors"} | more
     crops = gallery.crop_picture(columns, case.method, config.data)
@@ -188,7 +186,7 @@ def test_bfloat16_computes_nearly_the_same_loss(case):
     for dtype in ("float32", "bfloat16"):
         config.model.dtype = dtype
         method = mim_jax.make_method(config)
-        args = (case.initial.params, case.initial.teacher, case.frozen, case.initial.extra, views(method, 8))
+        args = (case.initial.params, case.initial.teacher, case.target, case.initial.extra, views(method, 8))
         losses[dtype], _ = jax.jit(method.loss)(*args, jax.random.key(0), jnp.int32(0))
     assert losses["bfloat16"].dtype == jnp.float32 and losses["bfloat16"] != losses["float32"]
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.03)

@@ -1,14 +1,19 @@
 """The house rules: bounded requirements, imports that run one way, scripts that parse, no paths of one machine."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+import mim_jax
 
 ROOT = Path(__file__).parent.parent
 REQUIREMENTS = [
@@ -96,6 +101,30 @@ def test_imports_run_one_way(lower: tuple[str, ...], upper: tuple[str, ...]):
 def test_only_checkpoint_imports_orbax():
     users = {module for module in MODULES if any(name.partition(".")[0] == "orbax" for name in imported(module))}
     assert users == {"mim_jax.checkpoint"}
+
+
+def test_wheels_carry_every_package_and_the_recipes():
+    folders = {module_name(path) for path in MODULES.values() if path.name == "__init__.py"}
+    settings = PYPROJECT["tool"]["setuptools"]
+    assert set(settings["packages"]) == folders | {"mim_jax.configs"}
+    assert settings["package-dir"] == {"mim_jax.configs": "configs"}
+
+
+@pytest.mark.slow
+def test_recipes_of_an_installed_wheel(tmp_path):
+    """Built from a copy, and used from a folder that is not the checkout."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "runs", "tests"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, source]
+    subprocess.run(pip, check=True)
+    shutil.rmtree(source)
+    code = "import mim_jax; print(mim_jax.__version__, mim_jax.load_config('dino:demo').total)"
+    environment = os.environ | {"PYTHONPATH": str(target)}
+    told = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    )
+    assert told.stdout == f"{mim_jax.__version__} 3500 steps\n"
+    assert (target / "bin/mim_jax").is_file()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

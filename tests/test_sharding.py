@@ -325,8 +325,8 @@ def test_targets_of_patches_do_not_depend_on_the_devices(x64, name, changes):
     config.update_from_flattened_dict({"model.dtype": "float64", "model.drop_path_rate": 0.0, "model.depth": 1} | changes)
     method = mim_jax.make_method(config)
     rng = np.random.default_rng(0)
-    views = {c.name: rng.normal(size=(16, len(c.policies), c.size, c.size, 3)) for c in method.crops}
-    views["mask"] = method.mask.examples(16, 2)
+    views = {c.name: rng.normal(size=(16, len(c.policies), c.size, c.size, 3)) for c in method.views.crops}
+    views |= method.views.example_masks(16)
     params, extra = jax.device_get(jax.jit(method.init)(jax.random.key(0)))
     extra = jax.tree.map(lambda a: rng.normal(size=a.shape), extra)
     results = []

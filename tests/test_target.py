@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 from arrays import prefixed
+from mim_jax.target import is_learned, load_frozen
 from PIL import Image
 
 import mim_jax
 from mim_jax import convert, train
-from mim_jax.target import is_learned, load_frozen
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -67,7 +66,7 @@ def open_source(name: str, data_dir: str | os.PathLike | None = None, split: str
     return _open_tfds(name, data_dir, split)
 
 
-# Images in memory: CIFAR-10, the digits, and whatever arrays a user has.
+# Images in memory: CIFAR-10, and whatever arrays a user has.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,7 +104,11 @@ def _open_cifar10(cache: pathlib.Path, split: str) -> Source:
     try:
         folder = cifar10.prepare(cache)
     except cifar10.FetchError as error:
-        return _digits(split, why=str(error))
+        tried = " ".join(str(error).split())
+        raise OSError(
+            f"CIFAR-10 could not be fetched ({tried}). With a network this works by itself, once; without one, train on a "
+            "folder of images: --config.data.name=folder --config.data.dir=FOLDER"
+        ) from error
     except OSError as error:
         raise OSError(f"Cannot keep CIFAR-10 in {cache} ({error}). Set MIM_JAX_CACHE to a writable folder.") from error
     data = tfds.builder_from_directory(folder).as_data_source(split)
@@ -116,25 +119,6 @@ def _open_cifar10(cache: pathlib.Path, split: str) -> Source:
         num_classes=len(cifar10.CLASSES),
         description=f"CIFAR-10 {split} ({len(rows):,} images of 32 x 32), {folder}",
         classes=cifar10.CLASSES,
-    )
-
-
-def _digits(split: str, why: str) -> Source:
-    from sklearn import datasets
-
-    warnings.warn(
-        "CIFAR-10 COULD NOT BE FETCHED. Using the 1,797 handwritten digits of scikit-learn in its place: enough to see "
-        f"that everything runs, and nothing else. What was tried: {why}",
-        stacklevel=4,
-    )
-    digits = datasets.load_digits()
-    part = slice(None, 1500) if split == "train" else slice(1500, None)
-    grey = np.round(digits.images[part] * (255 / 16)).astype(np.uint8)
-    return ArraySource(
-        images=np.repeat(grey[..., None], 3, axis=-1),
-        labels=digits.target[part].astype(np.int32),
-        num_classes=10,
-        description=f"scikit-learn digits {split} ({len(grey):,} images of 8 x 8); CIFAR-10 could not be fetched",
     )
 
 
@@ -177,12 +161,13 @@ def _open_folder(data_dir: str | os.PathLike | None, split: str) -> Source:
     """
     root = pathlib.Path(data_dir or "").expanduser()
     if not data_dir or not root.is_dir():
-        raise FileNotFoundError(f"There is no folder {data_dir}: set data.dir to a folder of images.")
+        where = f"There is no folder {root.absolute()}" if data_dir else "data.dir is missing"
+        raise FileNotFoundError(f"{where}: set --config.data.dir to a folder of images.")
     roots = [root / name for name in dict.fromkeys((split, *SPLITS)) if (root / name).is_dir()] or [root]
     if roots != [root]:
         root = root / split
         if root not in roots:
-            raise FileNotFoundError(f"There is no split {split!r} in {data_dir}, only {[r.name for r in roots]}.")
+            raise FileNotFoundError(f"There is no split {split!r} in {root.parent.absolute()}, only {[r.name for r in roots]}.")
     files = sorted(_image_files(root))
     if not files:
         raise ValueError(f"No images below {root.resolve()}: no file ends in {', '.join(EXTENSIONS)}.")

@@ -68,7 +68,7 @@ class Method:
         raise NotImplementedError
 
     def mix(self, views: Params, key: jax.Array) -> Params:
-        """Changes finished views before the loss sees them: what mixes images of a batch, or is computed once for each image."""
+        """Changes finished views before the loss sees them: mixes images, or computes something once for each image."""
         return views
 
     def loss(
@@ -155,21 +155,12 @@ class Tokenizer(Method):
     """A method whose model turns images into visual tokens. Its config sets data.mean to 0 and data.std to 1: its global crops
     are images in 0..1. One that can decode has "reconstruction" among its pictures.
 
+    It also has `codes`, the size of the vocabulary, and `stride`, the side in pixels of the square that a token stands for.
     `parts` below are the model's parts, those of `init`'s two results together.
     """
 
     pictures: tuple[str, ...] = ("reconstruction", "tokens")
     encoder_part: ClassVar[str] = "encoder"
-
-    @property
-    def codes(self) -> int:
-        """The size of the vocabulary."""
-        raise NotImplementedError
-
-    @property
-    def stride(self) -> int:
-        """The side, in pixels, of the square that a token stands for."""
-        raise NotImplementedError
 
     def tokens(self, parts: Params, images: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] in 0..1 -> int32 [B, N], row-major."""
@@ -192,7 +183,7 @@ class Tokenizer(Method):
 class FrozenTokenizer:
     """A trained tokenizer as a frozen network."""
 
-    method: Tokenizer
+    method: Any  # Tokenizer
 
     @property
     def codes(self) -> int:

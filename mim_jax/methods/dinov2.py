@@ -88,8 +88,8 @@ class Dinov2(SelfDistillation):
         return jnp.stack(list(terms.values())).sum(), (extra, figures)
 
     def chosen(self, views: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The patches of the second loss: their places in their group, [groups, upper], whether these are masked (padding entries
-        are False), and their weights."""
+        """The patches of the second loss: their places in their group, [groups, upper], whether these are masked (padding
+        entries are False), and their weights."""
         mask = views["mask"]
         batch, crops, patches = mask.shape
         groups = batch // self.group_size
@@ -129,10 +129,9 @@ def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
     m, loss = config.model, config.loss
     if loss.centering not in ("centering", "sinkhorn_knopp"):
         raise ValueError(f'loss.centering is {loss.centering!r}, but must be "centering" or "sinkhorn_knopp"')
-    if config.data.batch_size % config.mask.group_size:
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} cannot be divided into groups of mask.group_size={config.mask.group_size}"
-        )
+    batch, group = config.data.batch_size, config.mask.group_size
+    if batch % group:
+        raise ValueError(f"data.batch_size={batch} cannot be divided into groups of mask.group_size={group} images")
     head = functools.partial(DinoHead, norm_last_layer=False, init_std=m.init_std, dtype=jnp.dtype(m.dtype))
     warmup = durations.steps(config, "loss.teacher_temp_warmup")
     temp = optim.cosine_schedule(loss.teacher_temp, loss.teacher_temp, warmup, warmup, start=loss.warmup_teacher_temp)

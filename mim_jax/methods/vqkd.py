@@ -73,7 +73,8 @@ class VqKd(Tokenizer):
         if self.kmeans_init:
             state = jax.lax.cond(step == 0, lambda: self.first_codes(state, z, key), lambda: state)
         quantized, state = self.quantizer(state, z, train=True)
-        loss = quantized.loss + losses.cosine_distance(self.rebuild(params, quantized.z), self.teacher_features(target, views["target"]))
+        features = self.teacher_features(target, views["target"])
+        loss = quantized.loss + losses.cosine_distance(self.rebuild(params, quantized.z), features)
         figures = health.codebook_figures(state["cluster_size"]) | {"train/commitment": quantized.loss}
         return loss, ({"quantizer": state}, figures)
 

@@ -145,10 +145,6 @@ class NormEmaQuantizer:
         return out, {"codebook": codebook, "cluster_size": moving_average(state["cluster_size"], counts, self.decay)}
 
 
-def gumbel_softmax(logits: jax.Array, noise: jax.Array, temp: jax.Array | float, hard: bool = False) -> jax.Array:
-    """A relaxed sample of each distribution: logits and Gumbel noise [..., K] -> [..., K] (Jang et al. 2017, equation 2).
-
-    `hard`: one-hot vectors with the gradient of the relaxed ones.
-    """
-    soft = jax.nn.softmax((logits + noise) / temp)
-    return straight_through(soft, jax.nn.one_hot(soft.argmax(-1), soft.shape[-1], dtype=soft.dtype)) if hard else soft
+def gumbel_softmax(logits: jax.Array, noise: jax.Array, temp: jax.Array | float) -> jax.Array:
+    """A relaxed sample of each distribution: logits and Gumbel noise [..., K] -> [..., K] (Jang et al. 2017, equation 2)."""
+    return jax.nn.softmax((logits + noise) / temp)
