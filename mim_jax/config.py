@@ -31,7 +31,7 @@ def load_config(spec: str) -> ml_collections.ConfigDict:
     if variant and "VARIANTS" in module and variant not in module["VARIANTS"]:
         raise ValueError(f"{file} has no variant {variant!r}, only {', '.join(module['VARIANTS'])}")
     config = module["get_config"](variant) if variant else module["get_config"]()
-    config.recipe = spec
+    config.recipe = recipe(spec)
     resolve_target(config)
     return config.lock()
 
@@ -46,6 +46,12 @@ def config_file(spec: str) -> Path:
         return packaged
     names = ", ".join(sorted(path.stem for path in PACKAGED.glob("*.py")))
     raise FileNotFoundError(f"there is no config file {file.absolute()}; mim_jax comes with {names}")
+
+
+def recipe(spec: str) -> str:
+    """One name for a config, however it was named: that of a packaged one, else the absolute path; with its variant."""
+    file, (_, colon, variant) = config_file(spec), spec.partition(":")
+    return (file.stem if file.parent == PACKAGED else str(file)) + colon + variant
 
 
 def resolve_target(config: ml_collections.ConfigDict) -> None:
@@ -64,9 +70,9 @@ def resolve_target(config: ml_collections.ConfigDict) -> None:
         if target.workdir and saved.is_file():
             target.network = ml_collections.ConfigDict(json.loads(saved.read_text()))
             resolve_target(target.network)
+            target.config = target.network.get("recipe", target.config)
             return
-        file, (_, colon, variant) = config_file(target.config), target.config.partition(":")
-        target.config = (file.stem if file.parent == PACKAGED else str(file)) + colon + variant
+        target.config = recipe(target.config)
         if target.network.get("recipe") != target.config:
             target.network = load_config(target.config).unlock()
 
@@ -139,6 +145,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         if re.fullmatch(RANGES, key) and several and (len(real) != 2 or real[0] > real[1]):
             raise wrong(key, "must be (low, high)")
 
+    if "target" in config and config.target.network.get("recipe", config.target.config) != config.target.config:
+        raise ValueError(f"target.config is now {config.target.config}: call mim_jax.config.resolve_target(config) after a change")
     durations.total_steps(config)
     for key in DURATIONS:
         if key in values:

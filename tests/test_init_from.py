@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import mim_jax
-from mim_jax import train
+from mim_jax import learned
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.methods.base import make_method
 from mim_jax.sharding import make_mesh, path_name
@@ -34,15 +34,15 @@ def test_a_phase_at_a_higher_resolution(name, tmp_path):
             config.crops[side] = 32
         high = make_method(config)
         fresh = first_state(high, config)
-        learned = train.learned_before(high, config, fresh)
-        assert jax.tree.map(lambda x: (x.shape, x.sharding), learned) == jax.tree.map(lambda x: (x.shape, x.sharding), fresh)
-        assert learned.step == 0 and set(learned.teacher) == set(low.teacher_parts)
+        begun = learned.begin_with(high, config, fresh)
+        assert jax.tree.map(lambda x: (x.shape, x.sharding), begun) == jax.tree.map(lambda x: (x.shape, x.sharding), fresh)
+        assert begun.step == 0 and set(begun.teacher) == set(low.teacher_parts)
         if name == "mae":  # never trained: those of the new size
-            pos_embed = learned.params["backbone"]["pos_embed"]
+            pos_embed = begun.params["backbone"]["pos_embed"]
             assert np.array_equal(pos_embed, fresh.params["backbone"]["pos_embed"])
             assert pos_embed.shape[1] == 65
         else:
-            found = jax.jit(high.features)(learned.params, image)
+            found = jax.jit(high.features)(begun.params, image)
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
@@ -57,13 +57,13 @@ def test_swin_with_a_larger_window(tmp_path):
         checkpoints.wait()
         config.init_from, config.model.window, config.model.img_size = str(tmp_path), 4, 32
         method = make_method(config)
-        learned = train.learned_before(method, config, first_state(method, config))
+        begun = learned.begin_with(method, config, first_state(method, config))
 
     def tables(params):
         found = {path_name(p): x for p, x in jax.tree.leaves_with_path(params)}
         return {name: x for name, x in found.items() if name.endswith("relative_position_bias_table")}
 
-    old, new = tables(state.params), tables(learned.params)
+    old, new = tables(state.params), tables(begun.params)
     assert old.keys() == new.keys() and old
     for name in old:
         assert (old[name].shape[-2], new[name].shape[-2]) == (9, 49)

@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     # the tokens of an untrained tokenizer are noise
     "beit": (0.85, {"model.layerscale": 1.0, "optim.lr": 0.01}),
     # features of an untrained teacher
-    "vqkd": (0.75, {"optim.lr": 0.01}),
+    "vqkd": (0.85, {"optim.lr": 0.01}),
     "beit2": (0.85, {"model.layerscale": 1.0, "optim.lr": 0.01}),
 }
 STEPS = 20

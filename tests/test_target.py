@@ -1,16 +1,24 @@
-"""The fixed network that targets come from: of another run, trained first if need be, or official weights."""
+"""The frozen network that targets come from: of another run, trained first if need be, or official weights."""
 
+import contextlib
 import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import prefixed
-from mim_jax.target import is_learned, load_frozen
 from PIL import Image
 
 import mim_jax
 from mim_jax import convert, train
+from mim_jax.checkpoint import SavedRun
+from mim_jax.config import resolve_target
+from mim_jax.learned import load_target
+from mim_jax.state import first_state
 
 
 @pytest.fixture
@@ -29,36 +37,76 @@ def same(a, b):
 
 
 def test_the_teacher_is_trained_first_and_once(config, tmp_path, capsys):
-    assert not is_learned(config)
     state = train.run(config, tmp_path / "vqkd")
-    words = f"vqkd needs what dino learns, and {tmp_path / 'dino'} does not hold it yet: training it first"
-    assert words in capsys.readouterr().err and is_learned(config)
+    words = f"vqkd needs the dino run in {tmp_path / 'dino'}: training it first"
+    assert words in capsys.readouterr().err
     assert int(state.step) == 2 and set(state.params) == {"encoder", "encode_task", "decoder", "decode_task"}
     assert (tmp_path / "dino/report.html").exists() and (tmp_path / "vqkd/report.html").exists()
+    assert train.train_target(config) is None
+    assert words not in capsys.readouterr().err
 
-    method = mim_jax.make_method(config)
-    frozen, first = load_frozen(method, config), method.frozen(jax.random.key(config.seed))
-    assert jax.tree.structure(frozen) == jax.tree.structure(first) and not same(frozen, first)
+    method, teacher = mim_jax.make_method(config), mim_jax.load_run(tmp_path / "dino")
+    target = load_target(method, config)
+    assert same(target["backbone"], teacher.params["backbone"])
+    assert not same(target, jax.jit(method.target.init)(jax.random.key(config.seed)))
+    saved = SavedRun(tmp_path / "dino")
+    student = saved.read({"params": {"backbone": saved.shapes()["params"]["backbone"]}})
+    assert not same(target, student["params"]), "the teacher of the run, not its student"
 
 
 def test_a_stop_of_the_first_run_stops_both(config, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Loop, "stopping", lambda self, step: step >= 1)
+    monkeypatch.setattr(train, "preemption", lambda checkpoints: contextlib.nullcontext(lambda step: step >= 1))
     assert train.run(config, tmp_path / "vqkd").teacher  # DINO's
     assert not (tmp_path / "vqkd").exists()
 
 
+def test_a_method_depends_on_no_other_file_once_its_config_is_loaded(tmp_path, monkeypatch):
+    """Nor on the working directory."""
+    config = mim_jax.load_config(str(Path(__file__).with_name("tiny.py")) + ":beit2")
+    monkeypatch.chdir(tmp_path)
+    method = mim_jax.make_method(config)
+    assert method.target.codes == 16 and config.target.network.target.network.method == "dino"
+
+
+class Colors:
+    """A frozen network that is no method: the mean color of each patch."""
+
+    dim, stride = 3, 4
+
+    def init(self, key):
+        return {"gain": jnp.ones(3)}
+
+    def features(self, params, images):
+        patches = images.reshape(len(images), images.shape[1] // 4, 4, images.shape[2] // 4, 4, 3).mean((2, 4))
+        return {"cls": patches.mean((1, 2)), "patch": patches.reshape(len(images), -1, 3) * params["gain"]}
+
+
+def test_a_network_that_is_no_method(config, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mim_jax.models.colors", SimpleNamespace(make=lambda config: Colors()))
+    config.target.update(config=str(tmp_path / "colors.py"), workdir=None)
+    (tmp_path / "colors.py").write_text("import ml_collections\n\ndef get_config():\n"
+                                        "    return ml_collections.ConfigDict({'network': 'colors'})\n")  # fmt: skip
+    resolve_target(config)
+    method = mim_jax.make_method(config)
+    state, views = first_state(method, config), method.views.zeros(4)
+    loss, _ = method.loss(state.params, {}, method.target.init(None), state.extra, views, jax.random.key(0), 0)
+    assert np.isfinite(loss)
+
+
 def test_official_weights(config, tmp_path):
     method = mim_jax.make_method(config)
-    params, _ = method.teacher.init(jax.random.key(7))
-    np.savez(tmp_path / "dino.npz", **convert.to_torch({"backbone": params["backbone"]}, "dino"))
+    params = method.target.init(jax.random.key(7))
+    np.savez(tmp_path / "dino.npz", **convert.to_torch(params, "dino"))
     config.target.update(workdir=None, weights=str(tmp_path / "dino.npz"))
-    assert same(load_frozen(method, config), {"teacher": {"backbone": params["backbone"]}})
+    assert same(load_target(method, config), params)
 
     larger = mim_jax.load_config("tests/tiny.py:dino")
     larger.model.img_size = 24
-    np.savez(tmp_path / "dino.npz", **convert.to_torch(mim_jax.make_method(larger).init(jax.random.key(7))[0], "dino"))
-    with pytest.raises(ValueError, match=re.escape("teacher/backbone/pos_embed: (1, 10, 16) -> (1, 5, 16)")):
-        load_frozen(method, config)
+    larger.crops.update(global_crops_size=24)
+    params, _ = mim_jax.make_method(larger).init(jax.random.key(7))
+    np.savez(tmp_path / "dino.npz", **convert.to_torch({"backbone": params["backbone"]}, "dino"))
+    with pytest.raises(ValueError, match=re.escape("backbone/pos_embed: (1, 10, 16) -> (1, 5, 16)")):
+        load_target(method, config)
 
 
 def test_dalles_tokenizer_from_its_published_weights(golden, tmp_path):
@@ -74,29 +122,30 @@ def test_dalles_tokenizer_from_its_published_weights(golden, tmp_path):
     config = mim_jax.load_config("tests/tiny.py:beit")
     config.update_from_flattened_dict({"head.vocab_size": 32, "crops.target_size": 32, "target.family": "dalle"})
     config.target.update(workdir=str(tmp_path / "tokenizer"), weights=str(tmp_path / "dalle.npz"))
+    resolve_target(config)
     method = mim_jax.make_method(config)
-    frozen = load_frozen(method, config)
+    target = load_target(method, config)
     images = np.moveaxis(arrays["in/image01"], 1, -1)
-    np.testing.assert_array_equal(method.tokens(frozen, images[:, None]).reshape(2, 4, 4), arrays["out/indices"])
-    painted = method.tokenizer.decode(frozen["teacher"], {}, arrays["out/indices"].reshape(2, 16))
+    np.testing.assert_array_equal(method.tokens(target, images[:, None]).reshape(2, 4, 4), arrays["out/indices"])
+    painted = method.target.decode(target, arrays["out/indices"].reshape(2, 16))
     assert painted.shape == (2, 32, 32, 3) and 0 <= painted.min() and painted.max() <= 1
 
 
 def test_what_is_missing_is_named(config, tmp_path):
     method = mim_jax.make_method(config)
     with pytest.raises(FileNotFoundError, match="there is no run in .*dino"):
-        load_frozen(method, config)
+        load_target(method, config)
     config.target.workdir = None
-    with pytest.raises(ValueError, match="vqkd learns from tests/tiny.py:dino: name its run, --config.target.workdir"):
-        load_frozen(method, config)
+    with pytest.raises(ValueError, match="vqkd learns from .*tiny.py:dino: name its run, --config.target.workdir"):
+        load_target(method, config)
     config.target.weights = "no/such.npz"
-    with pytest.raises(FileNotFoundError, match="there is no file no/such.npz"):
-        load_frozen(method, config)
+    with pytest.raises(FileNotFoundError, match="there is no file .*no/such.npz"):
+        load_target(method, config)
     for content in (b"no arrays", b""):
         (tmp_path / "broken.npz").write_bytes(content)
         config.target.weights = str(tmp_path / "broken.npz")
         with pytest.raises(ValueError, match="broken.npz is no .npz file of named arrays"):
-            load_frozen(method, config)
+            load_target(method, config)
 
 
 @pytest.mark.parametrize("key, value, message", [
