@@ -146,7 +146,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise wrong(key, "must be (low, high)")
 
     if "target" in config and config.target.network.get("recipe", config.target.config) != config.target.config:
-        raise ValueError(f"target.config is now {config.target.config}: call mim_jax.config.resolve_target(config) after a change")
+        raise ValueError(f"target.config was changed to {config.target.config}: call mim_jax.config.resolve_target(config)")
     durations.total_steps(config)
     for key in DURATIONS:
         if key in values:

@@ -240,7 +240,7 @@ def test_unused_local_crops_may_have_any_size():
 def test_recipes_are_found_from_anywhere(tmp_path, monkeypatch, spec):
     monkeypatch.chdir(tmp_path)
     config = load_config(spec)
-    assert (config.method, config.total, config.recipe) == ("dino", "3500 steps", spec)
+    assert (config.method, config.total, config.recipe) == ("dino", "3500 steps", "dino:demo")
     assert config.is_locked
 
 

@@ -155,9 +155,15 @@ class Tokenizer(Method):
     """A method whose model turns images into visual tokens. Its config sets data.mean to 0 and data.std to 1: its global crops
     are images in 0..1. One that can decode has "reconstruction" among its pictures.
 
-    It also has `codes`, the size of the vocabulary, and `stride`, the side in pixels of the square that a token stands for.
+    Attributes:
+        codes: size of the vocabulary.
+        stride: side, in pixels, of the square that a token stands for.
+
     `parts` below are the model's parts, those of `init`'s two results together.
     """
+
+    codes: int
+    stride: int
 
     pictures: tuple[str, ...] = ("reconstruction", "tokens")
     encoder_part: ClassVar[str] = "encoder"
@@ -183,7 +189,7 @@ class Tokenizer(Method):
 class FrozenTokenizer:
     """A trained tokenizer as a frozen network."""
 
-    method: Any  # Tokenizer
+    method: Tokenizer
 
     @property
     def codes(self) -> int:

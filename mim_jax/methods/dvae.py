@@ -43,8 +43,6 @@ SQUARED_ERROR = Likelihood(
 class Dvae(Tokenizer):
     encoder: Any
     decoder: Any
-    codes: int
-    stride: int
     likelihood: Likelihood
     teacher_parts: tuple[str, ...] = ("encoder", "decoder")  # no teacher: the average of the weights is the tokenizer
 

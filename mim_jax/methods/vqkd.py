@@ -45,14 +45,6 @@ class VqKd(Tokenizer):
     kmeans_init: bool
     pictures: tuple[str, ...] = ("tokens",)
 
-    @property
-    def codes(self) -> int:
-        return self.quantizer.codes
-
-    @property
-    def stride(self) -> int:
-        return self.encoder.patch_size
-
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         keys = jax.random.split(key, 5)
         grid, code = self.decoder.img_size, self.quantizer.dim
@@ -124,6 +116,8 @@ def make(config: ml_collections.ConfigDict) -> VqKd:
     return VqKd(
         encoder=ViT(**settings),
         encode_task=TaskLayer(q.dim, dtype),
+        codes=q.codes,
+        stride=m.patch_size,
         quantizer=NormEmaQuantizer(q.codes, q.dim, q.decay, q.beta),
         decoder=ViT(**decoder),
         decode_task=TaskLayer(teacher.dim, dtype),

@@ -26,14 +26,6 @@ class VqVae(Tokenizer):
     quantizer: EmaQuantizer
     decoder: VqVaeDecoder
 
-    @property
-    def codes(self) -> int:
-        return self.quantizer.codes
-
-    @property
-    def stride(self) -> int:
-        return 2**self.encoder.layers
-
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         keys = jax.random.split(key, 3)
         encoder = self.encoder.init(keys[0], self.views.zeros()["global"][0, :1])
@@ -82,6 +74,8 @@ def make(config: ml_collections.ConfigDict) -> VqVae:
     group = Crops("global", m.img_size, tuple(c.global_crops_scale), (FLIP,) * c.global_crops_number)
     return VqVae(
         encoder=VqVaeEncoder(q.dim, **sizes),
+        codes=q.codes,
+        stride=2**m.layers,
         quantizer=EmaQuantizer(q.codes, q.dim, q.decay, commitment=q.commitment, threshold=q.threshold),
         decoder=VqVaeDecoder(**sizes),
         views=Views((group,), **normalization(config)),
