@@ -145,9 +145,7 @@ def random_view(image: Planes, size: Array, draws: Array, policy: Policy, group:
     def wanted(operation):
         return any(getattr(p, operation) > 0 for p in group.policies)
 
-    box_draws, jitter_draws, (flip, gray, blur, radius, inverted) = jnp.split(
-        draws, [BOX_DRAWS, BOX_DRAWS + JITTER_DRAWS]
-    )
+    box_draws, jitter_draws, (flip, gray, blur, radius, inverted) = jnp.split(draws, [BOX_DRAWS, BOX_DRAWS + JITTER_DRAWS])
     box = sample_box(box_draws, size, group.scale, group.ratio)
     jitter = functools.partial(color_jitter, jitter=sample_jitter(jitter_draws, policy), hue=wanted("hue"))
     if wanted("jitter") and group.color_first:
@@ -169,9 +167,7 @@ def random_view(image: Planes, size: Array, draws: Array, policy: Policy, group:
     return view, target
 
 
-def center_crop(
-    image: Array, size: Array, out: int, fraction: float, mean: Sequence[float], std: Sequence[float]
-) -> Array:
+def center_crop(image: Array, size: Array, out: int, fraction: float, mean: Sequence[float], std: Sequence[float]) -> Array:
     """The centered square of `fraction` of the short side, resized and normalized, for evaluation.
 
     The customary "resize to 256, cut out 224" is `out=224, fraction=224 / 256`: as there, pixels just outside the
@@ -205,9 +201,7 @@ def denormalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> A
 # Cutting out
 
 
-def sample_box(
-    draws: Array, size: Array, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
-) -> Array:
+def sample_box(draws: Array, size: Array, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Array:
     """The box of a random resized crop: int32 [4], (top, left, height, width), from `BOX_DRAWS` numbers in [0, 1).
 
     As torchvision's `RandomResizedCrop.get_params`: area uniform in `scale` times the picture's, width over height
@@ -258,9 +252,7 @@ def resize_weights(
     return weights / jnp.sum(weights, axis=1, keepdims=True)
 
 
-def crop_resize(
-    image: Planes, box: Array, out: int, flip: ArrayLike = False, interpolation: str = "bicubic"
-) -> Planes:
+def crop_resize(image: Planes, box: Array, out: int, flip: ArrayLike = False, interpolation: str = "bicubic") -> Planes:
     """Cut `box` (top, left, height, width) out of planes [S, S], resize to [out, out], mirror where `flip`."""
     top, left, height, width = box
     rows = resize_weights(top, height, out, image[0].shape[0], interpolation=interpolation)
@@ -365,9 +357,7 @@ def sample_jitter(draws: Array, policy: Policy) -> tuple[Array, Array, Array]:
     return order, jnp.where(happens, factors, 1.0), jnp.where(happens, shift, 0.0)
 
 
-def color_jitter(
-    image: Planes, jitter: tuple[Array, Array, ArrayLike], size: Array | None = None, hue: bool = True
-) -> Planes:
+def color_jitter(image: Planes, jitter: tuple[Array, Array, ArrayLike], size: Array | None = None, hue: bool = True) -> Planes:
     """torchvision's `ColorJitter`: brightness, contrast and saturation by factors [3], and hue by a shift, in an order.
 
     `jitter` = (order, factors, shift): order [4] is a permutation of (BRIGHTNESS, CONTRAST, SATURATION, HUE). Factors 1 and

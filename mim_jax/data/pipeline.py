@@ -8,7 +8,7 @@ Nothing is dropped: a batch may hold the end of one epoch and the beginning of t
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 
 import grain
 import numpy as np
@@ -21,7 +21,7 @@ MAX_SUBSTITUTES = 100
 
 Batch = dict[str, np.ndarray]
 OnBad = Callable[[int, str], None]
-DrawMasks = Callable[[np.ndarray], np.ndarray]
+DrawMasks = Callable[[np.ndarray], Batch]
 
 
 def train_batches(
@@ -43,14 +43,14 @@ def train_batches(
       seed: of the order, in [0, 2**32).
       batch_size: global; must be divisible by `process_count`.
       canvas: side of the square every image is placed on, in pixels; larger images are reduced to fit.
-      start: number of the first batch; to resume, the number of updates done.
+      start: number of the first batch; to resume, the number of steps done.
       workers: processes that decode; 0 decodes in threads of this process.
-      masks: positions int64 [b] in the stream -> masks bool [b, crops, N]; drawn where the images are decoded.
+      masks: positions int64 [b] in the stream -> masks by name, each bool [b, crops, N]; drawn where the images are decoded.
       on_bad: called in this process with (row, name) each time a bad image is met; by default, each is logged once.
 
     Yields:
       "image" uint8 [b, canvas, canvas, 3], the picture at the top left and zeros around it; "size" int32 [b, 2], its
-      height and width; "label" int32 [b], -1 when unknown; "index" int32 [b], the row in the source; "mask" if `masks`.
+      height and width; "label" int32 [b], -1 when unknown; "index" int32 [b], the row in the source; and the `masks`.
 
     Raises:
       ValueError: a bad argument (at once), or MAX_SUBSTITUTES bad images in a row (while iterating).
@@ -63,7 +63,7 @@ def train_batches(
 
     def make(block: int, rows: np.ndarray) -> Batch:
         batch = load(source, rows, canvas)
-        return batch if masks is None else batch | {"mask": masks(block * size + np.arange(size))}
+        return batch if masks is None else batch | masks(block * size + np.arange(size))
 
     batches = blocks.map_with_index(make)[process_index::process_count][start:]
     if workers == 0:
@@ -76,7 +76,7 @@ def train_batches(
     return _name_bad(iterator, source, on_bad or log_once())
 
 
-def choose(source: Source, count: int, seed: int) -> np.ndarray:
+def choose(source: Sized, count: int, seed: int) -> np.ndarray:
     """`count` distinct rows of a source chosen by `seed` (all, if it has fewer), int32, in random order."""
     return np.array(list(grain.MapDataset.range(len(source)).seed(seed).shuffle()[:count]), np.int32)
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from mim_jax.evaluators import pictures
 from mim_jax.evaluators.knn import knn_accuracy, pixel_features, whitened_features
 from mim_jax.evaluators.probe import probe_accuracy, standardize
 from mim_jax.evaluators.retrieval import view_retrieval
+from mim_jax.methods.base import Method, Tokenizer
 from mim_jax.sharding import global_batch, replicate
 from mim_jax.state import TrainState
 
@@ -35,8 +36,9 @@ QUERIES, NEIGHBORS, RECONSTRUCTED, ATTENDED, CROPPED = 8, 8, 16, 4, 6  # images 
 
 Batch = dict[str, jax.Array]
 Arrays = dict[str, np.ndarray]
+Pair = tuple[np.ndarray, np.ndarray]  # of the bank and of the held-out images
 
-gather = jax.jit(replicate)
+gather, rank_me, feature_std = jax.jit(replicate), jax.jit(health.rank_me), jax.jit(health.feature_std)
 
 
 def compiled(method: Callable[..., Any]) -> Any:
@@ -57,7 +59,7 @@ class Evaluation:
             split is divided: at most a fifth is measured on, and these images are not in the bank.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, method: Any, source: Source, held_out: Source):
+    def __init__(self, config: ml_collections.ConfigDict, method: Method, source: Source, held_out: Source):
         self.config, self.method, self.source, self.held_out = config.eval, method, source, held_out
         self.seed, self.canvas, self.size = config.seed, config.data.canvas, config.eval.img_size or config.model.img_size
         bank, test = config.eval.bank, config.eval.test
@@ -96,10 +98,10 @@ class Evaluation:
         baselines = {f"{tag}_baseline_untrained": scores[tag] for tag in measured if tag in scores}
         labels, pixels = (bank["label"], test["label"]), (bank["pixels"], test["pixels"])
         if self.source.num_classes:
-            baselines["eval/knn_baseline_pixels"] = self._knn(*map(pixel_features, pixels), *labels)[0]
-            whitened = whitened_features(*(images.reshape(len(images), -1) for images in pixels))
-            baselines["eval/knn_baseline_whitened"] = self._knn(*whitened, *labels)[0]
-            baselines["eval/probe_baseline_whitened"] = self._probe(*whitened, *labels)
+            baselines["eval/knn_baseline_pixels"] = self._knn((pixel_features(pixels[0]), pixel_features(pixels[1])), labels)[0]
+            whitened = whitened_features(pixels[0].reshape(len(labels[0]), -1), pixels[1].reshape(len(labels[1]), -1))
+            baselines["eval/knn_baseline_whitened"] = self._knn(whitened, labels)[0]
+            baselines["eval/probe_baseline_whitened"] = self._probe(whitened, labels)
         views = (test[name].reshape(len(test[name]), -1).astype(np.float32) for name in ("pixels_1", "pixels_2"))
         baselines["eval/view_retrieval_baseline_pixels"] = float(view_retrieval(*views))
         return baselines
@@ -124,27 +126,33 @@ class Evaluation:
         side = max(self.size, self.method.views.crops[0].size)
         return self._stream(self.source, self.bank_rows, bank, side), self._stream(self.held_out, self.test_rows, test, side)
 
+    def batch_size(self, count: int, side: int) -> int:
+        """How many of `count` pictures of `side` are encoded at a time: a multiple of the number of devices."""
+        each = -(-min(self.config.batch_size, count) // jax.device_count())
+        return jax.device_count() * min(each, max(1, PIXELS // side**2))
+
     def _scores(self, bank: Arrays, test: Arrays) -> dict[str, float]:
-        scores, labels, features = {}, (bank["label"], test["label"]), (bank["features"], test["features"])
+        scores: dict[str, float] = {}
+        labels, features = (bank["label"], test["label"]), (bank["features"], test["features"])
         if self.source.num_classes:
-            top1, top5 = self._knn(*(standardize(*features) if self.config.standardize else features), *labels)
+            top1, top5 = self._knn(standardize(*features) if self.config.standardize else features, labels)
             scores |= {"eval/knn": top1} | ({"eval/knn_top5": top5} if self.source.num_classes > 5 else {})
-            scores["eval/probe"] = self._probe(*features, *labels)
+            scores["eval/probe"] = self._probe(features, labels)
         scores["eval/view_retrieval"] = float(view_retrieval(test["view_1"], test["view_2"]))
-        scores["health/rank"] = float(health.rank_me(test["features"]))
-        scores["health/feature_std"] = float(health.feature_std(test["features"]))
+        scores["health/rank"] = float(rank_me(test["features"]))
+        scores["health/feature_std"] = float(feature_std(test["features"]))
         return scores
 
-    def _knn(self, bank: np.ndarray, test: np.ndarray, bank_label: np.ndarray, label: np.ndarray) -> tuple[float, ...]:
-        return knn_accuracy(bank, bank_label, test, label, self.source.num_classes, min(K, len(bank)), TEMPERATURE)
+    def _knn(self, features: Pair, labels: Pair) -> tuple[float, ...]:
+        k = min(K, len(features[0]))
+        return knn_accuracy(features[0], labels[0], features[1], labels[1], self.source.num_classes, k, TEMPERATURE)
 
-    def _probe(self, bank: np.ndarray, test: np.ndarray, bank_label: np.ndarray, label: np.ndarray) -> float:
-        return probe_accuracy(bank, bank_label, test, label, self.source.num_classes)
+    def _probe(self, features: Pair, labels: Pair) -> float:
+        return probe_accuracy(features[0], labels[0], features[1], labels[1], self.source.num_classes)
 
     def _stream(self, source: Source, rows: np.ndarray, function: Callable[[Batch], Batch], side: int) -> Arrays:
         """`function(batch)` [B, ...] of the images at `rows`, which it turns into pictures of `side`: arrays [N, ...]."""
-        devices = jax.device_count()
-        size = devices * min(-(-min(self.config.batch_size, len(rows)) // devices), max(1, PIXELS // side**2))
+        size = self.batch_size(len(rows), side)
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
         results: Arrays = OrderedDict()
         stream = pipeline.eval_batches(source, rows, canvas=self.canvas, batch_size=size, on_bad=self.on_bad, **processes)
@@ -207,14 +215,14 @@ class Evaluation:
             return self._stream(self.held_out, self.test_rows[:number], functools.partial(function, *args), side)
 
         if "reconstruction" in wanted:
-            columns = held_out(RECONSTRUCTED, crop, self._reconstruction, params, state.extra, target)
+            masks = self.method.views.example_masks(min(RECONSTRUCTED, len(self.test_rows)), 1)
+            columns = held_out(RECONSTRUCTED, crop, self._reconstruction, params, state.extra, target, masks)
             image = {"image": columns.pop("image")}
-            masks = self.method.views.example_masks(len(image["image"]), 1)
             masked = {name: pictures.darkened(image["image"], mask[:, 0]) for name, mask in masks.items()}
             yield "reconstruction", pictures.reconstructions(image | masked | columns)
         if "tokens" in wanted:
             tokens = held_out(None, crop, self._tokens, params, state.extra)["tokens"]
-            yield "tokens", pictures.usage(np.bincount(tokens.reshape(-1), minlength=self.method.codes))
+            yield "tokens", pictures.usage(np.bincount(tokens.reshape(-1), minlength=cast(Tokenizer, self.method).codes))
         if "attention" in wanted:
             found = held_out(ATTENDED, detail, self._attention, params)
             grid = (round(found["attention"].shape[-1] ** 0.5),) * 2
@@ -252,10 +260,10 @@ class Evaluation:
         return OrderedDict((g.name, self.method.views.denormalize(made[g.name])) for g in self.method.views.crops)
 
     @compiled
-    def _reconstruction(self, params: Any, extra: Any, target: Any, batch: Batch) -> Batch:
-        """The same images and masks at every call, and what the model makes of them; in the method's order."""
-        group, masks = self.method.views.crops[0], self.method.views.example_masks(RECONSTRUCTED, 1)
-        views = {name: jnp.asarray(mask)[batch["place"]] for name, mask in masks.items()}
+    def _reconstruction(self, params: Any, extra: Any, target: Any, masks: Batch, batch: Batch) -> Batch:
+        """The images, and what the model makes of what the masks leave of them, in the method's order."""
+        group = self.method.views.crops[0]
+        views = {name: mask[batch["place"]] for name, mask in masks.items()}
         views["global"] = self._center(batch, group.size)[:, None]
         if group.target:
             views["target"] = self._center(batch, group.target.size, normalized=False)[:, None]
@@ -264,7 +272,8 @@ class Evaluation:
 
     @compiled
     def _tokens(self, params: Any, extra: Any, batch: Batch) -> Batch:
-        return {"tokens": self.method.tokens(params | extra, self._center(batch, self.method.views.crops[0].size))}
+        tokenizer = cast(Tokenizer, self.method)
+        return {"tokens": tokenizer.tokens(params | extra, self._center(batch, tokenizer.views.crops[0].size))}
 
     @compiled
     def _attention(self, params: Any, batch: Batch) -> Batch:

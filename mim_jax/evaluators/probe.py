@@ -1,7 +1,6 @@
 """Linear probe of frozen features, in closed form: ridge regression on one-hot labels."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -28,17 +27,6 @@ def standardize(bank: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndar
     """
     mean, std = (x.astype(np.float32) for x in location_scale(bank))
     return (bank - mean) / std, (test - mean) / std
-
-
-class Sums(NamedTuple):
-    """What a least-squares fit needs of N rows x [D] and their classes."""
-
-    count: np.ndarray  # of each class, [C]
-    x: np.ndarray  # of each class, [C, D]
-    xx: np.ndarray  # x x^T, [D, D]
-
-    def __add__(self, other: "Sums") -> "Sums":  # type: ignore[override]
-        return Sums(*(a + b for a, b in zip(self, other)))
 
 
 def probe_accuracy(
@@ -68,18 +56,19 @@ def probe_accuracy(
     split = len(bank_features) - int(len(bank_features) * held_out)
     fitted, chosen_on = ((bank_features[part], bank_labels[part]) for part in (slice(split), slice(split, None)))
 
-    def summed(features: np.ndarray, labels: np.ndarray) -> Sums:
-        total = Sums(np.zeros(num_classes), np.zeros((num_classes, len(mean))), np.zeros((len(mean),) * 2))
+    def moments(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """The sum of z z^T over the images, where z is an image's features, its one-hot label and 1."""
+        total = np.zeros((len(mean) + num_classes + 1,) * 2)
         for rows, classes in blocks(features, labels):
-            x, y = (rows - mean) / std, np.eye(num_classes)[classes]
-            total += Sums(y.sum(axis=0), y.T @ x, x.T @ x)
+            z = np.concatenate([(rows - mean) / std, np.eye(num_classes)[classes], np.ones((len(rows), 1))], axis=1)
+            total += z.T @ z
         return total
 
-    def fit(sums: Sums, penalties: Sequence[float]) -> list[tuple[np.ndarray, np.ndarray]]:
-        n = sums.count.sum()
-        center, bias = sums.x.sum(axis=0) / n, sums.count / n
-        eigenvalues, basis = np.linalg.eigh(sums.xx / n - np.outer(center, center))
-        projected = basis.T @ (sums.x.T / n - np.outer(center, bias))
+    def fit(moments: np.ndarray, penalties: Sequence[float]) -> list[tuple[np.ndarray, np.ndarray]]:
+        second, first = moments[:-1, :-1] / moments[-1, -1], moments[-1, :-1] / moments[-1, -1]
+        covariance, (center, bias) = second - np.outer(first, first), np.split(first, [len(mean)])
+        eigenvalues, basis = np.linalg.eigh(covariance[: len(mean), : len(mean)])
+        projected = basis.T @ covariance[: len(mean), len(mean) :]
         weights = [basis @ (projected / (np.maximum(eigenvalues, 0)[:, None] + penalty)) for penalty in penalties]
         return [(weight, bias - center @ weight) for weight in weights]
 
@@ -87,7 +76,7 @@ def probe_accuracy(
         found = [np.argmax((rows - mean) / std @ weight + bias, axis=1) for (rows,) in blocks(features)]
         return float(np.mean(np.concatenate(found) == labels))
 
-    sums = summed(*fitted)
-    scores = [accuracy(*chosen_on, *trial) for trial in fit(sums, penalties)]
-    (classifier,) = fit(sums + summed(*chosen_on), [penalties[int(np.argmax(scores))]])
+    seen = moments(*fitted)
+    scores = [accuracy(*chosen_on, *trial) for trial in fit(seen, penalties)]
+    (classifier,) = fit(seen + moments(*chosen_on), [penalties[int(np.argmax(scores))]])
     return accuracy(features, labels, *classifier)
