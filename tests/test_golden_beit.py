@@ -205,7 +205,7 @@ def test_vqkd(golden, monkeypatch, x64):
     np.testing.assert_allclose(loss, arrays["out/loss"], rtol=1e-12)
     np.testing.assert_allclose(new["quantizer"]["codebook"], arrays["out/codebook_after"], atol=1e-12)
     check_gradients(grads | extra, arrays, "vqkd")
-    np.testing.assert_array_equal(method.tokens(parts, new, images[:, 0]), arrays["out/tokens_eval_after_one_update"])
+    np.testing.assert_array_equal(method.tokens(parts | new, images[:, 0]), arrays["out/tokens_eval_after_one_update"])
 
     weights, unused = prefixed(arrays, "w/"), "quantize.embedding."
     back = convert.to_torch(parts | extra, "vqkd")
