@@ -354,7 +354,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(quick, whole, tmp_path, po
             train.run(quick, tmp_path)
         assert saved_state(tmp_path)["step"] == kept
     monkeypatch.setattr(main, "flags", SimpleNamespace(FLAGS=SimpleNamespace(config=quick)))
-    monkeypatch.setattr(main, "WORKDIR", SimpleNamespace(value=tmp_path))
+    monkeypatch.setattr(main, "WORKDIR", SimpleNamespace(value=str(tmp_path)))
     monkeypatch.setattr(main, "DRY_RUN", SimpleNamespace(value=False))
     with pytest.raises(SystemExit, match=f"^error: .* not finite for {limit} steps in a row"):  # a text is exit code 1
         main.main([""])
