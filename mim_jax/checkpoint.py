@@ -72,7 +72,7 @@ class SavedRun:
         try:
             yield
         except Exception as error:  # whatever Orbax and TensorStore make of broken files
-            raise OSError(f"the checkpoint of step {self.step} in {self.folder} cannot be read: {error}") from error
+            raise OSError(f"the checkpoint of step {self.step} in {self.folder} cannot be read: {brief(error)}") from error
 
 
 class Checkpoints:
@@ -146,7 +146,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            raise OSError(f"writing a checkpoint to {self.folder} failed: {error}. {self.kept()}") from error
+            raise OSError(f"writing a checkpoint to {self.folder} failed: {brief(error)}. {self.kept()}") from error
 
 
 def restore(folder: Path, abstract: Any, config: ml_collections.ConfigDict) -> tuple[Any, dict[str, Any]]:
@@ -155,7 +155,7 @@ def restore(folder: Path, abstract: Any, config: ml_collections.ConfigDict) -> t
 
     Raises ValueError, naming the keys, for a checkpoint of another configuration, and OSError when none can be read.
     """
-    errors = {}
+    errors = []
     for step in saved_steps(folder):
         try:
             record = read_record(folder / str(step))
@@ -163,11 +163,11 @@ def restore(folder: Path, abstract: Any, config: ml_collections.ConfigDict) -> t
             if not problem:
                 return read_arrays(folder / str(step), abstract), record
         except Exception as error:  # whatever Orbax and TensorStore make of broken files
-            logging.warning("The checkpoint of step %d in %s cannot be read: %s", step, folder, error)
-            errors[step] = error
+            logging.warning("The checkpoint of step %d in %s cannot be read: %s", step, folder, brief(error))
+            errors.append(f"step {step}: {brief(error)}")
             continue
         raise ValueError(f"the checkpoint of step {step} in {folder} {problem}")
-    raise OSError(f"no checkpoint in {folder} can be read: {errors}")
+    raise OSError(f"no checkpoint in {folder} can be read: {'; '.join(errors)}")
 
 
 def mismatch(record: dict[str, Any], config: ml_collections.ConfigDict) -> str:
@@ -240,6 +240,11 @@ def read_arrays(path: Path, abstract: Any, partial: bool = False) -> Any:
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
     args = ocp.args.PyTreeRestore(abstract, restore_args, partial_restore=partial)
     return ocp.PyTreeCheckpointer().restore(path / "state", args=args)
+
+
+def brief(error: Exception) -> str:
+    """An error of Orbax or TensorStore without its specification of the array, a page long."""
+    return f"{type(error).__name__}: {error}".split(" [tensorstore_spec")[0]
 
 
 def as_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:

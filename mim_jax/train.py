@@ -68,7 +68,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
             if evaluate_every:
                 log.print("measuring the baselines, then compiling the step")
                 log.write(0, baselines := evaluation.baselines(state))
-                log.print(scores(baselines))
+                log.print(scores(baselines).rstrip())
 
         def on_bad(row: int, name: str) -> None:
             bad_images[name] += 1
@@ -112,7 +112,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
         if step < total:
             log.print(f"stopped after step {step} of {total}; the same command goes on from there")
         elif verdict := write_report(workdir, config, method, source, evaluation, step):
-            log.print(f"{scores(journal.latest(workdir))}\n{verdict}\nreport: {workdir / report.FILE}")
+            log.print(f"{scores(journal.latest(workdir))}{verdict}\nreport: {workdir / report.FILE}")
         return state
 
 
@@ -251,5 +251,5 @@ def scores(figures: Mapping[str, Any]) -> str:
         prefix, value = f"eval/{tag}_baseline_", figures.get(f"eval/{tag}")
         beside = ", ".join(f"{key.removeprefix(prefix)} {figures[key]:.3f}" for key in figures if key.startswith(prefix))
         if beside:
-            lines.append(f"{name:<15} {'' if value is None else f'{value:.3f}':<6} baselines: {beside}")
-    return "\n".join(lines)
+            lines.append(f"{name:<15} {'' if value is None else f'{value:.3f}':<6} baselines: {beside}\n")
+    return "".join(lines)
