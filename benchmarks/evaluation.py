@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
@@ -61,9 +62,7 @@ def main(_: list[str]) -> None:
     kernel = np.random.default_rng(0).normal(size=(3 * SIZE.value**2, WIDTH.value)).astype(np.float32)
     with jax.set_mesh(sharding.make_mesh()):
         method = Projection(views=make_method(config).views)
-        state = TrainState(
-            step=jax.numpy.int32(0), params={"kernel": jax.numpy.asarray(kernel)}, teacher={}, extra={}, opt_state=()
-        )
+        state = TrainState(jnp.int32(0), params={"kernel": jnp.asarray(kernel)}, teacher={}, opt_state=(), extra={})
         for share in (10, 1):
             config.eval.update(bank=BANK.value // share, test=TEST.value // share)
             sources = (Noise(split, CANVAS.value, BANK.value) for split in ("train", "test"))
