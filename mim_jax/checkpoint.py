@@ -1,6 +1,6 @@
 """Checkpoints with Orbax: written while the training goes on, whole or not at all; restored onto any number of devices.
 
-A checkpoint holds the state and a record: step, config, number of bad images, versions, devices.
+A checkpoint holds the state and a record: step, config, versions, devices, numbers of bad images and of skipped steps in a row.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ MAY_CHANGE = re.compile(
     r"(recipe|total|log_every|max_skipped|resume|init_from|init_parts|(.*\.)?model\.unroll|data\.(dir|workers|eval_split)"
     r"|(eval|checkpoint|mesh)\..*|target\.(config|workdir|weights)"
     # Of the frozen target, only what makes the network counts.
-    r"|target\.network\.(?!(method|model|\w*head|quantizer)\b|data\.(mean|std)$).*)"
+    r"|target\.network\.(?!(method|network|model|\w*head|quantizer)\b|data\.(mean|std)$).*)"
 )
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -51,7 +51,7 @@ class SavedRun:
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:
-        """step, config, bad_images, versions, devices."""
+        """step, config, versions, devices, bad_images, skipped."""
         with self._named_errors():
             return read_record(self.path)
 
@@ -108,7 +108,7 @@ class Checkpoints:
         self.manager.reload()
         return state, record
 
-    def save(self, step: int, state: Any, bad_images: int = 0) -> None:
+    def save(self, step: int, state: Any, **record: Any) -> None:
         """Begins to write and returns; later steps do not change what is written. Raises the error of an earlier save."""
         if step == self.manager.latest_step():
             return
@@ -119,8 +119,7 @@ class Checkpoints:
                 f"no room for a checkpoint in {self.folder}: {free / 2**20:,.0f} MiB are free and "
                 f"{1.2 * needed / 2**20:,.0f} are needed. {self.kept()}"
             )
-        record = {"step": step, "config": as_dict(self.config), "bad_images": bad_images}
-        record |= {"versions": versions(), "devices": devices()}
+        record |= {"step": step, "config": as_dict(self.config), "versions": versions(), "devices": devices()}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
         with self._named_errors():
             self.manager.save(step, args=args, force=True)
@@ -209,7 +208,7 @@ def changes(record: dict[str, Any], config: ml_collections.ConfigDict) -> list[s
     lines, then = [], record["config"]["total"]
     if then != config.total:
         lines.append(f"total: {then} -> {config.total}: schedules now end at step {durations.total_steps(config):,}")
-    old, new = ({"devices": r["devices"], **r["versions"]} for r in (record, {"devices": devices(), "versions": versions()}))
+    old, new = record["versions"] | {"devices": record["devices"]}, versions() | {"devices": devices()}
     changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
     return lines + ([f"changed since the checkpoint: {', '.join(changed)}"] if changed else [])
 

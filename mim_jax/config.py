@@ -204,7 +204,7 @@ def skeleton() -> ml_collections.ConfigDict:
     config.data.dir = placeholder(str)  # TFDS directory, or the folder
     config.data.split = "train"
     config.data.eval_split = "validation"
-    config.data.num_examples = 1_281_167  # main.py puts in what the source really has
+    config.data.num_examples = 1_281_167  # a run sets it to what its source has
     config.data.batch_size = 1024  # global
     config.data.canvas = 320  # images are decoded to fit a square of this size, in pixels
     config.data.workers = 8  # decoding processes on each host

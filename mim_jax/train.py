@@ -88,7 +88,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
             on_bad=on_bad,
         )
         train_step = make_train_step(method, config)
-        steps = StepLog(config, log, checkpoints)
+        steps = StepLog(config, log, checkpoints, record.get("skipped", 0))
         while step < total and not stopping(step):
             state, metrics = train_step(state, target, sharding.global_batch(next(batches)))
             step += 1
@@ -104,9 +104,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
             if save_every and step % save_every == 0:
                 steps.flush()
                 with log.paused():
-                    checkpoints.save(step, state, bad_images.total())
+                    checkpoints.save(step, state, bad_images=bad_images.total(), skipped=steps.skipped)
         steps.flush()
-        checkpoints.save(step, state, bad_images.total())
+        checkpoints.save(step, state, bad_images=bad_images.total(), skipped=steps.skipped)
         checkpoints.wait()
 
         if step < total:
@@ -179,9 +179,9 @@ def preemption(checkpoints: Checkpoints) -> Iterator[Callable[[int], bool]]:
 class StepLog:
     """Logs each step while the next one runs, so that no device waits for it. Counts the steps skipped in a row."""
 
-    def __init__(self, config: ml_collections.ConfigDict, log: Journal, checkpoints: Checkpoints):
+    def __init__(self, config: ml_collections.ConfigDict, log: Journal, checkpoints: Checkpoints, skipped: int):
         self.every, self.max_skipped = interval(config, "log_every"), config.max_skipped
-        self.log, self.checkpoints, self.skipped = log, checkpoints, 0
+        self.log, self.checkpoints, self.skipped = log, checkpoints, skipped
         self.last: tuple[int, Mapping[str, Any]] | None = None
 
     def add(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -77,6 +77,12 @@ def test_totals_and_tuples_of_durations():
         durations.total_steps(config_with(total="1 epoch", data={"batch_size": 4, "num_examples": 0}))
 
 
+def test_a_total_of_the_command_line_replaces_the_recipe_s():
+    config = load_config("dino:demo")
+    config.total = "2 epochs"
+    assert durations.total_steps(config) == 2 * (50_000 // 64)
+
+
 def test_compressed_schedules_are_those_of_the_long_run():
     long, short = load_config("dinov2:vitl14"), load_config("dinov2:vitl14_518")
     share = durations.total_steps(short) / durations.total_steps(long)
@@ -200,6 +206,13 @@ def test_what_cannot_be_is_refused_in_one_line(variant, key, value, must):
     told = str(error.value)
     assert told.startswith("data.batch_size is 8" if key == "mask.group_size" else f"{key} is ") and "\n" not in told
     assert must in told
+
+
+def test_patches_of_14_do_not_fill_96_pixels():
+    config = load_config("dinov2:vitl14")
+    config.crops.local_crops_size = 96
+    with pytest.raises(ValueError, match="crops.local_crops_size is 96, but must be a multiple of 14 pixels"):
+        configs.check(config)
 
 
 def test_batches_are_divided_by_the_devices():

@@ -185,9 +185,8 @@ def test_vqkd(golden, monkeypatch, x64):
     config.model.update(decoder_depth=c["decoder_depth"], dtype="float64")
     config.quantizer.update(codes=c["codes"], dim=c["code_dim"], decay=c["decay"], kmeans_init=False)
     features = jnp.asarray(arrays["in/teacher_features"])
-    backbone = types.SimpleNamespace(stride=4, dim=c["teacher_dim"])
-    teacher = types.SimpleNamespace(backbone=backbone, features=lambda params, images: {"patch": features}, teacher_parts=())
-    monkeypatch.setattr("mim_jax.methods.vqkd.make_method", lambda _: teacher)
+    teacher = types.SimpleNamespace(stride=4, dim=c["teacher_dim"], features=lambda params, images: {"patch": features})
+    monkeypatch.setattr("mim_jax.methods.vqkd.make_target", lambda _: teacher)
     method = base.make_method(config)
 
     parts = double(convert.from_torch(prefixed(arrays, "w/"), "vqkd"))
@@ -196,7 +195,7 @@ def test_vqkd(golden, monkeypatch, x64):
     views = {"global": images, "target": images}
     z = jax.jit(method.encode)(parts, images)
     np.testing.assert_allclose(z[:, 0], arrays["out/to_quantizer"], atol=1e-12)
-    np.testing.assert_array_equal(method.tokens(parts, extra, images[:, 0]).reshape(-1), arrays["out/indices"])
+    np.testing.assert_array_equal(method.tokens(parts | extra, images[:, 0]).reshape(-1), arrays["out/indices"])
     codes = channels_last(arrays["out/quantized"]).reshape(2, 1, 16, 8)
     np.testing.assert_allclose(jax.jit(method.rebuild)(parts, codes)[:, 0], arrays["out/rec"], atol=1e-12)
 

@@ -263,8 +263,8 @@ def test_two_views_are_the_papers_algorithm_1(x64):
     C = np.zeros((1, 32))
     for step in range(3):
         x = jax.random.normal(jax.random.key(step), (4, 2, 16, 16, 3), float)
-        s1, s2 = np.moveaxis(np.asarray(method.logits(state.params, {}, [x])[0]), 1, 0)
-        t1, t2 = np.moveaxis(np.asarray(method.logits(state.teacher, {}, [x])[0]), 1, 0)
+        s1, s2 = np.moveaxis(np.asarray(method.logits(state.params, {}, {"global": x})[0]), 1, 0)
+        t1, t2 = np.moveaxis(np.asarray(method.logits(state.teacher, {}, {"global": x})[0]), 1, 0)
         loss = cross_entropy(t1, s2) / 2 + cross_entropy(t2, s1) / 2
         C = 0.9 * C + 0.1 * np.concatenate([t1, t2]).mean(0)
         old = jax.device_get(state.teacher)

@@ -311,6 +311,7 @@ def test_schedules_that_the_config_makes(golden, x64):
     o, t, epoch = built["optim"], built["teacher"], built["train"]["OFFICIAL_EPOCH_LENGTH"]
     config = mim_jax.load_config("configs/dinov2.py:demo")
     config.data.update(batch_size=4, num_examples=4 * epoch)
+    config.mask.group_size = 4
     config.total = f"{o['epochs'] * epoch} steps"
     config.optim.update(lr=o["lr"], lr_batch_size=0, min_lr=o["min_lr"], warmup=f"{o['warmup_epochs'] * epoch} steps")
     config.optim.update(weight_decay=o["weight_decay"], weight_decay_end=o["weight_decay_end"])

@@ -1,7 +1,6 @@
 """What every method promises, one row of `METHODS` for each."""
 
 import re
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +9,9 @@ import numpy as np
 import pytest
 
 import mim_jax
-from mim_jax import sharding, train
+from mim_jax import sharding
+from mim_jax.data.sources import ArraySource
+from mim_jax.evaluators import Evaluation
 from mim_jax.methods.base import Tokenizer
 from mim_jax.sharding import path_name
 from mim_jax.state import TrainState, abstract_state, first_state
@@ -163,21 +164,16 @@ def test_features_and_reconstruction(case):
 
 
 def test_pictures_are_drawn(case):
-    """Each that the method declares; the features are those of images of twice the size."""
+    """Each that the method declares, of images that no label names."""
     config = case.config.copy_and_resolve_references()
-    config.eval.update(img_size=32, resize=1.0, bank=8)
-    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)
-    columns = {"image": images, "size": np.full((8, 2), 16, np.int32), "label": np.arange(8, dtype=np.int32) % 4}
-    columns["index"] = np.arange(8, dtype=np.int32)
-    source = SimpleNamespace(num_classes=4, description="noise")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.pipeline, "eval_batch", lambda *_: columns)
-        monitor = train.make_monitor(config, case.method, source, SimpleNamespace(description="other noise"))
-    drawn = dict(gallery.evaluation_pictures(monitor, case.method, case.initial, case.target, "abcd"))
+    config.eval.update(img_size=32, resize=1.0, bank=8, batch_size=8)
+    images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
+    bank, test = (ArraySource(part, np.arange(8) % 4, 4, name) for part, name in ((images[:8], "noise"), (images[8:], "more")))
+    evaluation = Evaluation(config, case.method, bank, test)
+    drawn = dict(evaluation.pictures(case.initial, case.target))
     more = {"correspondences"} if "features" in case.method.pictures else set()
     assert drawn.keys() == {*case.method.pictures, "neighbors"} | more
-    crops = gallery.crop_picture(columns, case.method, config.data)
-    assert all(min(picture.size) > 100 for picture in (crops, *drawn.values()))
+    assert all(min(picture.size) > 100 for picture in (evaluation.crop_picture(), *drawn.values()))
 
 
 def test_bfloat16_computes_nearly_the_same_loss(case):

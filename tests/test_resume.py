@@ -1,6 +1,7 @@
 """Runs that are killed, stopped, moved or refused, and go on as if nothing had happened."""
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -24,12 +25,14 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from mim_jax import load_config, main, metrics, state, step, train
-from mim_jax.checkpoint import FREE, Checkpoints
+from mim_jax import checkpoint, journal, load_config, main, state, step, train
+from mim_jax.checkpoint import Checkpoints, SavedRun, differences
 from mim_jax.data import pipeline, sources
-from mim_jax.methods.base import make_method, make_views
+from mim_jax.journal import Journal
+from mim_jax.methods.base import make_method
 from mim_jax.sharding import make_mesh
 from mim_jax.state import abstract_state
+from mim_jax.views import Views
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "tests/tiny.py")
@@ -46,9 +49,9 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
-def told(workdir: Path) -> list[dict]:
+def rows_of(workdir: Path) -> list[dict]:
     """The lines of metrics.jsonl, which must all be whole, without the tags that measure time."""
-    rows = [json.loads(line) for line in (workdir / metrics.FILE).read_text().splitlines()]
+    rows = [json.loads(line) for line in (workdir / journal.FILE).read_text().splitlines()]
     return [{tag: value for tag, value in row.items() if not tag.startswith("perf/")} for row in rows]
 
 
@@ -72,9 +75,9 @@ def assert_same_bits(got, want):
 
 
 def assert_same_run(workdir: Path, uninterrupted: Path, last_step: int):
-    rows = told(workdir)
-    assert rows == told(uninterrupted)
-    assert [row["step"] for row in rows if row.get("train/skipped") == 0] == list(range(1, last_step + 1))
+    rows = rows_of(workdir)
+    assert rows == rows_of(uninterrupted)
+    assert [row["step"] for row in rows if "train/skipped" in row] == list(range(1, last_step + 1))
     got = saved_state(workdir)
     assert got["step"] == last_step
     assert {"params", "teacher", "opt_state", "extra"} < got.keys()
@@ -115,7 +118,7 @@ def runs(images, tmp_path_factory) -> Runs:
 
 
 def last_step(workdir: Path) -> int:
-    return max((row["step"] for row in metrics.read(workdir)), default=0)
+    return max((row["step"] for row in journal.read(workdir)), default=0)
 
 
 def wait(run: subprocess.Popen, until: Callable[[], bool]) -> None:
@@ -132,7 +135,7 @@ def stopped(runs) -> Path:
     """The workdir of the first run of all, which got SIGTERM while its first step was compiled."""
     workdir = runs.folder / "stopped"
     run = runs.start(workdir)
-    wait(run, (workdir / "pictures/crops.png").exists)
+    wait(run, lambda: bool(journal.read(workdir)))  # the baselines
     time.sleep(0.5)
     run.send_signal(signal.SIGTERM)
     assert f"stopped after step 1 of {STEPS}" in runs.finish(run)
@@ -149,8 +152,8 @@ def uninterrupted(runs, stopped) -> Path:
 
 
 def test_images_without_labels_are_measured_by_view_retrieval(uninterrupted):
-    tags = set().union(*told(uninterrupted))
-    assert {"eval/view_retrieval", "eval/view_retrieval_floor_untrained", "eval/view_retrieval_floor_pixels"} <= tags
+    tags = set().union(*rows_of(uninterrupted))
+    assert {"eval/view_retrieval", "eval/view_retrieval_baseline_untrained", "eval/view_retrieval_baseline_pixels"} <= tags
     assert not any("knn" in tag or "probe" in tag for tag in tags)
     report = (uninterrupted / "report.html").read_text()
     assert "no labels" in report and "View retrieval" in report
@@ -183,9 +186,9 @@ def test_a_full_disk_is_one_message_and_exit_code_1(runs, stopped):
     run = runs.start(workdir, preexec_fn=limit)
     output = run.communicate(timeout=300)[1]
     assert run.returncode == 1
-    assert "mim_jax/train.py" not in output  # no traceback of ours; Orbax's threads may print one of their event loop
-    *_, last = output.splitlines()
-    assert re.match(f"error: writing a checkpoint to {workdir}/checkpoints failed: .*The checkpoint of step 1 is whole", last)
+    assert "mim_jax/train.py" not in output  # no traceback of ours; Orbax's threads may print some of their event loop
+    words = f"^error: writing a checkpoint to {workdir}/checkpoints failed: .*The checkpoint of step 1 is whole"
+    assert re.search(words, output, re.MULTILINE)
     assert_same_bits(saved_state(workdir), saved_state(stopped))
 
 
@@ -198,17 +201,16 @@ POISON = 4  # of a batch that holds one of the first so many images, every view 
 @pytest.fixture(scope="module")
 def patched():
     """Lets `train.run` take a moment."""
-    steps, states = {}, {}
+    steps, states, make = {}, {}, Views.make
 
-    def poisoned_views(method, batch, *args):
+    def poisoned_views(views, batch, key):
         poisoned = jnp.min(batch["index"]) < POISON
-        return {name: jnp.where(poisoned, jnp.nan, view) for name, view in make_views(method, batch, *args).items()}
+        return {name: jnp.where(poisoned, jnp.nan, view) for name, view in make(views, batch, key).items()}
 
     def training(config):
         """What of the config the step is made of."""
-        keys = json.loads(config.to_json_best_effort())
-        keys["data"]["dir"] = None
-        return json.dumps({key: value for key, value in keys.items() if key not in FREE})
+        keys = checkpoint.flatten(checkpoint.as_dict(config))
+        return str({key: value for key, value in keys.items() if key == "total" or not checkpoint.MAY_CHANGE.fullmatch(key)})
 
     def make_train_step(method, config):
         if training(config) not in steps:
@@ -220,15 +222,12 @@ def patched():
             states[training(config)] = state.init_state(method, config)
         return jax.tree.map(jnp.copy, states[training(config)])
 
-    blank = Image.new("RGB", (8, 8))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "make_views", poisoned_views)
+        patch.setattr(Views, "make", poisoned_views)
         patch.setattr(train, "make_train_step", make_train_step)
         patch.setattr(train, "init_state", init_state)
-        patch.setattr(train, "make_monitor", lambda *args: StubMonitor())
+        patch.setattr(train, "Evaluation", StubEvaluation)
         patch.setattr(train.sharding, "make_mesh", lambda *args: make_mesh(1, 1, jax.devices()[:1]))
-        patch.setattr(train.gallery, "crop_picture", lambda *args: blank)
-        patch.setattr(train.gallery, "evaluation_pictures", lambda *args: [("neighbors", blank)])
         yield
 
 
@@ -242,7 +241,7 @@ def quick_config(images: Path) -> ml_collections.ConfigDict:
     config.data.dir = str(images)
     config.total = f"{QUICK_STEPS} steps"
     config.crops.local_crops_number = 0
-    config.eval.every = "5 steps"
+    config.eval.every = "4 steps"
     return config
 
 
@@ -254,23 +253,37 @@ def whole(images, patched, tmp_path_factory) -> Path:
     return workdir
 
 
-class StubMonitor:
-    bank = test = {"image": np.zeros((1, 8, 8, 3), np.uint8)}
+class StubEvaluation:
+    sizes = (1, 1)
 
-    def floors(self, params):
-        return {"eval/view_retrieval_floor_untrained": 0.0}
+    def __init__(self, *args):
+        pass
 
-    def run(self, params):
-        return {"eval/view_retrieval": float(params["backbone"]["cls_token"].sum())}
+    def baselines(self, state):
+        return {"eval/view_retrieval_baseline_untrained": 0.0}
+
+    def scores(self, state):
+        return {"eval/view_retrieval": float(state.params["backbone"]["cls_token"].sum())}
+
+    def crop_picture(self):
+        return Image.new("RGB", (8, 8))
+
+    def pictures(self, state, target):
+        yield "neighbors", Image.new("RGB", (8, 8))
 
 
-def interrupt(monkeypatch, where: str, action: Callable[[], None]) -> None:
-    """Does `action` once: before the batch of that number, or when `floors` or an evaluation (`run`) is called."""
-    owner, name = (train.sharding, "global_batch") if where.isdigit() else (StubMonitor, where)
+def interrupt(monkeypatch, where: str, number: int, action: Callable[[], None]) -> None:
+    """Does `action` once: before the batch, the row of metrics, the baselines or the scores of that number, from 0."""
+    owner, name = {
+        "batch": (train.sharding, "global_batch"),
+        "row": (Journal, "write"),
+        "baselines": (StubEvaluation, "baselines"),
+        "scores": (StubEvaluation, "scores"),
+    }[where]
     original, calls = getattr(owner, name), itertools.count()
 
     def wrapper(*args):
-        if next(calls) == (int(where) if where.isdigit() else 0):
+        if next(calls) == number:
             action()
         return original(*args)
 
@@ -293,25 +306,25 @@ def poisoned(images) -> list[bool]:
     return [batch["index"].min() < POISON for batch in itertools.islice(stream, 60)]
 
 
-def test_skipped_steps_take_a_batch_and_nothing_else(whole, poisoned):
-    rows = [row for row in told(whole) if "train/skipped" in row]
-    taken = 1 + next(i for i in range(60) if i + 1 - sum(poisoned[: i + 1]) == QUICK_STEPS)
-    assert taken > QUICK_STEPS  # or this would test nothing
-    assert [row["train/skipped"] for row in rows] == poisoned[:taken]
-    assert [row["step"] for row in rows] == list(1 + np.cumsum([0, *np.logical_not(poisoned[: taken - 1])]))
+def test_a_skipped_step_is_a_step_and_changes_nothing_else(whole, poisoned):
+    rows = [row for row in rows_of(whole) if "train/skipped" in row]
+    assert [row["step"] for row in rows] == list(range(1, 1 + QUICK_STEPS))
+    assert [row["train/skipped"] for row in rows] == poisoned[:QUICK_STEPS] and 3 < sum(poisoned[:QUICK_STEPS]) < 9
     assert all((row["train/loss"] is None) == row["train/skipped"] for row in rows)
-    leaves = jax.tree.leaves(saved_state(whole))
-    assert all(np.isfinite(leaf).all() for leaf in leaves)
-    assert saved_record(whole)["batches"] == taken
+    saved = saved_state(whole)
+    assert saved["step"] == QUICK_STEPS and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved))
+    assert updates(saved) == QUICK_STEPS - sum(poisoned[:QUICK_STEPS])
+    assert [row["step"] for row in rows_of(whole) if "eval/view_retrieval" in row] == [4, 8, 12]
 
 
 @pytest.mark.parametrize(
-    ("where", "action"),
-    [(where, terminate) for where in ("floors", "0", "3", "6", "run")] + [(where, crash) for where in ("floors", "8", "run")],
+    ("where", "number", "action"),
+    [("baselines", 0, terminate), ("batch", 0, terminate), ("batch", 3, terminate), ("scores", 1, terminate)]
+    + [("baselines", 0, crash), ("batch", 9, crash), ("row", 4, crash), ("scores", 0, crash), ("scores", 2, crash)],
 )
-def test_a_run_interrupted_anywhere_ends_as_one_left_alone(quick, whole, tmp_path, where, action):
+def test_a_run_interrupted_anywhere_ends_as_one_left_alone(quick, whole, tmp_path, where, number, action):
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, where, action)
+        interrupt(patch, where, number, action)
         if action is terminate:
             stopped = train.run(quick, tmp_path)
             assert saved_state(tmp_path)["step"] == stopped.step < QUICK_STEPS
@@ -321,24 +334,22 @@ def test_a_run_interrupted_anywhere_ends_as_one_left_alone(quick, whole, tmp_pat
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     train.run(quick, tmp_path)
     assert_same_run(tmp_path, whole, QUICK_STEPS)
+    assert saved_record(tmp_path) == saved_record(whole)
 
 
-def test_a_finished_run_started_again_only_tells_how_it_ended(quick, whole, tmp_path, capfd):
+def test_a_finished_run_started_again_prints_its_end(quick, whole, tmp_path, capfd):
     workdir = shutil.copytree(whole, tmp_path / "copy")
     assert_same_bits(train.run(quick, workdir).params, saved_state(whole)["params"])
-    assert told(workdir) == told(whole)
+    assert rows_of(workdir) == rows_of(whole)
     assert str(workdir / "report.html") in capfd.readouterr().err
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(quick, whole, tmp_path, poisoned, monkeypatch):
-    limit = 3
-    taken = next(i for i in range(limit, 60) if all(poisoned[i - limit : i]))
-    done = taken - sum(poisoned[:taken])
-    assert 2 <= done < QUICK_STEPS
-    quick.max_skipped = limit
-    kept = done // 2 * 2
-    for _ in range(2):  # the same again when it is started again
-        with pytest.raises(train.NotFinite, match=f"{limit} steps in a row after step {done}.*step {kept} is whole"):
+    limit = quick.max_skipped = 2
+    last = next(i for i in range(limit, QUICK_STEPS) if all(poisoned[i - limit : i]))
+    kept = (last - 1) // 2 * 2
+    for _ in range(2):  # the same again when it is started again, also in the middle of these steps
+        with pytest.raises(train.NotFinite, match=f"{limit} steps in a row, up to step {last}\\..*step {kept} is whole"):
             train.run(quick, tmp_path)
         assert saved_state(tmp_path)["step"] == kept
     monkeypatch.setattr(main, "CONFIG", SimpleNamespace(value=quick))
@@ -351,6 +362,15 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(quick, whole, tmp_path, po
     assert_same_run(tmp_path, whole, QUICK_STEPS)
 
 
+def test_without_evaluation_there_is_none(quick, tmp_path, whole, capfd):
+    quick.eval.every = quick.checkpoint.every = quick.log_every = "never"
+    train.run(quick, tmp_path)
+    assert {tag for row in rows_of(tmp_path) for tag in row} == {"step", "train/loss", "train/grad_norm", "train/skipped"}
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(QUICK_STEPS)]
+    assert_same_bits(saved_state(tmp_path), saved_state(whole))
+    assert "report: " in capfd.readouterr().err
+
+
 # What a run goes on from.
 
 
@@ -360,15 +380,15 @@ def test_a_checkpoint_of_another_configuration_is_refused(quick, whole, tmp_path
     quick.model.heads = 1
     with pytest.raises(ValueError, match=r"another configuration.*\n  model.heads: 2 -> 1\n  optim.lr: \S+ -> 1.0\n"):
         train.run(quick, workdir)
-    assert told(workdir) == told(whole)
+    assert rows_of(workdir) == rows_of(whole)
 
 
 def test_keys_that_change_no_number_may_differ(quick, whole, images, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, "6", terminate)
+        interrupt(patch, "batch", 6, terminate)
         train.run(quick, tmp_path / "run")
     quick.data.dir = str(shutil.copytree(images, tmp_path / "elsewhere"))
-    quick.eval.every = "4 steps"
+    quick.eval.every = "5 steps"
     quick.checkpoint.every = "3 steps"
     quick.log_every = "2 steps"
     quick.mesh.fsdp, quick.mesh.data = -1, 1
@@ -378,50 +398,134 @@ def test_keys_that_change_no_number_may_differ(quick, whole, images, tmp_path):
 
 def test_a_run_goes_on_in_another_workdir(quick, whole, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, "6", terminate)
+        interrupt(patch, "batch", 6, terminate)
         train.run(quick, tmp_path / "old")
-    before = told(tmp_path / "old")
+    before = rows_of(tmp_path / "old")
     quick.resume = str(tmp_path / "old")
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, "2", terminate)
+        interrupt(patch, "batch", 2, terminate)
         train.run(quick, tmp_path / "new")
     train.run(quick, tmp_path / "new")  # from its own checkpoint now
     assert_same_run(tmp_path / "new", whole, QUICK_STEPS)
     assert (tmp_path / "new/pictures/crops.png").exists()
-    assert told(tmp_path / "old") == before
+    assert rows_of(tmp_path / "old") == before
 
 
-def test_a_new_run_starts_from_what_another_has_learned(quick, whole, tmp_path):
-    quick.init_from = str(whole)
-    quick.optim.lr = 1.0  # another run altogether
-    with jax.set_mesh(make_mesh(1, 1, jax.devices()[:1])):
-        state, _, record = train.start(make_method(quick), quick, Checkpoints(tmp_path, quick))
-    assert record == {} and state.step == 0
-    saved = saved_state(whole)
-    assert_same_bits(state.params, saved["params"])
-    assert_same_bits(state.teacher, saved["teacher"])
-    assert_same_bits(state.extra, saved["extra"])
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+def test_a_run_goes_on_from_another_working_directory(quick, whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "batch", 6, terminate)
+        train.run(quick, "runs/here")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train.run(quick, "~/runs/here")
+    assert_same_run(tmp_path / "runs/here", whole, QUICK_STEPS)
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_parameters_of_another_model_are_refused_with_the_arrays_named(quick, whole, tmp_path):
-    quick.init_from = str(whole)
-    quick.head.out_dim = 48
-    quick.head.nlayers = 2
-    with pytest.raises(ValueError, match="of another model") as error:
-        train.run(quick, tmp_path)
-    lines = str(error.value).splitlines()[1:]
-    assert "  params/head/last_layer/weight_v: (8, 32) -> (8, 48)" in lines
-    assert "  params/head/mlp_2/kernel: (16, 8) -> missing" in lines
-    assert not any("backbone" in line for line in lines)
+def updates(saved: dict) -> int:
+    """How often Adam has moved, by a stored state."""
+    leaves = jax.tree_util.tree_leaves_with_path(saved["opt_state"])
+    return max(int(leaf) for path, leaf in leaves if "count" in jax.tree_util.keystr(path))
+
+
+def test_a_longer_plan_goes_on_with_the_optimizers_state(quick, whole, tmp_path, poisoned, capfd):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    quick.total = "16 steps"
+    train.run(quick, workdir)
+    assert "total: 12 steps -> 16 steps: schedules now end at step 16\n" in capfd.readouterr().err
+    rows = rows_of(workdir)
+    assert rows[: len(rows_of(whole))] == rows_of(whole)
+    assert [row["step"] for row in rows if "train/skipped" in row] == list(range(1, 17))
+    assert saved_state(workdir)["step"] == 16 and updates(saved_state(workdir)) == 16 - sum(poisoned[:16])
+    quick.total = "14 steps"
+    with pytest.raises(ValueError, match="the checkpoint of step 16 in .* is past the end of this run: total is 14 steps"):
+        train.run(quick, workdir)
+
+
+def edit_records(workdir: Path, change: Callable[[dict], object]) -> None:
+    for path in (workdir / "checkpoints").glob("*/record/metadata"):
+        record = json.loads(path.read_text())
+        change(record)
+        path.write_text(json.dumps(record))
+
+
+def test_other_versions_and_devices_are_printed_in_one_line(quick, whole, tmp_path, capfd):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    now = saved_record(whole)
+    assert set(now["versions"]) > {"mim_jax", "jax", "flax", "optax", "orbax-checkpoint", "Python"}
+    train.run(quick, workdir)
+    assert "changed since" not in capfd.readouterr().err
+    edit_records(workdir, lambda record: record.update(devices="2 x TPU", versions=record["versions"] | {"flax": "0.1"}))
+    train.run(quick, workdir)
+    line = f"changed since the checkpoint: flax 0.1 -> {now['versions']['flax']}, devices 2 x TPU -> {now['devices']}\n"
+    assert line in capfd.readouterr().err
+
+
+def test_a_checkpoint_from_before_0_2_is_refused(quick, whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    edit_records(workdir, lambda record: record.pop("versions"))
+    with pytest.raises(
+        ValueError, match=f"step {QUICK_STEPS} in {workdir}/checkpoints is from a version of mim_jax before 0.2"
+    ):
+        train.run(quick, workdir)
+
+
+def test_a_key_that_a_newer_version_added_has_its_default_in_an_older_record():
+    config = load_config("configs/mae.py:demo")
+    now, old = checkpoint.as_dict(config), checkpoint.as_dict(config)
+    assert differences(old, now) == []
+    del old["optim"]["patch_embed_lr"], old["loss"], old["eval"]  # of the skeleton, of the recipe, of no consequence
+    assert differences(old, now) == []
+    now["optim"]["patch_embed_lr"], now["loss"]["norm_pix_loss"] = 0.5, False
+    assert differences(old, now) == [("loss.norm_pix_loss", True, False), ("optim.patch_embed_lr", 1.0, 0.5)]
+    now["recipe"] = "no/such.py"
+    assert differences(old, now) == [("loss.norm_pix_loss", None, False), ("optim.patch_embed_lr", 1.0, 0.5)]
+    now = checkpoint.as_dict(config)
+    del now["model"]["dim"]
+    assert differences(checkpoint.as_dict(config), now) == [("model.dim", 192, None)]
+
+
+@pytest.mark.parametrize("key, value, differs", [
+    ("seed", 1, True), ("optim.lr", 1e-9, True), ("data.num_examples", 7, True), ("model.depth", 9, True),
+    ("data.split", "test", True), ("loss.teacher_temp_warmup", "9 steps", True), ("crops.local_crops_number", 9, True),
+    ("target.family", "dalle", True), ("target.network.model.dim", 9, True), ("target.network.method", "dino", True),
+    ("target.network.head.out_dim", 9, True), ("target.network.data.mean", (0, 0, 0), True),
+    ("total", "9 steps", False), ("recipe", "other.py", False), ("init_from", "there", False), ("init_parts", ("head",), False),
+    ("log_every", "never", False), ("eval.bank", 9, False), ("checkpoint.keep", 9, False), ("mesh.fsdp", 8, False),
+    ("data.workers", 3, False), ("data.dir", "there", False), ("model.unroll", 2, False), ("target.workdir", "there", False),
+    ("target.config", "other.py", False), ("target.weights", "there.npz", False), ("target.network.optim.lr", 9.0, False),
+    ("target.network.data.name", "cifar10", False), ("target.network.model.unroll", 9, False),
+    ("target.network.crops.local_crops_number", 9, False),
+])  # fmt: skip
+def test_keys_that_make_it_another_run(key, value, differs):
+    config = load_config(f"{TINY}:distillation")
+    old, new = checkpoint.as_dict(config), checkpoint.as_dict(config)
+    *sections, name = key.split(".")
+    section = functools.reduce(dict.__getitem__, sections, new)
+    section[name] = value
+    assert bool(differences(old, new)) == bool(differences(new, old)) == differs
+
+
+def test_a_saved_run_is_read_in_parts(whole):
+    saved, want = SavedRun(whole), saved_state(whole)
+    assert saved.step == QUICK_STEPS and saved.record == saved_record(whole)
+    shapes = saved.shapes()
+    assert shapes.keys() == {"params", "teacher", "extra"}
+    part = {"teacher": {"backbone": shapes["teacher"]["backbone"]}}
+    assert_same_bits(saved.read(part), {"teacher": {"backbone": want["teacher"]["backbone"]}})
 
 
 @pytest.mark.parametrize("key", ["resume", "init_from"])
 def test_a_run_that_is_not_there_is_named_and_not_made(quick, tmp_path, key):
     quick[key] = str(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match=f"there is no run in {tmp_path}/nowhere"):
         train.run(quick, tmp_path / "run")
     assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "nowhere/checkpoints").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=f"there is no checkpoint in {tmp_path}/nowhere/checkpoints"):
+        train.run(quick, tmp_path / "run")
 
 
 def test_saved_on_8_devices_restored_on_4_and_on_1(quick, tmp_path):
@@ -435,13 +539,13 @@ def test_saved_on_8_devices_restored_on_4_and_on_1(quick, tmp_path):
         )
         assert not state.teacher["backbone"]["blocks"]["fc1"]["kernel"].is_fully_replicated
         checkpoints = Checkpoints(tmp_path, quick)
-        checkpoints.save(3, state, batches=5)
+        checkpoints.save(3, state, bad_images=5)
         checkpoints.wait()
     for devices, data, fsdp in ((8, 8, 1), (4, 1, 4), (4, 2, 2), (1, 1, 1)):
         with jax.set_mesh(make_mesh(data, fsdp, jax.devices()[:devices])):
             abstract = abstract_state(method, quick)
             restored, record = Checkpoints(tmp_path, quick).restore(abstract)
-        assert record["batches"] == 5
+        assert record["bad_images"] == 5
         assert jax.tree.map(lambda leaf: leaf.sharding, restored) == jax.tree.map(lambda leaf: leaf.sharding, abstract)
         assert_same_bits(restored, state)
 
@@ -504,8 +608,8 @@ def test_a_workdir_that_cannot_be_written_is_named(quick, tmp_path):
 
 def test_too_little_room_for_a_checkpoint_is_told_before_it_is_begun(quick, whole, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    interrupt(monkeypatch, "7", lambda: monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000)))
-    with pytest.raises(OSError, match=f"no room for a checkpoint in {tmp_path}.*step [24] is whole"):
+    interrupt(monkeypatch, "batch", 7, lambda: monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000)))
+    with pytest.raises(OSError, match=f"no room for a checkpoint in {tmp_path}.*step 6 is whole"):
         train.run(quick, tmp_path)
     monkeypatch.undo()
     train.run(quick, tmp_path)
@@ -525,14 +629,14 @@ def files_limited_to(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("size", "message"),
-    [(4000, "writing a checkpoint to {}/checkpoints failed"), (500, "cannot write the run's figures: .*{}/metrics.jsonl")],
+    [(4000, "writing a checkpoint to {}/checkpoints failed"), (500, "cannot write: .*{}/metrics.jsonl")],
     ids=["checkpoint", "figures"],
 )
 def test_a_full_disk_is_named_and_harms_no_checkpoint(quick, whole, tmp_path, size, message):
     quick.eval.every = "100 steps"
     quick.log_every = "100 steps" if size == 4000 else "1 step"
     with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, "6", terminate)
+        interrupt(patch, "batch", 6, terminate)
         train.run(quick, tmp_path)
     before = saved_state(tmp_path)
     with files_limited_to(size), pytest.raises(OSError, match=message.format(tmp_path)) as error:

@@ -2,21 +2,15 @@
 
 import collections
 import contextlib
-import json
 import os
 import re
-import socket
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import two_processes
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -213,39 +207,6 @@ def test_the_state_is_cut_and_donated(single, mesh):
 
 
 # Two processes
-
-
-def test_two_processes_train_as_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = Path(two_processes.__file__)
-    environment = os.environ | {"PYTHONPATH": str(script.parent.parent)}
-    files = [open(tmp_path / f"{index}", "w+") for index in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(port), str(index)], env=environment, stdout=file, stderr=subprocess.STDOUT
-        )
-        for index, file in enumerate(files)
-    ]
-    try:
-        alone = two_processes.train()
-        told = []
-        for process, file in zip(processes, files):
-            code = process.wait(timeout=300)
-            file.seek(0)
-            lines = file.read().splitlines()
-            assert code == 0, "\n".join(lines)
-            told.append(json.loads(next(line for line in lines if line.startswith("{"))))
-    finally:
-        for process, file in zip(processes, files):
-            process.kill()
-            process.wait()
-            file.close()
-    assert told[0]["losses"] == told[1]["losses"]
-    np.testing.assert_allclose(told[0]["losses"], alone["losses"], rtol=1e-5)
-    assert len(set(alone["losses"])) == two_processes.STEPS
-    assert [first + second for first, second in zip(told[0]["rows"], told[1]["rows"])] == alone["rows"]
 
 
 # Rules and meshes

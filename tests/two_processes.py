@@ -1,4 +1,4 @@
-"""One of the two processes of a run: `python tests/two_processes.py PORT INDEX` prints what it saw as JSON."""
+"""One of the processes of a run: `python tests/two_processes.py PORT INDEX IMAGES WORKDIR` prints its rows as JSON."""
 
 import json
 import os
@@ -11,41 +11,33 @@ import jax
 import numpy as np
 
 import mim_jax
-from mim_jax import sharding
-from mim_jax.data import pipeline
-from mim_jax.data.sources import ArraySource
+from mim_jax import sharding, train
 
-STEPS, BATCH, MESH = 5, 16, (2, 2)
+MESH, STEPS = (2, 2), 6
 
 
-def train() -> dict[str, list]:
-    """Five steps through pipeline and step, on two processes of two devices or one of four."""
-    config = mim_jax.load_config(str(Path(__file__).with_name("tiny.py")))
-    config.data.update(num_examples=48, batch_size=BATCH)
+def run(images: str, workdir: str) -> list[list[int]]:
+    """A whole run. Returns the rows of the images that this process trained on, step by step."""
+    config = mim_jax.load_config(str(Path(__file__).with_name("tiny.py"))).unlock()
+    config.total = f"{STEPS} steps"
+    config.data.update(dir=images, batch_size=16)
     config.model.depth = 1
     config.head.nlayers = 1
     config.crops.local_crops_number = 0
     config.mesh.update(data=MESH[0], fsdp=MESH[1])
-    images = np.random.default_rng(0).integers(0, 256, (48, 16, 16, 3), np.uint8)
-    batches = pipeline.train_batches(
-        ArraySource(images, np.zeros(48, int), num_classes=1),
-        seed=0,
-        batch_size=BATCH,
-        canvas=16,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    losses, rows = [], []
-    with jax.set_mesh(sharding.make_mesh(*MESH, jax.devices()[:4])):
-        method = mim_jax.make_method(config)
-        state, frozen = mim_jax.init_state(method, config)
-        train_step = mim_jax.make_train_step(method, config)
-        for _ in range(STEPS):
-            batch = next(batches)
+    rows, global_batch = [], sharding.global_batch
+
+    def recorded(batch):
+        if "place" not in batch:  # not of an evaluation
             rows.append(batch["index"].tolist())
-            state, metrics = train_step(state, frozen, sharding.global_batch(batch))
-            losses.append(float(metrics["train/loss"]))
-    return {"losses": losses, "rows": rows}
+        return global_batch(batch)
+
+    sharding.global_batch = recorded
+    try:
+        train.run(config, workdir)
+    finally:
+        sharding.global_batch = global_batch
+    return rows
 
 
 def canary() -> None:
@@ -58,14 +50,14 @@ def canary() -> None:
     assert total == 120 and np.array_equal(turned, np.arange(16)[::-1]), "gloo's collectives are wrong on this machine"
 
 
-def main(port: int, index: int) -> None:
+def main(port: str, index: str, images: str, workdir: str) -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=index, initialization_timeout=60)
+    jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index), initialization_timeout=60)
     assert (jax.process_count(), jax.local_device_count(), jax.device_count()) == (2, 2, 4)
     canary()
-    print(json.dumps(train()))
+    print(json.dumps(run(images, workdir)))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*sys.argv[1:])
