@@ -150,6 +150,13 @@ def test_whitening_and_probe_keep_no_copy_of_the_bank_in_double_precision():
     tracemalloc.stop()
 
 
+def test_probe_learns_from_the_whole_bank():
+    """Also from the images on which its penalty is chosen, the last fifth, which alone hold one of the classes."""
+    labels = np.array([0, 1] * 40 + [2] * 20)
+    features = np.eye(3)[labels]
+    assert probe_accuracy(features, labels, features[-9:], labels[-9:], 3) == 1
+
+
 def test_probe_of_constant_features_predicts_the_largest_class():
     labels = np.array([0, 1, 1, 1] * 25)
     assert probe_accuracy(np.ones((100, 3)), labels, np.ones((100, 3)), labels, 2) == 0.75

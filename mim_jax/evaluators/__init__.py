@@ -25,7 +25,7 @@ from mim_jax.evaluators.knn import knn_accuracy, pixel_features, whitened_featur
 from mim_jax.evaluators.probe import probe_accuracy, standardize
 from mim_jax.evaluators.retrieval import view_retrieval
 from mim_jax.methods.base import Method
-from mim_jax.sharding import global_batch, replicate
+from mim_jax.sharding import global_batch, pin_batch, replicate
 from mim_jax.state import TrainState
 
 BASELINE_SIZE = 32  # side at which plain pixels are measured, at most: PCA needs the square of the number of values
@@ -187,7 +187,7 @@ class Evaluation:
 
     @compiled
     def _features(self, params: Any, images: jax.Array) -> jax.Array:
-        features = self.method.features(params, images)
+        features = self.method.features(params, pin_batch(images))
         chosen = features["cls"] if self.config.tokens == "cls" else features["patch"].mean(axis=1)
         return chosen.astype(jnp.float32)
 
