@@ -477,7 +477,7 @@ from mim_jax.data import cifar10, pipeline, sources
 images, labels = np.arange(5 * 3072, dtype=np.uint8).reshape(5, 32, 32, 3), np.arange(5)
 cifar10.fetch = lambda folder: {{"train": (images, labels)}}
 source = sources.open_source("cifar10", {str(tmp_path)!r})
-batch = pipeline.eval_batch(source, 5, canvas=32, seed=0)
+(batch,) = pipeline.eval_batches(source, np.array([3, 0, 4, 1, 2]), canvas=32, batch_size=5)
 assert (batch["image"] == images[batch["index"]]).all() and (batch["label"] == batch["index"]).all()
 assert "tensorflow" not in sys.modules and "torch" not in sys.modules
 """
@@ -556,10 +556,10 @@ def test_resume_by_slicing(folder_source, start):
 
 def test_masks_follow_the_place_in_the_stream(folder_source):
     """They are the same for any number of hosts and workers and wherever the stream is entered, and new in each epoch."""
-    masks = functools.partial(BlockMask(4, 6, smallest=2).draw, 5, crops=2)
+    masks = functools.partial(BlockMask((4, 4), 6, smallest=2).draw_on_host, 5, crops=2)
     expected = take(8, folder_source, masks=masks)
     places = np.concatenate([batch["mask"] for batch in expected])
-    np.testing.assert_array_equal(places, masks(np.arange(len(places))))
+    np.testing.assert_array_equal(places, masks(np.arange(len(places)))["mask"])
     assert len(np.unique(places.reshape(len(places), -1), axis=0)) > 0.9 * len(places)
     assert_equal(take(3, folder_source, masks=masks, start=2, workers=2), expected[2:5])
     second = take(8, folder_source, masks=masks, process_index=1, process_count=2)
@@ -635,13 +635,30 @@ def test_batch_size_must_divide():
         pipeline.train_batches(array_source(), seed=0, batch_size=10, canvas=4, process_count=4)
 
 
-def test_eval_batch(folder_source):
-    batch = pipeline.eval_batch(array_source(300), 100, canvas=6, seed=1)
-    assert batch["image"].shape == (100, 6, 6, 3) and len(set(batch["index"].tolist())) == 100
-    np.testing.assert_array_equal(batch["image"][:, :4, :4], array_source(300).images[batch["index"]])
-    assert_equal([pipeline.eval_batch(array_source(300), 100, canvas=6, seed=1)], [batch])
-    assert list(pipeline.eval_batch(array_source(300), 100, canvas=6, seed=2)["index"]) != list(batch["index"])
-    assert sorted(pipeline.eval_batch(array_source(70), 1000, canvas=4, seed=0)["index"]) == list(range(70))
-    met = []
-    assert len(pipeline.eval_batch(folder_source, 11, 8, 0, on_bad=lambda row, name: met.append(row))["label"]) == 11
-    assert len(set(met)) == 2
+@pytest.mark.parametrize("kind", ["array", "folder"])
+def test_eval_batches_hold_each_row_once_in_order_for_any_number_of_hosts(kind, folder_source):
+    source = array_source(11) if kind == "array" else folder_source
+    rows = np.random.default_rng(0).permutation(11)[:10].astype(np.int32)
+    expected = list(pipeline.eval_batches(source, rows, canvas=9, batch_size=4))
+    assert [batch["place"].tolist() for batch in expected] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 9, 9]]
+    whole = pipeline.load(source, rows[[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9]], 9)
+    for name in ("image", "size", "label", "index"):
+        np.testing.assert_array_equal(np.concatenate([batch[name] for batch in expected]), whole[name])
+    for count in 2, 4:
+        hosts = [
+            pipeline.eval_batches(source, rows, canvas=9, batch_size=4, process_index=p, process_count=count)
+            for p in range(count)
+        ]
+        assert_equal(
+            [{key: np.concatenate([part[key] for part in parts]) for key in parts[0]} for parts in zip(*hosts)], expected
+        )
+
+
+def test_eval_batches_replace_and_name_bad_images(folder_source):
+    met: list[int] = []
+    batches = pipeline.eval_batches(
+        folder_source, np.arange(11), canvas=8, batch_size=4, on_bad=lambda row, name: met.append(row)
+    )
+    used = np.concatenate([batch["index"] for batch in batches])[:11]
+    assert len(set(met)) == 2 and not set(met) & set(used.tolist())
+    assert all(index == row for row, index in enumerate(used) if row not in met)

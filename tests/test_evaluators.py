@@ -17,7 +17,7 @@ from PIL import Image
 
 from mim_jax import health, load_config, make_method, sharding
 from mim_jax.data import pipeline
-from mim_jax.data.augment import Crops, Policy, Target
+from mim_jax.data.augment import Crops, Policy, Target, augment, center_crop
 from mim_jax.data.sources import ArraySource
 from mim_jax.evaluators import Evaluation, pictures, probe
 from mim_jax.evaluators.knn import knn_accuracy, knn_scores, pixel_features, whitened_features
@@ -148,6 +148,13 @@ def test_whitening_and_probe_keep_no_copy_of_the_bank_in_double_precision():
     whitened_features(pixels, pixels[:9], dims=2)
     assert tracemalloc.get_traced_memory()[1] < 2 * pixels.nbytes
     tracemalloc.stop()
+
+
+def test_probe_learns_from_the_whole_bank():
+    """Also from the images on which its penalty is chosen, the last fifth, which alone hold one of the classes."""
+    labels = np.array([0, 1] * 40 + [2] * 20)
+    features = np.eye(3)[labels]
+    assert probe_accuracy(features, labels, features[-9:], labels[-9:], 3) == 1
 
 
 def test_probe_of_constant_features_predicts_the_largest_class():
@@ -332,19 +339,28 @@ def test_every_image_is_encoded_once_in_order_with_one_trace(mesh):
     assert traces == [(16, 6, 6, 3)]
 
 
-def test_views_are_the_same_at_every_call_and_two_different_ones(labeled):
-    (_, test), (_, again) = labeled.encode(SEES), labeled.encode(SEES)
-    np.testing.assert_array_equal(test["view_1"], again["view_1"])
-    assert np.abs(test["view_1"] - test["view_2"]).max() > 1e-3
+def all_pixels(params, images):
+    return {"cls": images.reshape(len(images), -1)}
+
+
+def test_pictures_are_cut_from_the_middle_and_views_follow_seed_and_place():
+    """The views are the same at every call: those of the published scores."""
+    one = evaluation(all_pixels, resize=0.5)
+    images = one.held_out.images[one.test_rows]
+    batch = {"image": images, "size": np.full((35, 2), 8), "index": np.arange(35)}
+    views = augment(batch, [CROPS], jax.random.key(0), VIEWS.mean, VIEWS.std)["global"].reshape(35, 2, -1)
+    middle = center_crop(images, batch["size"], 6, 0.5, VIEWS.mean, VIEWS.std).reshape(35, -1)
+    for _ in range(2):
+        test = one.encode(SEES)[1]
+        np.testing.assert_allclose(test["features"], middle, atol=1e-5)
+        np.testing.assert_allclose(test["view_1"], views[:, 0], atol=1e-5)
+        np.testing.assert_allclose(test["view_2"], views[:, 1], atol=1e-5)
+    assert np.abs(test["view_1"] - test["view_2"]).max() > 0.1
 
 
 def test_pixels_of_small_crops_are_as_they_are_and_large_ones_are_reduced():
     """The views of view retrieval, too: PCA and retrieval never see more than 32 x 32 pixels."""
-
-    def pixels(params, images):
-        return {"cls": images.reshape(len(images), -1)}
-
-    bank, test = evaluation(pixels).encode(SEES, pixels=True)
+    bank, test = evaluation(all_pixels).encode(SEES, pixels=True)
     for images, features in (("pixels", "features"), ("pixels_1", "view_1"), ("pixels_2", "view_2")):
         assert test[images].dtype == np.uint8
         np.testing.assert_allclose(test[images].reshape(35, -1), (test[features] * 0.25 + 0.5) * 255, atol=1e-3)
@@ -354,6 +370,29 @@ def test_pixels_of_small_crops_are_as_they_are_and_large_ones_are_reduced():
     assert test["pixels"].shape == test["pixels_1"].shape == test["pixels_2"].shape == (5, 32, 32, 3)
     color = test["pixels_2"].mean(axis=(1, 2))
     np.testing.assert_allclose(color, (test["view_2"] * 0.25 + 0.5) * 255, atol=2)
+
+
+def test_a_bad_image_is_replaced_with_its_label_and_on_the_picture(monkeypatch):
+    class Holey(ArraySource):
+        def __getitem__(self, row):
+            if row % 7 == 0:
+                raise OSError("no such file")
+            return super().__getitem__(row)
+
+    source = Holey(**vars(colored(50)))
+    monkeypatch.setattr(pipeline, "ArraySource", str)  # so that images are read one by one
+    one, shown = evaluation(source=source), {}
+    assert one.scores(SEES)["eval/probe"] == 1
+    monkeypatch.setattr(pictures, "neighbors", lambda *args: shown.update(found=args[1]))
+    list(one.pictures(SEES, {}))
+    good = [image.tolist() for row, image in enumerate(source.images) if row % 7]
+    assert all(image.tolist() in good for row in shown["found"] for image in row)
+
+
+def test_too_few_images_to_divide():
+    source = colored(4)
+    with pytest.raises(ValueError, match="train: 4 images are too few"):
+        evaluation(source=source, held_out=source)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,14 @@
 """What the features are worth during training: k-NN, linear probe and view retrieval, each beside its baselines, and pictures.
 
-Images are read again at every evaluation, batch by batch, and only features are kept. So memory does not grow with the size
-of the images: 4 bytes a feature on each host, and `PIXELS` at a time on each device.
+Images are read again at every evaluation, batch by batch, and only features are kept: a host holds 4 bytes for each
+number of a feature, a device works on `PIXELS` at a time.
 """
 
 import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +24,12 @@ from mim_jax.evaluators import pictures
 from mim_jax.evaluators.knn import knn_accuracy, pixel_features, whitened_features
 from mim_jax.evaluators.probe import probe_accuracy, standardize
 from mim_jax.evaluators.retrieval import view_retrieval
-from mim_jax.methods.base import Method, Tokenizer
-from mim_jax.sharding import global_batch, replicate
+from mim_jax.methods.base import Method
+from mim_jax.sharding import global_batch, pin_batch, replicate
 from mim_jax.state import TrainState
 
 BASELINE_SIZE = 32  # side at which plain pixels are measured, at most: PCA needs the square of the number of values
-PIXELS = 2**20  # that a device encodes at a time, at most (one image at least)
+PIXELS = 2**20  # a device encodes at most so many at a time, or one image
 DETAILED = 256  # side of the crops up to which attention and features are drawn at twice their size
 K, TEMPERATURE = 20, 0.07  # of the k-NN vote
 QUERIES, NEIGHBORS, RECONSTRUCTED, ATTENDED, CROPPED = 8, 8, 16, 4, 6  # images on a picture
@@ -61,6 +61,7 @@ class Evaluation:
 
     def __init__(self, config: ml_collections.ConfigDict, method: Method, source: Source, held_out: Source):
         self.config, self.method, self.source, self.held_out = config.eval, method, source, held_out
+        self.tokenizer: Any = method  # where "tokens" are among the pictures
         self.seed, self.canvas, self.size = config.seed, config.data.canvas, config.eval.img_size or config.model.img_size
         bank, test = config.eval.bank, config.eval.test
         if held_out.description == source.description:
@@ -68,6 +69,8 @@ class Evaluation:
             self.test_rows, self.bank_rows = np.split(pipeline.choose(source, bank + test, self.seed), [test])
         else:
             self.bank_rows, self.test_rows = (pipeline.choose(s, n, self.seed) for s, n in ((source, bank), (held_out, test)))
+        if not all(self.sizes):
+            raise ValueError(f"{source.description}: {len(source)} images are too few to be divided into a bank and a test")
         crop = method.views.crops[0].size
         self.detail = 2 * crop if crop <= DETAILED else crop
         self.on_bad = pipeline.log_once()
@@ -86,7 +89,7 @@ class Evaluation:
         return self._scores(bank, test)
 
     def baselines(self, state: TrainState) -> dict[str, float]:
-        """What scores the same without learning; to be measured once a run, before its first step.
+        """The same scores without any learning; to be measured once a run, before its first step.
 
         `..._baseline_untrained` is the encoder of `state`, `..._baseline_pixels` are plain pixels, and
         `..._baseline_whitened` are PCA-whitened pixels, the one to beat. Pixels are those of pictures and views that are
@@ -184,7 +187,7 @@ class Evaluation:
 
     @compiled
     def _features(self, params: Any, images: jax.Array) -> jax.Array:
-        features = self.method.features(params, images)
+        features = self.method.features(params, pin_batch(images))
         chosen = features["cls"] if self.config.tokens == "cls" else features["patch"].mean(axis=1)
         return chosen.astype(jnp.float32)
 
@@ -222,7 +225,7 @@ class Evaluation:
             yield "reconstruction", pictures.reconstructions(image | masked | columns)
         if "tokens" in wanted:
             tokens = held_out(None, crop, self._tokens, params, state.extra)["tokens"]
-            yield "tokens", pictures.usage(np.bincount(tokens.reshape(-1), minlength=cast(Tokenizer, self.method).codes))
+            yield "tokens", pictures.usage(np.bincount(tokens.reshape(-1), minlength=self.tokenizer.codes))
         if "attention" in wanted:
             found = held_out(ATTENDED, detail, self._attention, params)
             grid = (round(found["attention"].shape[-1] ** 0.5),) * 2
@@ -272,8 +275,7 @@ class Evaluation:
 
     @compiled
     def _tokens(self, params: Any, extra: Any, batch: Batch) -> Batch:
-        tokenizer = cast(Tokenizer, self.method)
-        return {"tokens": tokenizer.tokens(params | extra, self._center(batch, tokenizer.views.crops[0].size))}
+        return {"tokens": self.tokenizer.tokens(params | extra, self._center(batch, self.method.views.crops[0].size))}
 
     @compiled
     def _attention(self, params: Any, batch: Batch) -> Batch:

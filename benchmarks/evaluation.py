@@ -1,0 +1,84 @@
+"""How much memory and time an evaluation takes by itself, beyond the encoder: images come from a generator, features are a
+projection of their pixels.
+
+    python benchmarks/evaluation.py [--bank=50000 --test=10000 --width=1024 --canvas=48 --size=32]
+
+A tenth of the images is measured first: what both have in common is the program, the rest grows with the number of images.
+On the CPU the peak holds the arrays of host and device together.
+"""
+
+import dataclasses
+import resource
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from mim_jax import load_config, make_method, sharding
+from mim_jax.data.sources import Example
+from mim_jax.evaluators import Evaluation
+from mim_jax.methods.base import Method
+from mim_jax.state import TrainState
+
+BANK = flags.DEFINE_integer("bank", 50_000, "Images that vote.")
+TEST = flags.DEFINE_integer("test", 10_000, "Held-out images.")
+WIDTH = flags.DEFINE_integer("width", 1024, "Numbers in a feature.")
+CANVAS = flags.DEFINE_integer("canvas", 48, "Side of the images, in pixels.")
+SIZE = flags.DEFINE_integer("size", 32, "Side of pictures and crops.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Images of noise, made when they are read."""
+
+    description: str
+    side: int
+    count: int
+    num_classes: int = 1000
+    classes: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> Example:
+        rng = np.random.default_rng(row)
+        return Example(rng.integers(0, 256, (self.side, self.side, 3), np.uint8), row % self.num_classes)
+
+    def name(self, row: int) -> str:
+        return f"row {row}"
+
+
+class Projection(Method):
+    def features(self, params, images):
+        return {"cls": images.reshape(len(images), -1) @ params["kernel"]}
+
+
+def main(_: list[str]) -> None:
+    config = load_config("dino:demo").unlock()
+    config.data.canvas, config.model.img_size, config.crops.global_crops_size = CANVAS.value, SIZE.value, SIZE.value
+    kernel = np.random.default_rng(0).normal(size=(3 * SIZE.value**2, WIDTH.value)).astype(np.float32)
+    with jax.set_mesh(sharding.make_mesh()):
+        method = Projection(views=make_method(config).views)
+        state = TrainState(jnp.int32(0), params={"kernel": jnp.asarray(kernel)}, teacher={}, opt_state=(), extra={})
+        for share in (10, 1):
+            config.eval.update(bank=BANK.value // share, test=TEST.value // share)
+            sources = (Noise(split, CANVAS.value, BANK.value) for split in ("train", "test"))
+            evaluation = Evaluation(config, method, *sources)
+            print("{:,} + {:,} images".format(*evaluation.sizes), flush=True)
+            report("baselines", lambda: evaluation.baselines(state))  # noqa: B023
+            report("scores", lambda: evaluation.scores(state))  # noqa: B023
+            report("neighbors", lambda: dict(evaluation.pictures(state, {})))  # noqa: B023
+
+
+def report(name, function) -> None:
+    start = time.perf_counter()
+    function()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"  {name:<10} {time.perf_counter() - start:7.1f} s, peak {peak:.2f} GiB", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
