@@ -1,4 +1,4 @@
-"""Is the run well? Figures that show a collapse before the accuracy does, and a verdict in one plain sentence.
+"""Is the run healthy? Figures that show a collapse before the accuracy does, and a verdict in one plain sentence.
 
 Self-distillation can cheat in two ways (DINO, section 5.3): all images get the same vote spread over all prototypes (no
 sharpening), or all images vote for one prototype (no centering). In both, and in all between, the teacher's vote tells
@@ -120,7 +120,7 @@ def verdict(
 
     Args:
         figures: tag -> latest value (None or NaN: not finite), as logged: those of `vote_figures`, `health/rank`,
-            `health/feature_std`, `train/loss`, `eval/view_retrieval`, `eval/knn` and their `..._floor_untrained`.
+            `health/feature_std`, `train/loss`, `eval/view_retrieval`, `eval/knn` and their `..._baseline_untrained`.
         num_prototypes: K, needed for the entropies.
         progress: share of the run that is done, 0 to 1.
         codes: of a tokenizer, which is judged by their use and not by its features.
@@ -169,9 +169,9 @@ def verdict(
 
     compared = []
     for name, what in (("eval/view_retrieval", "view retrieval"), ("eval/knn", "k-NN")):
-        value, floor = known.get(name), known.get(f"{name}_floor_untrained")
-        if value is not None and floor is not None:
-            compared.append((value > floor, f"{what} {value:.3f} (untrained {floor:.3f})"))
+        value, baseline = known.get(name), known.get(f"{name}_baseline_untrained")
+        if value is not None and baseline is not None:
+            compared.append((value > baseline, f"{what} {value:.3f} (untrained {baseline:.3f})"))
     if compared and not any(better for better, _ in compared):
         told = ", ".join(text for _, text in compared)
         if progress < LATE:

@@ -128,9 +128,9 @@ def test_a_figure_that_is_not_finite_is_named_at_any_time(value):
 def test_no_better_than_untrained_is_not_learning():
     figures = WELL | {
         "eval/knn": 0.25,
-        "eval/knn_floor_untrained": 0.27,
+        "eval/knn_baseline_untrained": 0.27,
         "eval/view_retrieval": 0.04,
-        "eval/view_retrieval_floor_untrained": 0.05,
+        "eval/view_retrieval_baseline_untrained": 0.05,
     }
     assert health.verdict(figures).status == "not learning"
     assert health.verdict(figures, progress=0.2).status == "too early"
@@ -143,7 +143,7 @@ def test_a_tokenizer_is_judged_by_the_use_of_its_codes(counts, status):
     assert figures["health/codebook_perplexity"] == pytest.approx(counts.sum(), rel=1e-5)
     assert figures["health/codebook_usage"] == counts.sum() / 64
     # features that tell images apart no better than at first are not what it is for
-    verdict = health.verdict(figures | {"eval/knn": 0.2, "eval/knn_floor_untrained": 0.3}, codes=64)
+    verdict = health.verdict(figures | {"eval/knn": 0.2, "eval/knn_baseline_untrained": 0.3}, codes=64)
     assert verdict.status == status and f"codebook perplexity {counts.sum():.0f} of 64" in verdict.sentence
 
 
