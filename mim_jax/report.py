@@ -204,6 +204,10 @@ def thin(points: Sequence[tuple[float, float]], count: int = POINTS) -> list[tup
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
+def relation(value: float, baseline: float) -> str:
+    return "above" if value > baseline else "below" if value < baseline else "equal"
+
+
 def _baselines(tags: Sequence[str], latest: Mapping[str, Any]) -> dict[str, float]:
     found = {name: latest.get(tag + suffix) for tag in tags for suffix, name in BASELINES.items()}
     return {name: value for name, value in found.items() if value is not None}
@@ -218,7 +222,7 @@ def _score(chart: Chart, latest: Mapping[str, Any]) -> str:
     full = max(value, *baselines.values(), 0.01) * 1.1 if baselines else 1.0
     marks = "".join(f'<i style="left:{baseline / full:.2%}"></i>' for baseline in baselines.values())
     beside = "".join(
-        f'<li class="{"above" if value > baseline else "below"}"><b>{baseline:.3f}</b> {escape(name)}</li>'
+        f'<li class="{relation(value, baseline)}"><b>{baseline:.3f}</b> {escape(name)}</li>'
         for name, baseline in baselines.items()
     )
     return (
@@ -339,8 +343,8 @@ small { font-size: .85rem; font-weight: 400; color: var(--faint); margin-left: .
 h3 { font-size: .95rem; margin: 0; font-weight: 600; }
 .step, figcaption, dt, .legend { color: var(--faint); }
 .step { margin: 0; }
-.verdict { display: flex; flex-wrap: wrap; gap: .2rem .9rem; align-items: baseline; margin: 1.2rem 0; padding: .8rem 1.1rem; background: var(--card);
-  border: 1px solid var(--line); border-left: 4px solid var(--mood); border-radius: 8px; }
+.verdict { display: flex; flex-wrap: wrap; gap: .2rem .9rem; align-items: baseline; margin: 1.2rem 0; padding: .8rem 1.1rem;
+  background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--mood); border-radius: 8px; }
 .verdict strong { color: var(--mood); white-space: nowrap; } .verdict span { flex: 1 1 18rem; }
 .good { --mood: var(--good); } .calm { --mood: var(--calm); } .bad { --mood: var(--bad); }
 .scores, .charts { display: grid; gap: 1rem; }
@@ -352,6 +356,7 @@ h3 { font-size: .95rem; margin: 0; font-weight: 600; }
 .score ul, .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
 .score ul { margin: .65rem 0 0; font-size: .85rem; }
 .score li::before { content: "above "; color: var(--good); } .score li.below::before { content: "below "; color: var(--bad); }
+.score li.equal::before { content: "equal to "; color: var(--faint); }
 .bar { position: relative; height: 8px; border-radius: 4px; background: var(--line); }
 .bar span { display: block; height: 100%; border-radius: 4px; background: var(--c0); }
 .bar i { position: absolute; top: -4px; bottom: -4px; width: 2px; margin-left: -1px; background: var(--ink); opacity: .65; }
@@ -380,5 +385,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 details { margin-top: 1rem; } details .charts { margin-top: .8rem; }
 summary { cursor: pointer; color: var(--faint); font-size: .9rem; }
 pre { padding: 1rem 1.1rem; font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; overflow-x: auto; }
+@media (max-width: 600px) { .chart > svg { overflow: visible; } .chart > svg text { font-size: 16px; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
 @media print { body { max-width: none; } .chart, .picture, .score { break-inside: avoid; } }
 """
