@@ -14,10 +14,10 @@ from arrays import prefixed
 from PIL import Image
 
 import mim_jax
-from mim_jax import convert, train
+from mim_jax import convert, sharding, train
 from mim_jax.checkpoint import SavedRun
 from mim_jax.config import resolve_target
-from mim_jax.learned import load_target
+from mim_jax.learned import abstract_target, load_target
 from mim_jax.state import first_state
 
 
@@ -66,6 +66,16 @@ def test_a_method_depends_on_no_other_file_once_its_config_is_loaded(tmp_path, m
     monkeypatch.chdir(tmp_path)
     method = mim_jax.make_method(config)
     assert method.target.codes == 16 and config.target.network.target.network.method == "dino"
+
+
+def test_a_frozen_target_is_cut_over_the_devices(config):
+    config.mesh.update(data=1, fsdp=8)
+    with jax.set_mesh(sharding.make_mesh(1, 8)):
+        method = mim_jax.make_method(config)
+        target = abstract_target(method, config)
+    kernel = target["backbone"]["blocks"]["fc1"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[-1] == kernel.shape[-1] // 8
+    assert target["backbone"]["pos_embed"].sharding.is_fully_replicated
 
 
 class Colors:
