@@ -24,7 +24,7 @@ class StoredTokens:
     def __init__(self, codes):
         self.codes = codes
 
-    def init(self, key):
+    def init_parts(self, key):
         return {}
 
     def tokens(self, params, images):
