@@ -19,7 +19,7 @@ from mim_jax.models.vit import ViT, masked_first
 class StoredTokens:
     """A tokenizer whose tokens are the stored ones: its images are the tokens themselves."""
 
-    stride = 1
+    stride, pictures = 1, ()
 
     def __init__(self, codes):
         self.codes = codes

@@ -116,5 +116,5 @@ def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
         head=TokenHead(config.head.vocab_size, one_std, dtype),
         views=Views((group,), **normalization(config), masks=masks),
         target=tokenizer,
-        pictures=("reconstruction", "attention") if hasattr(tokenizer, "decode") else ("attention",),
+        pictures=("reconstruction", "attention") if "reconstruction" in tokenizer.pictures else ("attention",),
     )
