@@ -47,6 +47,7 @@ class Method:
         views: what the loss sees; every shape follows from it.
         target: the frozen network that the targets come from, if there is one.
         schedules: scalars that follow the step; all are logged. The step reads `momentum_teacher`, the loss the others.
+            `make_method` adds those of `optim.schedules` that are missing.
         untrained: a regex over parameter paths that are never updated (they are saved, sharded and averaged as all others).
         teacher_parts: the parts of the parameters that have an EMA copy; () for a method without a teacher.
         pictures: what can be drawn of it: of "attention", "features", "reconstruction" and "tokens".
