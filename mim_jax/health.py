@@ -1,7 +1,6 @@
 """Is the run healthy? Metrics that show a collapse before the accuracy does, and a verdict in one sentence.
 
-In self-distillation the head assigns each crop to K prototypes by a softmax; such an assignment is called a vote here. There
-are two forms of collapse (DINO, section 5.3): all images get the same uniform assignment (no sharpening), or all images are
+In self-distillation the head assigns each crop to K prototypes by a softmax. There are two forms of collapse (DINO, section 5.3): all images get the same uniform assignment (no sharpening), or all images are
 assigned to one prototype (no centering). In both, the assignment carries no information about the image, and
 KL(teacher || student) goes to 0 while the loss looks converged. A third form shows in the features: they shrink to one
 direction or one point (dimensional collapse).
@@ -19,7 +18,7 @@ Array = jax.Array | np.ndarray
 
 # Mutual information of image and prototype, in nats, below which all assignments count as the same. A small DINO model on
 # CIFAR-10 without sharpening is at 0.04 after 45 steps and at 0.02 after 60; a healthy one passes 0.4 by step 300.
-SAME_VOTE = 0.05
+SAME_ASSIGNMENT = 0.05
 # Effective number of prototypes that a batch uses, below which nearly all images are assigned to the same one. Without
 # centering the same model is below 2 after 20 steps.
 FEW_PROTOTYPES = 3.0
@@ -37,7 +36,7 @@ EARLY = 0.1
 LATE = 0.5
 
 
-def vote_figures(teacher: jax.Array, student_log: jax.Array, center: jax.Array | None = None) -> dict[str, jax.Array]:
+def assignment_figures(teacher: jax.Array, student_log: jax.Array, center: jax.Array | None = None) -> dict[str, jax.Array]:
     """Metrics of the prototype assignments of one batch, for use inside the step. Entropies are in nats, 0 to ln K.
 
     Args:
@@ -48,22 +47,22 @@ def vote_figures(teacher: jax.Array, student_log: jax.Array, center: jax.Array |
     Returns:
         Scalars f32: `health/teacher_entropy` and `health/student_entropy` (means over all assignments), `health/kl` (mean
         KL(teacher || student)), `health/prototype_usage` (exp(entropy of the mean assignment) / K: 1 if the batch uses all
-        prototypes equally, 1 / K if it uses one), `health/vote_information` (mutual information of crop and prototype:
+        prototypes equally, 1 / K if it uses one), `health/mutual_information` (mutual information of crop and prototype:
         entropy of the mean assignment minus mean entropy; 0 if all assignments are the same, at most the logarithm of their
         number), and `health/center_norm` if `center` is given.
     """
     teacher, student_log = teacher.astype(jnp.float32), student_log.astype(jnp.float32)
     num_prototypes = teacher.shape[-1]
-    mean_vote = teacher.reshape(-1, num_prototypes).mean(axis=0)
+    mean_assignment = teacher.reshape(-1, num_prototypes).mean(axis=0)
     cross_entropy = -jnp.sum(teacher * student_log, axis=-1).mean()
     teacher_entropy = _entropy(teacher).mean()
-    mean_vote_entropy = _entropy(mean_vote)
+    mean_assignment_entropy = _entropy(mean_assignment)
     figures = {
         "health/teacher_entropy": teacher_entropy,
         "health/student_entropy": -jnp.sum(jnp.exp(student_log) * student_log, axis=-1).mean(),
         "health/kl": cross_entropy - teacher_entropy,
-        "health/prototype_usage": jnp.exp(mean_vote_entropy) / num_prototypes,
-        "health/vote_information": mean_vote_entropy - teacher_entropy,
+        "health/prototype_usage": jnp.exp(mean_assignment_entropy) / num_prototypes,
+        "health/mutual_information": mean_assignment_entropy - teacher_entropy,
     }
     if center is not None:
         figures["health/center_norm"] = jnp.linalg.norm(center.astype(jnp.float32))
@@ -119,7 +118,7 @@ def verdict(
     """Judges a run by its latest metrics. Criteria whose metrics are missing are skipped.
 
     Args:
-        figures: tag -> latest logged value (None or NaN: not finite). Read are the tags of `vote_figures` and
+        figures: tag -> latest logged value (None or NaN: not finite). Read are the tags of `assignment_figures` and
             `codebook_figures`, `health/rank`, `health/feature_std`, `eval/view_retrieval`, `eval/knn` and their
             `..._baseline_untrained`. A value of any tag that is not finite makes the run "broken".
         num_prototypes: K, needed for the entropies.
@@ -144,20 +143,20 @@ def verdict(
 
     if num_prototypes and "teacher_entropy" in known:
         share = known["teacher_entropy"] / math.log(num_prototypes)
-        used, information = known["prototype_usage"] * num_prototypes, known["vote_information"]
-        votes = f"teacher entropy {share:.0%} of uniform, {used:.0f} of {num_prototypes} prototypes in use"
-        votes += f", mutual information of image and prototype {information:.2g} nats"
-        if information < SAME_VOTE or used < FEW_PROTOTYPES:
+        used, information = known["prototype_usage"] * num_prototypes, known["mutual_information"]
+        assignments = f"teacher entropy {share:.0%} of uniform, {used:.0f} of {num_prototypes} prototypes in use"
+        assignments += f", mutual information of image and prototype {information:.2g} nats"
+        if information < SAME_ASSIGNMENT or used < FEW_PROTOTYPES:
             if progress < EARLY:
-                return Verdict("too early", f"{votes}; {progress:.0%} of the run is done.")
+                return Verdict("too early", f"{assignments}; {progress:.0%} of the run is done.")
             if used < FEW_PROTOTYPES:
                 reason = "all images are assigned to the same prototype (is the teacher centered?)"
             elif share > UNIFORM:
                 reason = "all images get the same uniform assignment (is the teacher's temperature low enough?)"
             else:
                 reason = "all images get the same assignment"
-            return Verdict("collapsing", f"{votes}: {reason}.")
-        signs = [votes, f"KL(teacher || student) {known['kl']:.2g} nats", *signs]
+            return Verdict("collapsing", f"{assignments}: {reason}.")
+        signs = [assignments, f"KL(teacher || student) {known['kl']:.2g} nats", *signs]
 
     if codes and "codebook_perplexity" in known:
         usage = f"codebook perplexity {known['codebook_perplexity']:.0f} of {codes}"

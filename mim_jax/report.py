@@ -99,7 +99,7 @@ CHARTS = (
         "Mutual information and KL",
         "Mutual information between the image and the teacher's prototype assignment, and the KL divergence between teacher "
         "and student, in nats. Both go to zero in a collapse.",
-        {"health/vote_information": "mutual information", "health/kl": "KL(teacher ‖ student)"},
+        {"health/mutual_information": "mutual information", "health/kl": "KL(teacher ‖ student)"},
         zero=True,
     ),
     Chart(

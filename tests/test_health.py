@@ -16,26 +16,26 @@ def votes(logits, temperature=0.1):
     return jax.nn.softmax(logits / temperature), jax.nn.log_softmax(logits / temperature)
 
 
-def test_vote_figures_of_known_votes():
+def test_assignment_figures_of_known_votes():
     uniform, one = jnp.full((2, 5, K), 1 / K), jax.nn.one_hot(jnp.zeros((2, 5), int), K)
-    figures = health.vote_figures(uniform, jnp.log(uniform), center=jnp.array([3.0, 4.0]))
+    figures = health.assignment_figures(uniform, jnp.log(uniform), center=jnp.array([3.0, 4.0]))
     assert figures["health/teacher_entropy"] == pytest.approx(math.log(K), rel=1e-5)
     assert figures["health/student_entropy"] == pytest.approx(math.log(K), rel=1e-5)
     assert figures["health/kl"] == pytest.approx(0, abs=1e-5)
     assert figures["health/prototype_usage"] == pytest.approx(1, rel=1e-5)
-    assert figures["health/vote_information"] == pytest.approx(0, abs=1e-5)
+    assert figures["health/mutual_information"] == pytest.approx(0, abs=1e-5)
     assert figures["health/center_norm"] == pytest.approx(5)
 
-    figures = health.vote_figures(one, jnp.log(uniform))
+    figures = health.assignment_figures(one, jnp.log(uniform))
     assert figures["health/teacher_entropy"] == 0
     assert figures["health/kl"] == pytest.approx(math.log(K), rel=1e-5)
     assert figures["health/prototype_usage"] == pytest.approx(1 / K)
     assert "health/center_norm" not in figures
 
     different = jax.nn.one_hot(jnp.arange(16), K)  # 16 images, each with a prototype of its own
-    figures = health.vote_figures(different, jnp.log(uniform[0, 0]))
+    figures = health.assignment_figures(different, jnp.log(uniform[0, 0]))
     assert figures["health/prototype_usage"] == pytest.approx(16 / K)
-    assert figures["health/vote_information"] == pytest.approx(math.log(16), rel=1e-5)
+    assert figures["health/mutual_information"] == pytest.approx(math.log(16), rel=1e-5)
 
 
 def test_kl_is_that_of_the_pairs():
@@ -43,7 +43,7 @@ def test_kl_is_that_of_the_pairs():
     teacher, _ = votes(rng.normal(size=(7, K)), 1.0)
     student, log_student = votes(rng.normal(size=(7, K)), 1.0)
     expected = np.mean(np.sum(np.asarray(teacher) * np.log(np.asarray(teacher) / np.asarray(student)), axis=-1))
-    assert health.vote_figures(teacher, log_student)["health/kl"] == pytest.approx(expected, rel=1e-4)
+    assert health.assignment_figures(teacher, log_student)["health/kl"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_rank_me_counts_directions():
@@ -67,7 +67,7 @@ def test_feature_std_is_one_on_the_sphere_and_zero_at_a_point():
 def figures_of(teacher_logits, student_logits=None, **more):
     teacher, _ = votes(teacher_logits, 0.04)
     _, student_log = votes(teacher_logits if student_logits is None else student_logits, 0.1)
-    return {tag: float(value) for tag, value in health.vote_figures(teacher, student_log).items()} | more
+    return {tag: float(value) for tag, value in health.assignment_figures(teacher, student_log).items()} | more
 
 
 HEALTHY = {"health/rank": 20.0, "health/feature_std": 0.6, "train/loss": 3.0}

@@ -62,7 +62,7 @@ class Beit(BackboneMethod):
         true = self.tokens(target, views["target"])
         all_places = jnp.broadcast_to(jnp.arange(true.shape[-1]), true.shape)
         predicted = self.predict(params, views, all_places)[0].argmax(-1)
-        shown = {"its tokens": true, "masked ones predicted": jnp.where(views["mask"], predicted, true)}
+        shown = {"decoded tokens": true, "masked tokens predicted": jnp.where(views["mask"], predicted, true)}
         return {name: self.decode(target, tokens) for name, tokens in shown.items()}
 
     def decode(self, target: Params, tokens: jax.Array) -> jax.Array:

@@ -22,7 +22,7 @@ from mim_jax.views import Views
 
 
 class TaskLayer(nn.Module):
-    """Linear, tanh, linear on tokens [..., D] -> [..., out_dim], float32 whatever is around it."""
+    """Linear, tanh, linear on tokens [..., D] -> [..., out_dim], in float32 at least."""
 
     out_dim: int
     dtype: Any = jnp.float32
