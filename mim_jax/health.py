@@ -1,9 +1,9 @@
 """Is the run healthy? Metrics that show a collapse before the accuracy does, and a verdict in one sentence.
 
-In self-distillation the head assigns each crop to K prototypes by a softmax. There are two forms of collapse (DINO, section 5.3): all images get the same uniform assignment (no sharpening), or all images are
-assigned to one prototype (no centering). In both, the assignment carries no information about the image, and
-KL(teacher || student) goes to 0 while the loss looks converged. A third form shows in the features: they shrink to one
-direction or one point (dimensional collapse).
+In self-distillation the head assigns each crop to K prototypes by a softmax. There are two forms of collapse (DINO, section
+5.3): all images get the same uniform assignment (no sharpening), or all images are assigned to one prototype (no centering).
+In both, the assignment carries no information about the image, and KL(teacher || student) goes to 0 while the loss looks
+converged. A third form shows in the features: they shrink to one direction or one point (dimensional collapse).
 """
 
 import dataclasses
