@@ -16,7 +16,7 @@ from mim_jax.evaluators.knn import knn_scores
 from mim_jax.masking import GroupMask
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.positions import interpolate_positions
-from mim_jax.models.vit import ViT, add_to_kept_rows, intermediate_layers, kept_rows, seen, swiglu_width
+from mim_jax.models.vit import ViT, add_to_kept_rows, hidden_states, intermediate_layers, kept_rows, swiglu_width
 from mim_jax.state import create
 
 
@@ -114,7 +114,7 @@ def test_vit(golden, name, x64):
         np.testing.assert_allclose(out["patch"][:, 0], arrays[f"{tag}/x_norm_patchtokens"], atol=atol)
         if "registers" in out:
             np.testing.assert_allclose(out["registers"][:, 0], arrays[f"{tag}/x_norm_regtokens"], atol=atol)
-        np.testing.assert_allclose(seen(vit, params, images)[0][-1], arrays[f"{tag}/x_prenorm"], atol=atol)
+        np.testing.assert_allclose(hidden_states(vit, params, images)[0][-1], arrays[f"{tag}/x_prenorm"], atol=atol)
         if f"{tag}/masks" in arrays:
             mask = jnp.asarray(arrays[f"{tag}/masks"])[:, None]
             out = vit.apply({"params": params}, [images[:, None]], masks=[mask])[0]
