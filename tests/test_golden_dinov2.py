@@ -341,9 +341,7 @@ def test_knn(golden):
 def test_initial_distributions(golden):
     _, meta = golden("dinov2_init_stats")
     settings = dict(registers=4, antialias=True, mask_token=True, layerscale=1e-5, mask_token_init=jax.nn.initializers.zeros)
-    vit = ViT(
-        patch_size=14, img_size=224, dim=384, depth=12, heads=6, token_init=jax.nn.initializers.normal(1e-6), **settings
-    )
+    vit = ViT(patch_size=14, img_size=224, dim=384, depth=12, heads=6, token_init=jax.nn.initializers.normal(1e-6), **settings)
     image, mask = jnp.zeros((1, 1, 224, 224, 3)), jnp.zeros((1, 1, 256), bool)
     backbone = jax.jit(vit.init)(jax.random.key(0), [image], masks=[mask])["params"]
     arrays = convert.to_torch({"backbone": jax.device_get(backbone)}, "dinov2")

@@ -47,9 +47,7 @@ def kept_rows(rows: int, rate: float) -> tuple[int, float]:
     return kept, rows / kept
 
 
-def add_to_kept_rows(
-    x: jax.Array, branch: Branch, layout: Layout, group_size: int, rate: float, key: jax.Array
-) -> jax.Array:
+def add_to_kept_rows(x: jax.Array, branch: Branch, layout: Layout, group_size: int, rate: float, key: jax.Array) -> jax.Array:
     """Stochastic depth with an exact number of kept rows; the branch is computed for them alone: x [B, T, D] -> [B, T, D].
 
     A row is a crop. For each resolution and each group of `group_size` images, `kept_rows` rows are drawn; the branch's scaled
@@ -99,9 +97,7 @@ class Block(nn.Module):
     kept: tuple[int, float] | None = None  # (group_size, rate) of `add_to_kept_rows`
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, drop_path_rate: jax.Array, biases: Sequence[jax.Array | None]
-    ) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, drop_path_rate: jax.Array, biases: Sequence[jax.Array | None]) -> tuple[jax.Array, None]:
         """x [B, T, D]; `biases`: for each resolution of the layout, [heads, tokens, tokens] or None."""
         if self.bias_grid:
             table = bias_table(self, self.bias_grid, self.heads, self.dtype)
