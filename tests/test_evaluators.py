@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from PIL import Image
+from PIL import Image, ImageColor
 
 from mim_jax import health, load_config, make_method, sharding
 from mim_jax.data import pipeline
@@ -598,7 +598,7 @@ def test_patches_that_are_each_others_nearest_are_joined():
     i, j = here[0], there[0]
     top = 2 * pictures.GAP
     for x, n in ((top, i), (top + 80 + 4 * pictures.GAP, j)):
-        assert tuple(page[top + 20 + 40 * (n // 2), x + 20 + 40 * (n % 2)]) == pictures.hsv(0.0)
+        assert tuple(page[top + 20 + 40 * (n // 2), x + 20 + 40 * (n % 2)]) == ImageColor.getrgb("hsv(0, 85%, 95%)")
 
 
 def test_attention_maps_of_one_image_need_no_batch_axis():
