@@ -21,7 +21,7 @@ def location_scale(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def standardize(bank: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both sets of features, [N, D] and [M, D], standardized by mean and std of the bank, float32; constant dimensions are 0."""
+    """Both sets of features, [N, D] and [M, D], standardized by the bank's mean and std, float32; constant dimensions are 0."""
     mean, std = (x.astype(np.float32) for x in location_scale(bank))
     return (bank - mean) / std, (test - mean) / std
 
