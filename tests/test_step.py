@@ -1,5 +1,6 @@
 """The train step: what it accepts, refuses to learn from, gives back, and compiles; collapses that it must show."""
 
+import dataclasses
 import logging
 from typing import Any, NamedTuple
 
@@ -149,6 +150,42 @@ def test_many_steps_are_one_trace(tiny, compilations):
         state, metrics = tiny.train_step(state, {}, views(step))
         assert (len(tiny.traces), compilations()) == before, f"step {step}"
     assert int(metrics["step"]) == durations.total_steps(tiny.config) + 2
+
+
+def test_views_are_mixed_before_the_loss_and_the_state_is_changed_after_the_update(tiny):
+    """A method that shows the loss other images, and refreshes a second teacher every three steps."""
+
+    class Mixed(Dino):
+        def mix(self, views, key):
+            order = jax.random.permutation(key, len(views["global"]))
+            return views | {"global": views["global"] + views["global"][order]}
+
+        def after_update(self, state):
+            fresh = state.step % 3 == 0
+            second = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), state.params, state.extra["second"])
+            return state.replace(extra=state.extra | {"second": second})
+
+        def loss(self, params, teacher, target, extra, views, key, step):
+            loss, (new, figures) = super().loss(params, teacher, target, extra, views, key, step)
+            return loss, (new | {"second": extra["second"]}, figures)
+
+        def init(self, key):
+            params, extra = super().init(key)
+            return params, extra | {"second": jax.tree.map(jnp.zeros_like, params)}
+
+    fields = {field.name: getattr(tiny.method, field.name) for field in dataclasses.fields(tiny.method)}
+    method = Mixed(**fields)
+    state, _ = mim_jax.init_state(method, tiny.config)
+    train_step, seconds = mim_jax.make_train_step(method, tiny.config), []
+    _, plain = tiny.train_step(tiny.start(), {}, views())
+    for step in range(4):
+        state, metrics = train_step(state, {}, views())
+        seconds.append(jax.device_get((state.params, state.extra["second"])))
+        if not step:
+            assert metrics["train/loss"] != plain["train/loss"]
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(seconds[1][1]))
+    for params, second in ((seconds[2][0], seconds[2][1]), (seconds[2][0], seconds[3][1])):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), params, second)
 
 
 # Collapses

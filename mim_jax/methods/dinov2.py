@@ -37,11 +37,9 @@ class Dinov2(SelfDistillation):
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         keys = jax.random.split(key, 3)
-        grid, token = self.backbone.img_size // self.backbone.patch_size, jnp.zeros((1, self.backbone.dim))
-        image = jnp.zeros((1, 1, self.backbone.img_size, self.backbone.img_size, 3))
-        mask = jnp.zeros((1, 1, grid**2), bool)
+        token = jnp.zeros((1, self.backbone.dim))
         params = {
-            "backbone": self.backbone.init(keys[0], [image], masks=[mask])["params"],
+            "backbone": self.backbone.init(keys[0], [self.views.zeros()["global"]])["params"],
             "dino_head": self.dino_head.init(keys[1], token)["params"],
         }
         if self.ibot_head:
