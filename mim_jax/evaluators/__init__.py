@@ -206,7 +206,10 @@ class Evaluation:
         """The first images of the bank beside all crops and masks that the step makes of them."""
         views, rows = self.method.views, self.bank_rows[:CROPPED]
         crops = self._stream(self.source, rows, self._crops, max(group.size for group in views.crops))
-        masked = {name: pictures.darkened(crops["global"], mask) for name, mask in views.example_masks(len(rows)).items()}
+        masked = {}
+        for name, mask in views.example_masks(len(rows)).items():
+            images = crops["global"].repeat(mask.shape[1] // views.global_crops, axis=1)
+            masked[name] = pictures.darkened(images, mask)
         return pictures.crop_grid(self._images(self.source, rows), crops | masked)
 
     def pictures(self, state: TrainState, target: Any) -> Iterator[tuple[str, Image.Image]]:

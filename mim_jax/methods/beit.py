@@ -79,7 +79,7 @@ def make(config: ml_collections.ConfigDict) -> Beit:
 def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What BEiT and BEiT v2 have in common. Raises ValueError if the grid of tokens is not that of the patches."""
     m, c, dtype = config.model, config.crops, jnp.dtype(config.model.dtype)
-    tokenizer, grid = make_target(config), m.img_size // m.patch_size
+    tokenizer, grid = make_target(config, "tokens"), m.img_size // m.patch_size
     if tokenizer.codes != config.head.vocab_size:
         raise ValueError(
             f"the tokenizer of config.target has {tokenizer.codes} tokens, but head.vocab_size is {config.head.vocab_size}"

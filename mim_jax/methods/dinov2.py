@@ -17,7 +17,7 @@ from mim_jax import durations, losses, optim
 from mim_jax.data.augment import Policy
 from mim_jax.masking import GroupMask
 from mim_jax.methods.base import Params
-from mim_jax.methods.dino import SelfDistillation, momentum, multi_crop, vit_of
+from mim_jax.methods.dino import SelfDistillation, multi_crop, vit_of
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.vit import ViT, masked_first
 from mim_jax.views import Views
@@ -149,7 +149,7 @@ def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
         ibot_head=head(**config.ibot_head) if loss.separate_head else None,
         teacher_parts=("backbone", "dino_head", *(("ibot_head",) if loss.separate_head else ())),
         group_size=config.mask.group_size,
-        schedules={"teacher_temp": temp, "momentum_teacher": momentum(config)},
+        schedules={"teacher_temp": temp},
         centering=loss.centering,
         student_temp=loss.student_temp,
         center_momentum=loss.center_momentum,
