@@ -405,7 +405,7 @@ def test_a_target_is_the_same_crop_at_another_size_after_the_same_jitter():
     batch, key = batch_of(images, 64, filling=255), jax.random.key(3)
     views = run(batch, (group,), key, MEAN, STD)
     for i, image in enumerate(images):
-        draws = A.draw(key, jnp.int32(i), jnp.int32(0))
+        draws = A.random_numbers(key, jnp.int32(i), jnp.int32(0))
         box_draws, jitter_draws, others = jnp.split(draws, [A.BOX_DRAWS, A.BOX_DRAWS + A.JITTER_DRAWS])
         order, factors, shift = A.sample_jitter(jitter_draws, beit)
         assert shift == 0

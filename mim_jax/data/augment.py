@@ -101,7 +101,7 @@ def augment(
     """
     planes = _planes(batch["image"])
     # all random numbers in one call: each call of the generator adds to the compilation
-    each_crop = jax.vmap(draw, (None, None, 0))
+    each_crop = jax.vmap(random_numbers, (None, None, 0))
     draws = jax.vmap(each_crop, (None, 0, None))(key, batch["index"], jnp.arange(sum(len(c.policies) for c in crops)))
     views = {name: value for name, value in batch.items() if name not in ("image", "size")}
     first = 0
@@ -118,7 +118,7 @@ def augment(
     return views
 
 
-def draw(key: Array, index: Array, crop: Array) -> Array:
+def random_numbers(key: Array, index: Array, crop: Array) -> Array:
     """All random numbers, uniform in [0, 1), of one crop of the example `index`."""
     key = jax.random.fold_in(jax.random.fold_in(key, index), crop)
     return jax.random.uniform(key, (BOX_DRAWS + JITTER_DRAWS + OTHER_DRAWS,), jnp.float32)
