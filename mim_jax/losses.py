@@ -127,13 +127,8 @@ def masked_cross_entropy(logits: jax.Array, targets: jax.Array, weight: jax.Arra
     return -jnp.sum(picked * weight) / jnp.sum(weight)
 
 
-<<<<<<< HEAD
-def cosine_distance(pred: jax.Array, target: jax.Array, eps: float = 1e-12) -> jax.Array:
-    """One minus the mean cosine similarity of vectors [..., D] (BEiT v2, equation 2)."""
-=======
 def cosine_distance(pred: jax.Array, target: jax.Array, weight: jax.Array | None = None, eps: float = 1e-12) -> jax.Array:
-    """1 less the mean cosine of vectors [..., D], of those alone whose `weight` [...] is True (BEiT v2, equation 2)."""
->>>>>>> main
+    """One minus the mean cosine similarity of vectors [..., D], of those with `weight` [...] True (BEiT v2, equation 2)."""
     products = jnp.sum(pred * target, axis=-1)
     lengths = [jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1), eps**2)) for x in (pred, target)]
     return 1 - jnp.average(products / (lengths[0] * lengths[1]), weights=weight)
