@@ -1,6 +1,6 @@
 """Images per second of decoding, of augmentation on the device and of augmentation on the host, in one run.
 
-    python benchmarks/augment.py                                              # 2 x 224 + 8 x 96 from 256 x 256 pictures
+    python benchmarks/augment.py                                              # 2 x 224 + 8 x 96 from 256 x 256 images
     python benchmarks/augment.py --side=32 --global_size=32 --local_size=16 --local_number=4 --batch=128
 
 * host decode: JPEG bytes to a canvas, as in the pipeline, on one core;
