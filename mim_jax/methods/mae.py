@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import ml_collections
 
 from mim_jax import losses
-from mim_jax.data.augment import FLIP, Crops
 from mim_jax.masking import RandomMask
-from mim_jax.methods.base import BackboneMethod, Images, Params, normalization, vit_settings
+from mim_jax.methods.base import BackboneMethod, Images, Params, global_views, vit_settings
 from mim_jax.models.decoders import MaeDecoder
 from mim_jax.models.layers import fill_masked, patchify, unpatchify
 from mim_jax.models.vit import ViT
@@ -65,9 +64,8 @@ def make(config: ml_collections.ConfigDict) -> Mae:
     grid = m.img_size // m.patch_size
     # truncated, in floating point, as the official code does
     masks = RandomMask((grid, grid), grid**2 - int(grid**2 * (1 - config.mask.ratio)))
-    group = Crops("global", m.img_size, tuple(c.global_crops_scale), (FLIP,) * c.global_crops_number)
     return Mae(
-        views=Views((group,), **normalization(config), masks=masks),
+        views=global_views(config, masks),
         backbone=ViT(
             **vit_settings(m),
             pos="sincos",
