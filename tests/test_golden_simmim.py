@@ -155,16 +155,16 @@ def test_mask_counts_of_the_papers():
 @pytest.mark.parametrize("config, key, value, message", [
     ("mae.py", "mask.ratio", 0.0, "mask 0 of 196"),
     ("mae.py", "mask.ratio", 0.999, "mask 196 of 196"),
-    ("mae.py", "model.patch_size", 15, "model.patch_size=15 pixels do not fill an image of 224"),
+    ("mae.py", "model.patch_size", 15, "model.img_size is 224, but must be a multiple of 15 pixels"),
     ("simmim.py", "mask.ratio", 1.0, "mask 49 of 49"),
     ("simmim.py", "mask.mask_patch_size", 24, "mask.mask_patch_size=24"),
-    ("simmim.py", "model.img_size", 200, "which is of 200"),
+    ("simmim.py", "model.img_size", 200, "model.img_size is 200, but must be a multiple of 16 pixels"),
     ("simmim.py", "model.arch", "swim", '"vit" or "swin"'),
     ("simmim.py:swinb", "model.heads", (4, 8), "one number for each stage"),
     ("simmim.py", "loss.norm_target_window", 48, "an odd number of pixels"),
     ("simmim.py", "loss.norm_target_window", 1, "an odd number of pixels"),
     ("simmim.py", "optim.schedule", "cosine", '"timm_multistep"'),
-    ("simmim.py", "optim.clip_per", "tensor", '"parameter", "part" or "model"'),
+    ("simmim.py", "optim.clip_per", "tensor", 'must be "model" or "part" or "parameter"'),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(config, key, value, message):
     config = mim_jax.load_config(f"configs/{config}")

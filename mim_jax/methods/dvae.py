@@ -84,7 +84,7 @@ class Dvae(Tokenizer):
 
 
 def make(config: ml_collections.ConfigDict) -> Dvae:
-    m, o, c, dtype = config.model, config.loss, config.crops, jnp.dtype(config.model.dtype)
+    m, o, dtype = config.model, config.loss, jnp.dtype(config.model.dtype)
     if m.arch == "dalle":
         encoder: Any = dvae.DalleEncoder(m.codes, m.hidden, dtype=dtype)
         decoder: Any = dvae.DalleDecoder(m.codebook_dim, m.hidden, dtype=dtype)

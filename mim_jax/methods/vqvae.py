@@ -65,7 +65,7 @@ class VqVae(Tokenizer):
 
 
 def make(config: ml_collections.ConfigDict) -> VqVae:
-    m, q, c, dtype = config.model, config.quantizer, config.crops, jnp.dtype(config.model.dtype)
+    m, q, dtype = config.model, config.quantizer, jnp.dtype(config.model.dtype)
     sizes = dict(hidden=m.hidden, layers=m.layers, blocks=m.blocks, dtype=dtype)
     if m.img_size % 2**m.layers:
         raise ValueError(f"model.img_size={m.img_size} cannot be halved model.layers={m.layers} times")
