@@ -59,7 +59,7 @@ class Mae(BackboneMethod):
 
 
 def make(config: ml_collections.ConfigDict) -> Mae:
-    m, c, dtype = config.model, config.crops, jnp.dtype(config.model.dtype)
+    m, dtype = config.model, jnp.dtype(config.model.dtype)
     xavier = jax.nn.initializers.xavier_uniform()
     grid = m.img_size // m.patch_size
     # truncated, in floating point, as the official code does
