@@ -91,7 +91,7 @@ NUMBERS = (
     (r"data\.(batch_size|canvas)|eval\.(bank|test|batch_size|img_size)|checkpoint\.keep|max_skipped", "[1, inf)"),
     (r"model\.(img_size|patch_size|dim|depths?|heads|window|unroll|hidden|layers|codes|codebook_dim|\w+_depth)", "[1, inf)"),
     (r"head\.patch_out_dim", "[0, inf)"),
-    (r"(decoder|quantizer)\.(dim|depth|heads|codes)|(ibot_)?head\.(\w+_dim|vocab_size|nlayers)", "[1, inf)"),
+    (r"\w+\.(dim|depth|heads|codes)|(ibot_)?head\.(\w+_dim|vocab_size|nlayers)", "[1, inf)"),
     (r"crops\.(\w+_size|global_crops_number)|mask\.(group_size|mask_patch_size|count|smallest)", "[1, inf)"),
     (r"model\.drop_path_rate|optim\.beta\d", "[0, 1)"),
     (r"model\.(mlp_ratio|init_std)|optim\.eps|loss\.\w*temp(erature)?", "(0, inf)"),
@@ -156,10 +156,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     if "optim.decay_at" in values:
         durations.steps_of_each(config, "optim.decay_at")
 
-    for part in ("model", "decoder"):
-        for stage, heads in enumerate(flat(values.get(f"{part}.heads", ()))):  # a Swin doubles its width from stage to stage
-            if (width := values[f"{part}.dim"] * 2**stage) % heads:
-                raise wrong(f"{part}.heads", f"must divide the width: {heads} does not divide {width}")
+    for key in [key for key in values if key.endswith(".heads")]:
+        for stage, heads in enumerate(flat(values[key])):  # a Swin doubles its width from stage to stage
+            if (width := values[key.removesuffix("heads") + "dim"] * 2**stage) % heads:
+                raise wrong(key, f"must divide the width: {heads} does not divide {width}")
     if patch := values.get("model.patch_size"):
         stride = patch * 2 ** (len(values.get("model.depths", (1,))) - 1)
         unused = () if values.get("crops.local_crops_number", 1) else ("crops.local_crops_size",)

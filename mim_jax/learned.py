@@ -47,7 +47,7 @@ def abstract_target(method: Any, config: ml_collections.ConfigDict) -> Params:
     """The shapes of the frozen target's parameters, with their shardings where a mesh is set; {} for a method without."""
     if method.target is None:
         return {}
-    shapes = jax.eval_shape(lambda: method.target.init(jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: method.target.init_parts(jax.random.key(0)))
     return sharding.placed(shapes, config.mesh.rules, every_rule=False)
 
 

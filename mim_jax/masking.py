@@ -1,8 +1,8 @@
 """Which patches are hidden. A mask is bool [B, crops, N], True where masked, patches row-major.
 
-Masks that are drawn patch by patch are made on the device (`DeviceMasks`). Those of blocks, whose loops no accelerator likes,
-are made on the host (`HostMasks`) as a function of each example's position in the stream of data, so they do not depend on
-the number of hosts and workers. All have static counts. Grids are (rows, columns).
+Masks that are drawn patch by patch are made on the device. Those of blocks, whose loops no accelerator likes, are made on
+the host (`HostMasks`) as a function of each example's position in the stream of data, so they do not depend on the number of
+hosts and workers. All have static counts. Grids are (rows, columns).
 """
 
 import dataclasses
@@ -36,7 +36,10 @@ class Masks:
 
     def examples(self, number: int, crops: int, seed: int = 0) -> dict[str, np.ndarray]:
         """Masks of `number` examples for pictures and tests: always the same."""
-        return self.draw_on_host(seed, np.arange(number), crops)
+        if self.on_host:
+            return self.draw_on_host(seed, np.arange(number), crops)
+        drawn = self.draw(jax.random.key(seed), jnp.arange(number), crops)
+        return {name: np.asarray(mask) for name, mask in drawn.items()}
 
 
 NO_MASKS = Masks()
@@ -98,10 +101,6 @@ class RandomMask(PatchMasks):
         masked = (jnp.argsort(order, axis=-1) < self.count).reshape(*order.shape[:-1], *self.squares)
         patches = jnp.repeat(jnp.repeat(masked, self.square, axis=-2), self.square, axis=-1)
         return patches.reshape(*order.shape[:-1], -1)
-
-    def examples(self, number: int, crops: int, seed: int = 0) -> dict[str, np.ndarray]:
-        drawn = self.draw(jax.random.key(seed), jnp.arange(number), crops)
-        return {name: np.asarray(mask) for name, mask in drawn.items()}
 
 
 def blocks(

@@ -79,10 +79,11 @@ def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
 
 
 def schedules(config: ml_collections.ConfigDict) -> dict[str, Schedule]:
-    """The optimizer's: `lr` and `weight_decay`."""
-    o = config.optim
-    decay = cosine_schedule(o.weight_decay, o.weight_decay_end, total_steps(config))
-    return {"lr": learning_rate(config), "weight_decay": decay}
+    """`lr`, `weight_decay`, and where the config has `optim.momentum_teacher` a cosine from it to 1."""
+    o, total = config.optim, total_steps(config)
+    decay = cosine_schedule(o.weight_decay, o.weight_decay_end, total)
+    teacher = {"momentum_teacher": cosine_schedule(o.momentum_teacher, 1.0, total)} if "momentum_teacher" in o else {}
+    return {"lr": learning_rate(config), "weight_decay": decay} | teacher
 
 
 def clip(limit: float, per: str) -> optax.GradientTransformation:

@@ -19,12 +19,12 @@ from mim_jax.models.vit import ViT, masked_first
 class StoredTokens:
     """A tokenizer whose tokens are the stored ones: its images are the tokens themselves."""
 
-    stride = 1
+    stride, pictures = 1, ()
 
     def __init__(self, codes):
         self.codes = codes
 
-    def init(self, key):
+    def init_parts(self, key):
         return {}
 
     def tokens(self, params, images):

@@ -68,7 +68,7 @@ def case(request) -> Case:
     config.mesh.update(data=2, fsdp=4)
     with jax.set_mesh(sharding.make_mesh(2, 4)):
         method = mim_jax.make_method(config)
-        target = jax.jit(lambda: method.target.init(jax.random.key(1)) if method.target else {})()
+        target = jax.jit(lambda: method.target.init_parts(jax.random.key(1)) if method.target else {})()
         state = first_state(method, config)
         batch = sharding.global_batch(views(method, config.data.batch_size))
         args = (state.params, state.teacher, target, state.extra, batch, jax.random.key(0), state.step)

@@ -433,15 +433,16 @@ def updates(saved: dict) -> int:
 
 def test_a_longer_plan_goes_on_with_the_optimizers_state(quick, whole, tmp_path, poisoned, capfd):
     workdir = shutil.copytree(whole, tmp_path / "run")
-    quick.total = "16 steps"
+    quick.total = "14 steps"
     train.run(quick, workdir)
-    assert "total: 12 steps -> 16 steps: schedules now end at step 16\n" in capfd.readouterr().err
+    assert "total: 12 steps -> 14 steps: schedules now end at step 14\n" in capfd.readouterr().err
     rows = rows_of(workdir)
     assert rows[: len(rows_of(whole))] == rows_of(whole)
-    assert [row["step"] for row in rows if "train/skipped" in row] == list(range(1, 17))
-    assert saved_state(workdir)["step"] == 16 and updates(saved_state(workdir)) == 16 - sum(poisoned[:16])
-    quick.total = "14 steps"
-    with pytest.raises(ValueError, match="the checkpoint of step 16 in .* is past the end of this run: total is 14 steps"):
+    assert [row["step"] for row in rows if "train/skipped" in row] == list(range(1, 15))
+    assert [row["step"] for row in rows if "eval/view_retrieval" in row] == [4, 8, 12, 14]
+    assert saved_state(workdir)["step"] == 14 and updates(saved_state(workdir)) == 14 - sum(poisoned[:14])
+    quick.total = "13 steps"
+    with pytest.raises(ValueError, match="the checkpoint of step 14 in .* is past the end of this run: total is 13 steps"):
         train.run(quick, workdir)
 
 

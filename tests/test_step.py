@@ -306,7 +306,8 @@ def test_each_block_drops_crops_of_its_own():
     images = jax.random.normal(jax.random.key(0), (64, 1, 4, 4, 3))
     vit = ViT(patch_size=4, img_size=4, dim=4, depth=6, heads=1, drop_path_rate=0.9)
     params = jax.jit(vit.init)(jax.random.key(0), [images])["params"]
-    run = jax.jit(lambda p: vit.apply({"params": p}, [images], True, rngs={"drop_path": jax.random.key(1)}, mutable="intermediates"))
+    rngs = {"drop_path": jax.random.key(1)}
+    run = jax.jit(lambda p: vit.apply({"params": p}, [images], True, rngs=rngs, mutable="intermediates"))
     kept = run(params)[1]["intermediates"]
     tokens = np.concatenate([kept["tokens"][0][None], kept["blocks"]["tokens"][0]])
     dropped = (tokens[1:] == tokens[:-1]).all((2, 3))  # [blocks, images]: of both branches

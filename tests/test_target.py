@@ -14,10 +14,10 @@ from arrays import prefixed
 from PIL import Image
 
 import mim_jax
-from mim_jax import convert, train
+from mim_jax import convert, sharding, train
 from mim_jax.checkpoint import SavedRun
 from mim_jax.config import resolve_target
-from mim_jax.learned import load_target
+from mim_jax.learned import abstract_target, load_target
 from mim_jax.state import first_state
 
 
@@ -48,7 +48,7 @@ def test_the_teacher_is_trained_first_and_once(config, tmp_path, capsys):
     method, teacher = mim_jax.make_method(config), mim_jax.load_run(tmp_path / "dino")
     target = load_target(method, config)
     assert same(target["backbone"], teacher.params["backbone"])
-    assert not same(target, jax.jit(method.target.init)(jax.random.key(config.seed)))
+    assert not same(target, jax.jit(method.target.init_parts)(jax.random.key(config.seed)))
     saved = SavedRun(tmp_path / "dino")
     student = saved.read({"params": {"backbone": saved.shapes()["params"]["backbone"]}})
     assert not same(target, student["params"]), "the teacher of the run, not its student"
@@ -68,12 +68,22 @@ def test_a_method_depends_on_no_other_file_once_its_config_is_loaded(tmp_path, m
     assert method.target.codes == 16 and config.target.network.target.network.method == "dino"
 
 
+def test_a_frozen_target_is_cut_over_the_devices(config):
+    config.mesh.update(data=1, fsdp=8)
+    with jax.set_mesh(sharding.make_mesh(1, 8)):
+        method = mim_jax.make_method(config)
+        target = abstract_target(method, config)
+    kernel = target["backbone"]["blocks"]["fc1"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape)[-1] == kernel.shape[-1] // 8
+    assert target["backbone"]["pos_embed"].sharding.is_fully_replicated
+
+
 class Colors:
     """A frozen network that is no method: the mean color of each patch."""
 
     dim, stride = 3, 4
 
-    def init(self, key):
+    def init_parts(self, key):
         return {"gain": jnp.ones(3)}
 
     def features(self, params, images):
@@ -89,13 +99,13 @@ def test_a_network_that_is_no_method(config, tmp_path, monkeypatch):
     resolve_target(config)
     method = mim_jax.make_method(config)
     state, views = first_state(method, config), method.views.zeros(4)
-    loss, _ = method.loss(state.params, {}, method.target.init(None), state.extra, views, jax.random.key(0), 0)
+    loss, _ = method.loss(state.params, {}, method.target.init_parts(None), state.extra, views, jax.random.key(0), 0)
     assert np.isfinite(loss)
 
 
 def test_official_weights(config, tmp_path):
     method = mim_jax.make_method(config)
-    params = method.target.init(jax.random.key(7))
+    params = method.target.init_parts(jax.random.key(7))
     np.savez(tmp_path / "dino.npz", **convert.to_torch(params, "dino"))
     config.target.update(workdir=None, weights=str(tmp_path / "dino.npz"))
     assert same(load_target(method, config), params)

@@ -110,13 +110,12 @@ class Evaluation:
         return baselines
 
     def encode(self, state: TrainState, pixels: bool = False) -> tuple[Arrays, Arrays]:
-        """(bank, test): `features` [N, D] float32, `label`, `index` [N] int32; of the test also those of two random crops
+        """(bank, test): `features` [N, D] float32 and `label` [N] int32; of the test also those of two random crops
         that are the same at every call, `view_1` and `view_2`; with `pixels` also small pictures of them all, uint8."""
         params = encoder(state)
 
         def bank(batch: Batch) -> Batch:
-            found = {name: batch[name] for name in ("label", "index")}
-            found["features"] = self._features(params, self._picture(batch))
+            found = {"label": batch["label"], "features": self._features(params, self._picture(batch))}
             return found | ({"pixels": self._small(batch)} if pixels else {})
 
         def test(batch: Batch) -> Batch:
@@ -244,9 +243,9 @@ class Evaluation:
         _, bank, test = self.encoded
         queries, votes = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (test["features"][:QUERIES], bank["features"]))
         nearest = np.argsort(-queries @ votes.T, axis=1)[:, :NEIGHBORS]
-        images = self._images(self.source, bank["index"][nearest.reshape(-1)])
+        images = self._images(self.source, self.bank_rows[nearest.reshape(-1)])
         found = [images[start : start + nearest.shape[1]] for start in range(0, len(images), nearest.shape[1])]
-        shown = self._images(self.held_out, test["index"][:QUERIES])
+        shown = self._images(self.held_out, self.test_rows[:QUERIES])
         if not self.source.num_classes:
             return pictures.neighbors(shown, found)
         names = self.source.classes or [f"class {i}" for i in range(self.source.num_classes)]

@@ -28,14 +28,14 @@ Images = dict[str, jax.Array]  # caption -> normalised images [B, G, H, W, C]
 class Network(Protocol):
     """A frozen network that makes the targets of others. It also has one of
 
-        features(params, images) -> {"cls": [B, D], "patch": [B, N, D]},
-        tokens(params, images) -> int32 [B, N],
+        features(parts, images) -> {"cls": [B, D], "patch": [B, N, D]},
+        tokens(parts, images) -> int32 [B, N],
 
-    for images [B, H, W, 3] in 0..1, patches row-major. A method becomes one by `Method.network`; any other object with these
-    members is one, too. `learned.load_target` fills in its parameters from `config.target`.
+    for images [B, H, W, 3] in 0..1, patches row-major. A method offers one by `Method.network`; any other object with these
+    members is one, too. `learned.load_target` reads its parts from where `config.target` says.
     """
 
-    def init(self, key: jax.Array) -> Params:
+    def init_parts(self, key: jax.Array) -> Params:
         """Initial values of the parts that it needs."""
 
 
@@ -47,6 +47,7 @@ class Method:
         views: what the loss sees; every shape follows from it.
         target: the frozen network that the targets come from, if there is one.
         schedules: scalars that follow the step; all are logged. The step reads `momentum_teacher`, the loss the others.
+            `make_method` adds those of `optim.schedules` that are missing.
         untrained: a regex over parameter paths that are never updated (they are saved, sharded and averaged as all others).
         teacher_parts: the parts of the parameters that have an EMA copy; () for a method without a teacher.
         pictures: what can be drawn of it: of "attention", "features", "reconstruction" and "tokens".
@@ -66,6 +67,11 @@ class Method:
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         """(params, extra): trained parameters by part, and state without gradient (centre, queue; or {})."""
         raise NotImplementedError
+
+    def init_parts(self, key: jax.Array) -> Params:
+        """All that the model consists of: the two results of `init` together."""
+        params, extra = self.init(key)
+        return params | extra
 
     def mix(self, views: Params, key: jax.Array) -> Params:
         """Changes finished views before the loss sees them: mixes images, or computes something once for each image."""
@@ -141,13 +147,13 @@ class Encoder:
     def stride(self) -> int:
         return self.backbone.stride
 
-    def init(self, key: jax.Array) -> Params:
+    def init_parts(self, key: jax.Array) -> Params:
         image = jnp.zeros((1, 1, self.backbone.img_size, self.backbone.img_size, 3))
         return {"backbone": self.backbone.init(key, [image])["params"]}
 
-    def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
+    def features(self, parts: Params, images: jax.Array) -> dict[str, jax.Array]:
         images = (images - jnp.array(self.mean)) / jnp.array(self.std)
-        return vit.features(self.backbone, params["backbone"], images)
+        return vit.features(self.backbone, parts["backbone"], images)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,7 +165,7 @@ class Tokenizer(Method):
         codes: size of the vocabulary.
         stride: side, in pixels, of the square that a token stands for.
 
-    `parts` below are the model's parts, those of `init`'s two results together.
+    `parts` below are those of `init_parts`.
     """
 
     codes: int
@@ -182,32 +188,7 @@ class Tokenizer(Method):
         return {"decoded from its tokens": decoded.reshape(images.shape)}
 
     def network(self) -> Network:
-        return FrozenTokenizer(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class FrozenTokenizer:
-    """A trained tokenizer as a frozen network."""
-
-    method: Tokenizer
-
-    @property
-    def codes(self) -> int:
-        return self.method.codes
-
-    @property
-    def stride(self) -> int:
-        return self.method.stride
-
-    def init(self, key: jax.Array) -> Params:
-        params, extra = self.method.init(key)
-        return params | extra
-
-    def tokens(self, params: Params, images: jax.Array) -> jax.Array:
-        return self.method.tokens(params, images)
-
-    def decode(self, params: Params, tokens: jax.Array) -> jax.Array:
-        return self.method.decode(params, tokens)
+        return self
 
 
 def vit_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -28,8 +28,7 @@ class Beit(BackboneMethod):
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         backbone_key, head_key = jax.random.split(key)
-        views = self.views.zeros()
-        backbone = self.backbone.init(backbone_key, [views["global"]], masks=[views["mask"]])["params"]
+        backbone = self.backbone.init(backbone_key, [self.views.zeros()["global"]])["params"]
         backbone = backbone | {"blocks": rescale_residual(backbone["blocks"])}
         head = self.head.init(head_key, jnp.zeros((1, self.backbone.dim)))["params"]
         return {"backbone": backbone, "head": head}, {}
@@ -117,5 +116,5 @@ def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
         head=TokenHead(config.head.vocab_size, one_std, dtype),
         views=Views((group,), **normalization(config), masks=masks),
         target=tokenizer,
-        pictures=("reconstruction", "attention") if hasattr(tokenizer, "decode") else ("attention",),
+        pictures=("reconstruction", "attention") if "reconstruction" in tokenizer.pictures else ("attention",),
     )

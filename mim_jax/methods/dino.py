@@ -96,18 +96,10 @@ def parts(config: ml_collections.ConfigDict, backbone: ViT) -> dict[str, Any]:
     return dict(
         backbone=backbone,
         head=DinoHead(**config.head, init_std=config.model.init_std, dtype=jnp.dtype(config.model.dtype)),
-        schedules={
-            "teacher_temp": optim.warmup_by_epoch(*temps, warmup, durations.steps_per_epoch(config)),
-            "momentum_teacher": momentum(config),
-        },
+        schedules={"teacher_temp": optim.warmup_by_epoch(*temps, warmup, durations.steps_per_epoch(config))},
         student_temp=config.loss.student_temp,
         center_momentum=config.loss.center_momentum,
     )
-
-
-def momentum(config: ml_collections.ConfigDict) -> optim.Schedule:
-    """The teacher's: a cosine from `optim.momentum_teacher` to 1."""
-    return optim.cosine_schedule(config.optim.momentum_teacher, 1.0, durations.total_steps(config))
 
 
 def policies(config: ml_collections.ConfigDict) -> tuple[Policy, ...]:

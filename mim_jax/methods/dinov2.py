@@ -17,7 +17,7 @@ from mim_jax import durations, losses, optim
 from mim_jax.data.augment import Policy
 from mim_jax.masking import GroupMask
 from mim_jax.methods.base import Params
-from mim_jax.methods.dino import SelfDistillation, momentum, multi_crop, vit_of
+from mim_jax.methods.dino import SelfDistillation, multi_crop, vit_of
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.vit import ViT, masked_first
 from mim_jax.views import Views
@@ -37,11 +37,9 @@ class Dinov2(SelfDistillation):
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         keys = jax.random.split(key, 3)
-        grid, token = self.backbone.img_size // self.backbone.patch_size, jnp.zeros((1, self.backbone.dim))
-        image = jnp.zeros((1, 1, self.backbone.img_size, self.backbone.img_size, 3))
-        mask = jnp.zeros((1, 1, grid**2), bool)
+        token = jnp.zeros((1, self.backbone.dim))
         params = {
-            "backbone": self.backbone.init(keys[0], [image], masks=[mask])["params"],
+            "backbone": self.backbone.init(keys[0], [self.views.zeros()["global"]])["params"],
             "dino_head": self.dino_head.init(keys[1], token)["params"],
         }
         if self.ibot_head:
@@ -151,7 +149,7 @@ def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
         ibot_head=head(**config.ibot_head) if loss.separate_head else None,
         teacher_parts=("backbone", "dino_head", *(("ibot_head",) if loss.separate_head else ())),
         group_size=config.mask.group_size,
-        schedules={"teacher_temp": temp, "momentum_teacher": momentum(config)},
+        schedules={"teacher_temp": temp},
         centering=loss.centering,
         student_temp=loss.student_temp,
         center_momentum=loss.center_momentum,

@@ -16,19 +16,9 @@ from mim_jax.methods.dino import multi_crop
 from mim_jax.models.heads import DinoHead
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
-    """A trained DINOv2 with its heads, as a frozen network."""
-
-    method: dinov2.Dinov2
-
-    def init(self, key: jax.Array) -> Params:
-        return self.method.init(key)[0]
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distillation(dinov2.Dinov2):
-    target: Teacher
+    target: dinov2.Dinov2  # with its heads
     untrained: str = r"mask_token$"  # official files have one
 
     def chosen(self, views: Params) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -39,7 +29,7 @@ class Distillation(dinov2.Dinov2):
         return places, jnp.ones(places.shape, bool), jnp.full(places.shape, 1 / patches)
 
     def votes(self, teacher: Params, target: Params, views: Params, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.target.method.votes(target, {}, views, places)
+        return self.target.votes(target, {}, views, places)
 
 
 def make(config: ml_collections.ConfigDict) -> Distillation:
@@ -61,4 +51,4 @@ def make(config: ml_collections.ConfigDict) -> Distillation:
         if student != teacher:
             raise ValueError(f"student and teacher must have the same {what}: {student} here, {teacher} there")
     views = multi_crop(config, *dinov2.policies(config))
-    return Distillation(**parts, views=views, target=Teacher(source))
+    return Distillation(**parts, views=views, target=source)

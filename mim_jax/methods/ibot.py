@@ -32,8 +32,8 @@ class Ibot(SelfDistillation):
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         backbone_key, head_key = jax.random.split(key)
-        views, token = self.views.zeros(), jnp.zeros((1, 1, self.backbone.dim))
-        backbone = self.backbone.init(backbone_key, [views["global"]], masks=[views["mask"]])["params"]
+        token = jnp.zeros((1, 1, self.backbone.dim))
+        backbone = self.backbone.init(backbone_key, [self.views.zeros()["global"]])["params"]
         head = self.head.init(head_key, token, token, train=True)
         stats, dtype = head.get("batch_stats", {}), head["params"]["last_layer"]["weight_v"].dtype
         extra = {
