@@ -164,6 +164,19 @@ def test_round_trip(golden, name):
         np.testing.assert_array_equal(got, weights[key], err_msg=key)
 
 
+def test_first_values_of_the_second_prediction():
+    """PyTorch's, what the blocks add being divided as in those that they stand for: the ones after the early blocks."""
+    config = mim_jax.load_config("tests/tiny.py:beit2")
+    config.model.update(dim=64, depth=4, early_layers=3, head_layers=2)
+    method = mim_jax.make_method(config)
+    blocks = jax.jit(method.init)(jax.random.key(0))[0]["cls_layers"]["blocks"]
+    for name, fan_in in (("proj", 64), ("fc2", 256), ("qkv", 64), ("fc1", 64)):
+        for i, kernel in enumerate(blocks[name]["kernel"]):
+            divided = (2 * (3 + 1 + i)) ** 0.5 if name in ("proj", "fc2") else 1
+            bound = fan_in**-0.5 / divided
+            assert 0.98 * bound < np.abs(kernel).max() <= 1.0001 * bound, (name, i)
+
+
 def test_four_training_steps(golden, config_of, x64):
     arrays, meta = golden("beit_train_steps")
     config, o, s = config_of(meta), meta["optimizer"], meta["schedule"]

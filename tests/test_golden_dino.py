@@ -148,6 +148,17 @@ def test_loss_three_steps_with_centers(golden, x64):
         np.testing.assert_allclose(center, arrays[f"center_{step + 1}"], atol=1e-14)
 
 
+def test_targets_and_center_have_no_gradient():
+    logits = jax.random.normal(jax.random.key(0), (4, 2, 8))
+
+    def value(logits):
+        targets = losses.dino_teacher(logits, jnp.zeros((1, 8)), 0.1), losses.sinkhorn_knopp(logits, 0.1)
+        center = losses.update_center(jnp.zeros((1, 8)), logits, 0.9)
+        return sum(jnp.sum(x**2) for x in (*targets, center))
+
+    assert not np.any(jax.grad(value)(logits))
+
+
 @pytest.mark.parametrize("crops", [2, 3, 5])
 def test_no_crop_is_compared_with_itself(crops):
     """Two global crops and local ones. Each student's crop is sure of a prototype of its own: that of its number."""
