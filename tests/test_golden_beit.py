@@ -9,7 +9,7 @@ import pytest
 from arrays import channels_last, double, follow_four_steps, official, prefixed, relative_error
 
 import mim_jax
-from mim_jax import convert
+from mim_jax import convert, losses
 from mim_jax.methods import base
 from mim_jax.models.heads import Classifier
 from mim_jax.models.positions import relative_position_index
@@ -87,6 +87,15 @@ def check_gradients(grads, arrays, family="beit"):
     assert stored
     for key, want in stored.items():
         assert relative_error(grads[key], want) < 1e-10, key
+
+
+def test_an_image_with_more_masked_patches_weighs_more():
+    """The mean is over all masked patches of the batch: here one of the first image and three of the second."""
+    logits, targets = np.random.default_rng(0).normal(size=(2, 4, 5)), np.array([[1, 0, 0, 0], [2, 3, 4, 0]])
+    weight = np.array([[1, 0, 0, 0], [1, 1, 1, 0]], bool)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = -np.mean([log_probs[0, 0, 1], log_probs[1, 0, 2], log_probs[1, 1, 3], log_probs[1, 2, 4]])
+    np.testing.assert_allclose(losses.masked_cross_entropy(jnp.asarray(logits), targets, weight), want, rtol=1e-5)
 
 
 def test_forward_float32(golden, config_of):
