@@ -1,10 +1,11 @@
-"""Our train step beside the official PyTorch one, interleaved in one process: same model, batch and threads, ready views.
+"""Time of our train step and of the official PyTorch step, measured in turn in one process.
 
     git clone https://github.com/facebookresearch/dino && pip install torch
     python benchmarks/against_dino.py --dino=dino --config=configs/dino.py:demo [--config.data.batch_size=64] [--rounds=20]
 
-The network and the head are the clone's; the loop around them does what main_dino.py does in a step (multi-crop forward,
-loss, centre, backward, clipping, AdamW, EMA), in float32 and without its logging. Augmentation is on neither side.
+Both have the same model, batch and number of threads, and get finished views: augmentation is not measured. Network and head
+are those of the clone. The loop around them does what a step of main_dino.py does (multi-crop forward, loss, center, backward,
+clipping, AdamW, EMA), in float32 and without logging.
 """
 
 import statistics

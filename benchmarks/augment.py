@@ -1,13 +1,13 @@
-"""Images per second of the three ways to spend time before the model sees a crop, in one run.
+"""Images per second of decoding and augmentation, on host and device, measured in turn.
 
     python benchmarks/augment.py                                              # 2 x 224 + 8 x 96 from 256 x 256 pictures
     python benchmarks/augment.py --side=32 --global_size=32 --local_size=16 --local_number=4 --batch=128
 
-* host decode: JPEG bytes to a canvas, as the pipeline does it, on one core;
-* device augmentation: every crop of DINO's recipe from the canvas, `mim_jax.data.augment`, on all of JAX's devices;
-* host augmentation: the same crops and operations with Pillow, on one core: what the device relieves the host of.
+* host decode: JPEG bytes to a canvas, as in the pipeline, on one core;
+* device augmentation: all crops of DINO's recipe with `mim_jax.data.augment`, on all of JAX's devices;
+* host augmentation: the same crops and operations with Pillow, on one core, for comparison.
 
-The pictures are noise with the spectrum of natural images. The three run in turn in each round; medians are printed.
+The images are noise with the spectrum of natural images. Medians over the rounds are printed.
 """
 
 import argparse
@@ -33,12 +33,12 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=256, help="of the square pictures and of the canvas, in pixels")
+    parser.add_argument("--side", type=int, default=256, help="of the images and the canvas, in pixels")
     parser.add_argument("--global_size", type=int, default=224)
     parser.add_argument("--local_size", type=int, default=96)
     parser.add_argument("--local_number", type=int, default=8)
     parser.add_argument("--batch", type=int, default=32, help="images on the device at a time")
-    parser.add_argument("--host_images", type=int, default=16, help="images for the host in each round")
+    parser.add_argument("--host_images", type=int, default=16, help="images on the host in each round")
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
 
@@ -77,13 +77,13 @@ def main() -> None:
         "host augmentation": "one core, Pillow",
     }
     print(f"jax {jax.__version__}, Python {platform.python_version()}; compiled in {compile_s:.1f} s")
-    print(f"pictures of {args.side} pixels, crops 2 x {args.global_size} + {args.local_number} x {args.local_size}")
+    print(f"images of {args.side} pixels, crops 2 x {args.global_size} + {args.local_number} x {args.local_size}")
     for name, per_image in seconds.items():
         print(f"{name:<20} {1 / per_image:>10,.0f} images/s   {per_image * 1e3:8.3f} ms an image   ({where[name]})")
 
 
 def interleaved(programs: dict[str, tuple[int, Callable]], rounds: int) -> dict[str, float]:
-    """Median seconds per image; `programs` are (images a call, call), run in turn; one round does not count."""
+    """Median seconds per image of `programs` (images per call, call), run in turn. The first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(rounds + 1):
         for name, (images, program) in programs.items():
@@ -100,7 +100,7 @@ def on_devices(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
 
 def natural_noise(side: int, seed: int) -> np.ndarray:
-    """uint8 [side, side, 3] whose amplitudes fall as 1 / frequency, the channels alike."""
+    """uint8 [side, side, 3] noise with amplitudes proportional to 1 / frequency and correlated channels."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side))
     frequency[0, 0] = np.inf
@@ -117,7 +117,7 @@ def jpeg(picture: np.ndarray) -> bytes:
 
 
 def with_pillow(picture: Image.Image, crops: tuple[Crops, ...], rng: random.Random) -> list[np.ndarray]:
-    """The same views with Pillow, as a loader's worker would make them: float32 [size, size, 3] each."""
+    """The same views made with Pillow, as in a data loader's worker: float32 [size, size, 3] each."""
     return [view_with_pillow(picture, group, policy, rng) for group in crops for policy in group.policies]
 
 

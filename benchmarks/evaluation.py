@@ -1,10 +1,9 @@
-"""How much memory and time an evaluation takes by itself, beyond the encoder: images come from a generator, features are a
-projection of their pixels.
+"""Memory and time of an evaluation without the encoder: images come from a generator, features are a projection of the pixels.
 
     python benchmarks/evaluation.py [--bank=50000 --test=10000 --width=1024 --canvas=48 --size=32]
 
-A tenth of the images is measured first: what both have in common is the program, the rest grows with the number of images.
-On the CPU the peak holds the arrays of host and device together.
+It is measured with a tenth of the images and with all of them; the difference of the two peaks is the memory that grows with
+the number of images. On a CPU the peak includes the arrays of host and device.
 """
 
 import dataclasses
@@ -23,16 +22,16 @@ from mim_jax.evaluators import Evaluation
 from mim_jax.methods.base import Method
 from mim_jax.state import TrainState
 
-BANK = flags.DEFINE_integer("bank", 50_000, "Images that vote.")
+BANK = flags.DEFINE_integer("bank", 50_000, "Images in the bank.")
 TEST = flags.DEFINE_integer("test", 10_000, "Held-out images.")
-WIDTH = flags.DEFINE_integer("width", 1024, "Numbers in a feature.")
+WIDTH = flags.DEFINE_integer("width", 1024, "Dimension of a feature.")
 CANVAS = flags.DEFINE_integer("canvas", 48, "Side of the images, in pixels.")
-SIZE = flags.DEFINE_integer("size", 32, "Side of pictures and crops.")
+SIZE = flags.DEFINE_integer("size", 32, "Side of evaluated images and crops, in pixels.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """Images of noise, made when they are read."""
+    """Images of noise, generated when they are read."""
 
     description: str
     side: int

@@ -1,13 +1,13 @@
-"""How fast the train step is, where its time goes, and how near to what this machine's matrix products can do.
+"""Time of the train step and of its parts, and its FLOP/s as a share of those of a matrix product on the same machine.
 
     python benchmarks/step.py --config=configs/dino.py:demo [--config.data.batch_size=64 ...] [--rounds=20]
 
-All programs are timed in turn in each round, with noise images; medians are printed. The machine's own rate is that of a
-square matrix product in the step's dtype, timed in the same rounds. Nothing is evaluated, logged or read from disk.
+All programs are timed in turn in each round, on noise images; medians are printed. The reference is a square matrix product in
+the step's dtype, timed in the same rounds. Nothing is evaluated, logged or read from disk.
 
-What a method saves is shown against the plain form of the same step, in time and in FLOPs. For MAE: with mask tokens in the
-encoder (the paper's table 1c), where all patches go through it and the same decoder. For DINOv2: with heads on all patches,
-of which the masked ones are taken, and with stochastic depth that computes all rows and zeroes some.
+For two methods, the step is compared with a simpler one that saves no computation. MAE: with mask tokens in the encoder (table
+1c of the paper), so that the encoder processes all patches. DINOv2: with heads on all patches, of which the masked ones are
+selected afterwards; and with stochastic depth that computes all rows and zeroes some.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ def measure(config) -> None:
 
 
 class Step:
-    """A train step that goes on from where it stopped, on one batch."""
+    """A compiled train step with its state, always on the same batch."""
 
     def __init__(self, method, config, batch):
         self.batch = batch
@@ -138,7 +138,7 @@ PLAIN = {
 
 
 def noise(method, config) -> dict[str, jax.Array]:
-    """A batch of noise, laid out as the pipeline's."""
+    """A batch of noise in the format of the pipeline."""
     rng = np.random.default_rng(0)
     b, canvas = config.data.batch_size, config.data.canvas
     batch = {
@@ -153,7 +153,7 @@ def noise(method, config) -> dict[str, jax.Array]:
 
 
 def interleaved(programs: dict[str, Callable], rounds: int) -> dict[str, float]:
-    """Median seconds of each program, all run in turn in each round after two that do not count."""
+    """Median seconds of each program, run in turn in each round. The first two rounds are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(rounds + 2):
         for name, program in programs.items():
@@ -165,7 +165,7 @@ def interleaved(programs: dict[str, Callable], rounds: int) -> dict[str, float]:
 
 
 def peak_memory() -> int:
-    """Bytes: the device's own account where it keeps one, else the process's largest resident set."""
+    """Peak memory in bytes: of the device if it reports one, else the maximum resident set size of the process."""
     stats = jax.devices()[0].memory_stats()
     if stats:
         return stats["peak_bytes_in_use"]

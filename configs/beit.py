@@ -1,27 +1,28 @@
 """BEiT (Bao et al. 2022, "BEiT: BERT Pre-Training of Image Transformers", arXiv:2106.08254).
 
-Variants and what the paper reports on ImageNet-1k after 800 epochs at 224 px, batch 2048, blocks of at most 75 of 196
-patches masked, tokens of DALL-E's dVAE (fine-tuned top-1):
+Variants for ImageNet-1k, with the fine-tuned top-1 accuracy that the paper reports: 800 epochs at 224 px, batch 2048, blocks
+of at most 75 of 196 patches masked, tokens of DALL-E's dVAE.
 
     vitb16   ViT-B/16   83.2
     vitl16   ViT-L/16   85.2
 
-The tokens are DALL-E's, whose published weights are to be put into one file first:
+DALL-E's published weights must be converted into one file first (needs torch and dall_e):
 
-    enc, dec = (torch.load(f"{name}.pkl", map_location="cpu") for name in ("encoder", "decoder"))   # needs torch, dall_e
+    enc, dec = (torch.load(f"{name}.pkl", map_location="cpu") for name in ("encoder", "decoder"))
     arrays = {f"encoder.{k}": v for k, v in enc.state_dict().items()} | {f"decoder.{k}": v for k, v in dec.state_dict().items()}
     np.savez("dalle.npz", **{key: value.float().numpy() for key, value in arrays.items()})
 
-    python -m mim_jax.main --config=configs/beit.py:vitb16 --config.data.dir=/data/tensorflow_datasets \
-      --config.target.weights=dalle.npz --workdir=runs/beit
+    mim_jax --config=beit:vitb16 --config.data.dir=~/tensorflow_datasets --config.target.weights=dalle.npz \
+      --workdir=runs/beit_vitb16
 
-or of a tokenizer trained here: --config.target.config=configs/vqvae.py:... --config.target.workdir=runs/vqvae, which is
-trained first if it is not there. The authors' ViT-B ends (300 epochs) at a loss of 6.30 with 5 % of the masked tokens right
-(issue 383 of microsoft/unilm). Neither has been trained with this code yet; `--dry_run` prints their plan. One more:
+To train the dVAE yourself, replace --config.target.weights by --config.target.workdir=runs/dvae_dalle. If that run does not
+exist, it is trained first. The authors' ViT-B (300 epochs) ends at a loss of 6.30 with 5 % of the masked tokens right (issue
+383 of microsoft/unilm). These variants have not been trained with this code yet. With `--dry_run` the command prints their
+plan.
 
-    demo     CIFAR-10, tokens of configs/vqvae.py:demo. 1,500 steps, 7 minutes on one core: 7.0 % of the masked tokens are
-             right (the most frequent one is 1.3 %), loss 4.92, k-NN 0.327 (untrained 0.263), probe 0.420 (0.366),
-             2026-11-26, jax 0.10.2
+Variant for CIFAR-10 (scores and baselines: docs/results.md):
+
+    demo     tokens of vqvae:demo, 1,500 steps: 7 minutes on one CPU core. k-NN 0.327
 """
 
 import ml_collections
@@ -44,22 +45,22 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.model.heads = 12
     config.model.drop_path_rate = 0.1
     config.model.layerscale = 0.1
-    config.model.init_std = 0.02  # weights are drawn from a normal distribution cut at one such standard deviation
+    config.model.init_std = 0.02  # of a normal distribution truncated at one standard deviation
 
     config.head = ml_collections.ConfigDict()
     config.head.vocab_size = 8192
 
     config.crops.global_crops_scale = (0.08, 1.0)
     config.crops.color_jitter = 0.4
-    config.crops.target_size = 112  # pixels of the tokenizer's rendering of the crop
+    config.crops.target_size = 112  # side in pixels of the crop that the tokenizer gets
     config.crops.target_interpolation = "lanczos"
 
     config.mask = ml_collections.ConfigDict()
-    config.mask.count = 75  # patches, at most
-    config.mask.smallest = 16  # patches of a block
-    config.mask.exact = False  # True: filled up with single patches
+    config.mask.count = 75  # masked patches, at most
+    config.mask.smallest = 16  # patches in a block, at least
+    config.mask.exact = False  # True: single patches are added until `count` are masked
 
-    config.optim.lr_batch_size = 0  # the rate is absolute
+    config.optim.lr_batch_size = 0  # lr is not scaled with the batch
     config.optim.lr = 1.5e-3
     config.optim.min_lr = 1e-5
     config.optim.clip_grad = 3.0

@@ -1,18 +1,20 @@
 """BEiT v2 (Peng et al. 2022, "BEiT v2: Masked Image Modeling with Vector-Quantized Visual Tokenizers", arXiv:2208.06366).
 
-Variants and what the paper reports on ImageNet-1k after 1600 epochs at 224 px, batch 2048, 75 of 196 patches masked, tokens
-of VQ-KD with CLIP ViT-B/16 for its teacher (fine-tuned / linear top-1):
+Variants for ImageNet-1k, with the fine-tuned / linear top-1 accuracy that the paper reports: 1600 epochs at 224 px, batch
+2048, 75 of 196 patches masked, tokens of VQ-KD whose teacher is CLIP ViT-B/16.
 
     vitb16   ViT-B/16   85.5 / 80.1
     vitl16   ViT-L/16   87.3
 
-    python -m mim_jax.main --config=configs/beit2.py:vitb16 --config.data.dir=/data/tensorflow_datasets \
-      --config.target.workdir=runs/vqkd --workdir=runs/beit2
+    mim_jax --config=beit2:vitb16 --config.data.dir=~/tensorflow_datasets --config.target.workdir=runs/vqkd \
+      --workdir=runs/beit2_vitb16
 
-with a tokenizer of configs/vqkd.py. Neither has been trained with this code yet; `--dry_run` prints their plan. One more:
+The tokenizer is a run of vqkd:vitb16. These have not been trained with this code yet. With `--dry_run` the command prints
+their plan.
 
-    demo     CIFAR-10, tokens of configs/vqkd.py:demo. 1,500 steps, 10 minutes on one core: 19.2 % of the masked tokens are
-             right (the most frequent one is 2.3 %), k-NN 0.338 (untrained 0.263), probe 0.419 (0.366), 2026-11-26, jax 0.10.2
+Variant for CIFAR-10 (scores and baselines: docs/results.md):
+
+    demo     tokens of vqkd:demo, 1,500 steps: 10 minutes on one CPU core. k-NN 0.338
 """
 
 import ml_collections
@@ -25,8 +27,8 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.method = "beit2"
     config.total = "1600 epochs"
     config.target.update(config="vqkd:vitb16", family=None)
-    config.model.early_layers = 9  # blocks after which the patches of the second prediction are taken
-    config.model.head_layers = 2
+    config.model.early_layers = 9  # the second prediction uses the patch tokens after this block
+    config.model.head_layers = 2  # blocks of the second prediction
     config.crops.update(global_crops_scale=(0.2, 1.0), target_size=224, target_interpolation="bicubic")
     config.mask.exact = True
 

@@ -1,22 +1,21 @@
 """DINO (Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers", arXiv:2104.14294).
 
-Variants and what the paper and the official repository report on ImageNet-1k (k-NN / linear top-1):
+Variants for ImageNet-1k, with the k-NN / linear top-1 accuracy that the paper and the official repository report:
 
-    vits16   ViT-S/16, 800 epochs, batch 1024, 2 x 224 + 10 x 96 px   74.5 / 77.0   16 V100, 180 hours (table 8)
-    vits8    ViT-S/8                                                  78.3 / 79.7
-    vitb16   ViT-B/16, 400 epochs                                     76.1 / 78.2
-    vitb8    ViT-B/8, 300 epochs                                      77.4 / 80.1
-    two_views  vits16 without local crops: the paper's algorithm 1
+    vits16     ViT-S/16, 800 epochs, batch 1024, 2 x 224 + 10 x 96 px   74.5 / 77.0   180 hours on 16 V100 (table 8)
+    vits8      ViT-S/8                                                  78.3 / 79.7
+    vitb16     ViT-B/16, 400 epochs                                     76.1 / 78.2
+    vitb8      ViT-B/8, 300 epochs                                      77.4 / 80.1
+    two_views  vits16 without local crops: algorithm 1 of the paper
 
-    python -m mim_jax.main --config=configs/dino.py:vits16 --config.data.dir=/data/tensorflow_datasets --workdir=runs/vits16
+    mim_jax --config=dino:vits16 --config.data.dir=~/tensorflow_datasets --workdir=runs/dino_vits16
 
-None of these five has been trained with this code yet; `--dry_run` prints their plan. Two more are on CIFAR-10:
+These have not been trained with this code yet. With `--dry_run` the command prints their plan.
 
-    demo     a ViT of 3 blocks, 8 1/2 minutes on 2 CPU cores from nothing: k-NN 0.369 (pixels 0.346, whitened
-             0.435, untrained 0.275), view retrieval 0.168 (0.125, -, 0.024), 2026-11-23, jax 0.10.2
-    cifar10  the same with width 128 for 36 epochs, 90 minutes on one CPU core (345 images/s, 1 of 2 cores, the other one
-             busy): k-NN 0.540 (whitened pixels 0.426, pixels 0.343, untrained 0.294; bank of 5,000, 10,000 test images),
-             probe 0.563 (whitened 0.369), view retrieval 0.407 (pixels 0.094), 2026-11-26, jax 0.10.2
+Variants for CIFAR-10 (scores and baselines of both: docs/results.md):
+
+    demo       ViT of 3 blocks, width 96, 3,500 steps: 8 1/2 minutes on 2 CPU cores, installation included. k-NN 0.369
+    cifar10    the same with width 128, 36 epochs: 90 minutes on one CPU core. k-NN 0.540
 """
 
 import ml_collections
@@ -34,7 +33,7 @@ def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
     config.model.depth = 12
     config.model.heads = 6
     config.model.drop_path_rate = 0.1
-    config.model.init_std = 0.02  # of linear layers; the paper's widths are 384 and more
+    config.model.init_std = 0.02  # std of the initial weights of linear layers
 
     config.head = ml_collections.ConfigDict()
     config.head.out_dim = 65536
@@ -50,7 +49,7 @@ def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
     config.crops.local_crops_number = 10
     config.crops.local_crops_size = 96
     config.crops.local_crops_scale = (0.05, 0.25)
-    config.crops.blur_radius = (0.1, 2.0)  # range, in pixels of the crop
+    config.crops.blur_radius = (0.1, 2.0)  # std of the Gaussian blur, in pixels of the crop
 
     config.loss = ml_collections.ConfigDict()
     config.loss.student_temp = 0.1
@@ -94,7 +93,7 @@ def vitb8(config):
 
 
 def two_views(config):
-    """The paper's algorithm 1: two crops, each student's view against the teacher's other one."""
+    """Algorithm 1 of the paper: two crops. The student's output for each is compared with the teacher's for the other."""
     config.crops.local_crops_number = 0
 
 
@@ -102,7 +101,7 @@ def demo(config):
     on_cifar10(config)
     config.total, config.data.batch_size = "3500 steps", 64
     config.model.update(patch_size=8, dim=96, depth=3, heads=3, drop_path_rate=0.0, unroll=3)
-    config.model.init_std = 0.1  # about 1 / sqrt(dim): with 0.02 so narrow a network learns more slowly
+    config.model.init_std = 0.1  # about 1 / sqrt(dim); with 0.02 this narrow network learns more slowly
     config.head.update(out_dim=1024, hidden_dim=256, bottleneck_dim=64, norm_last_layer=True)
     small_crops(config)
     config.crops.local_crops_number = 2
@@ -117,7 +116,7 @@ def cifar10(config):
 
 
 def small_crops(config):
-    """Crops of 32 and 16 pixels, of larger shares of the image; the blur is the paper's, scaled down with them."""
+    """Crops of 32 and 16 pixels that cover larger shares of the image; the blur is scaled down with the crops."""
     config.crops.update(global_crops_size=32, global_crops_scale=(0.5, 1.0))
     config.crops.update(local_crops_size=16, local_crops_scale=(0.2, 0.6), blur_radius=(0.0, 0.3))
 

@@ -1,25 +1,24 @@
 """DINOv2 (Oquab et al. 2024, "DINOv2: Learning Robust Visual Features without Supervision", arXiv:2304.07193).
 
-Variants and what the official repository reports on ImageNet-1k (k-NN / linear top-1):
+Variants, with the k-NN / linear top-1 accuracy on ImageNet-1k that the official repository reports:
 
-    vitl16   ViT-L/16, ImageNet-1k, 100 "epochs" of 1250 steps, batch 2048: the short recipe   81.6 / 82.9
-             a day on 32 A100
-    vitl14   ViT-L/14 with SwiGLU, ImageNet-22k, 625,000 steps, batch 3072                     82.0 / 84.5
-             3.3 days on 96 A100
-    vitl14_518  its last phase (appendix B.2): 10,000 steps at 518 px, the schedules compressed, from what a run of vitl14
-             learned, --config.init_from=runs/vitl14. The paper says that the rate is lower, not by how much: here a tenth
-    vitg14   ViT-g/14, the paper's largest, batch 3072 (LVD-142M, which is not public)          83.5 / 86.5
-    vits16, vitb16   the short recipe for smaller networks; no published figure
+    vitl16      ViT-L/16, ImageNet-1k, 125,000 steps, batch 2048: the short recipe   81.6 / 82.9   a day on 32 A100
+    vitl14      ViT-L/14 with SwiGLU, ImageNet-22k, 625,000 steps, batch 3072        82.0 / 84.5   3.3 days on 96 A100
+    vitl14_518  last phase of vitl14 (appendix B.2): 10,000 steps at 518 px with compressed schedules. It starts from a run
+                of vitl14: --config.init_from=runs/vitl14. The paper only says that the learning rate is lower; here it is
+                a tenth
+    vitg14      ViT-g/14, batch 3072. The paper trains it on LVD-142M, which is not public   83.5 / 86.5
+    vits16, vitb16   the short recipe for smaller networks; no published accuracy
 
-    python -m mim_jax.main --config=configs/dinov2.py:vitl16 --config.data.dir=/data/tensorflow_datasets --workdir=runs/dinov2
+    mim_jax --config=dinov2:vitl16 --config.data.dir=~/tensorflow_datasets --workdir=runs/dinov2_vitl16
 
-Crops are blurred as the official code really does it: it takes the probability of a blur for that of none. None of these has
-been trained with this code yet; `--dry_run` prints their plan. Two more:
+These have not been trained with this code yet. With `--dry_run` the command prints their plan. Blur follows the official
+code, not the paper: the code passes the probability of blurring to an argument that is the probability of not blurring.
 
-    demo     CIFAR-10, the network and steps of configs/dino.py:demo: k-NN 0.376 (untrained 0.267, pixels 0.346), probe 0.404
-             (0.325), view retrieval 0.162 (0.028, pixels 0.125), 2026-11-26, jax 0.10.2, 920 images/s on two cores
-    cifar10  width 128, 18 epochs, 49 minutes on one core: k-NN 0.514 (whitened pixels 0.426, untrained 0.287; bank of 5,000,
-             10,000 test images), probe 0.530 (whitened 0.369), view retrieval 0.299 (pixels 0.094), 2026-11-26, jax 0.10.2
+Variants for CIFAR-10 (scores and baselines of both: docs/results.md):
+
+    demo        network and steps of dino:demo. k-NN 0.376
+    cifar10     the same with width 128, 18 epochs: 49 minutes on one CPU core. k-NN 0.514
 """
 
 import ml_collections
@@ -37,12 +36,12 @@ def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
     config.model.dim = 1024
     config.model.depth = 24
     config.model.heads = 16
-    config.model.drop_path_rate = 0.3  # the same in all blocks
+    config.model.drop_path_rate = 0.3  # the same for all blocks
     config.model.layerscale = 1e-5
     config.model.ffn = "mlp"  # or "swiglu"
     config.model.registers = 0
-    config.model.antialias = False  # positions for other sizes; True: as the official models with registers are evaluated
-    config.model.init_std = 0.02
+    config.model.antialias = False  # of interpolated positions; True for the official models with registers
+    config.model.init_std = 0.02  # std of the initial weights of linear layers
 
     config.head = ml_collections.ConfigDict()
     config.head.out_dim = 65536
@@ -58,21 +57,21 @@ def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
     config.crops.local_crops_number = 8
     config.crops.local_crops_size = 96
     config.crops.local_crops_scale = (0.05, 0.32)
-    config.crops.blur_radius = (0.1, 2.0)  # range, in pixels of the crop
+    config.crops.blur_radius = (0.1, 2.0)  # std of the Gaussian blur, in pixels of the crop
 
     config.mask = ml_collections.ConfigDict()
-    config.mask.group_size = 64  # images whose masks are drawn together, and among which KoLeo looks for neighbours
+    config.mask.group_size = 64  # images per group, for masks, KoLeo and stochastic depth; a GPU's batch in the official code
     config.mask.probability = 0.5
     config.mask.ratio = (0.1, 0.5)
-    config.mask.exact = False  # True: as many masked patches in every group, single ones filling up
+    config.mask.exact = False  # True: the same number of masked patches in every group, reached by adding single patches
 
     config.loss = ml_collections.ConfigDict()
     config.loss.centering = "centering"  # or "sinkhorn_knopp"
-    config.loss.separate_head = False  # True: patches have a head of their own, ibot_head
+    config.loss.separate_head = False  # True: patches have their own head, ibot_head
     config.loss.student_temp = 0.1
     config.loss.warmup_teacher_temp = 0.04
     config.loss.teacher_temp = 0.07
-    config.loss.teacher_temp_warmup = "37_500 steps"  # 30 of the official "epochs", of 1250 steps
+    config.loss.teacher_temp_warmup = "37_500 steps"  # 30 "epochs" of the official code, 1250 steps each
     config.loss.center_momentum = 0.9
     config.loss.dino_weight = 1.0
     config.loss.ibot_weight = 1.0
@@ -80,7 +79,7 @@ def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
 
     config.optim.lr = 4e-3
     config.optim.lr_batch_size = 1024
-    config.optim.lr_batch_power = 0.5  # the rate follows the root of the batch
+    config.optim.lr_batch_power = 0.5  # square root scaling of the learning rate
     config.optim.min_lr = 1e-6
     config.optim.warmup = "12_500 steps"
     config.optim.weight_decay = 0.04
@@ -127,7 +126,7 @@ def vitl14_518(config):
     config.total = "10_000 steps"
     config.data.canvas = 640
     config.model.img_size = config.crops.global_crops_size = 518
-    config.loss.teacher_temp_warmup = "600 steps"  # 10,000 / 625,000 of vitl14's, as the two below
+    config.loss.teacher_temp_warmup = "600 steps"  # vitl14's duration x 10,000 / 625,000, as the two below
     config.optim.update(lr=2e-5, warmup="1600 steps", freeze_last_layer="20 steps")
 
 

@@ -1,18 +1,20 @@
 """The discrete VAE of DALL-E (Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", arXiv:2102.12092).
 
-Variants:
+Variants for ImageNet-1k:
 
-    dalle   8192 tokens of 8 pixels, 256 px, batch 512 (appendix A.2; 64 V100): BEiT's tokenizer. The paper goes on to
-            3,000,000 steps at the last learning rate
-    beit    the small one of BEiT's code: squared error, tokens of 8 pixels, 112 px
+    dalle   the tokenizer of BEiT: 8192 codes, tokens of 8 x 8 pixels, 256 px, batch 512 (appendix A.2; 64 V100). The paper
+            trains on to 3,000,000 steps at the last learning rate
+    beit    the small dVAE in BEiT's code: squared error, tokens of 8 x 8 pixels, 112 px
 
-    python -m mim_jax.main --config=configs/dvae.py:dalle --config.data.dir=/data/tensorflow_datasets --workdir=runs/dvae
+    mim_jax --config=dvae:dalle --config.data.dir=~/tensorflow_datasets --workdir=runs/dvae_dalle
 
-The published weights need no training (configs/beit.py tells how to use them). Neither has been trained with this code yet;
-`--dry_run` prints their plan. One more:
+configs/beit.py shows how to use DALL-E's published weights instead. These have not been trained with this code yet. With
+`--dry_run` the command prints their plan.
 
-    demo    CIFAR-10, the small one, 8 x 8 tokens of 256. 1,500 steps, 12 minutes on one core: perplexity 181, all but 2 % of
-            the codes in use, 2026-11-26, jax 0.10.2. With a twentieth of its KL weight 16 codes were in use after 400 steps
+Variant for CIFAR-10 (scores and baselines: docs/results.md):
+
+    demo    the small dVAE, 8 x 8 tokens of 256 codes. 1,500 steps: 12 minutes on one CPU core. Codebook perplexity 181, 98 %
+            of the codes in use
 """
 
 import ml_collections
@@ -25,7 +27,7 @@ def get_config(variant: str = "dalle") -> ml_collections.ConfigDict:
     config.method = "dvae"
     config.total = "1_200_000 steps"
     config.data.batch_size = 512
-    config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # images in 0..1, as tokenizers take them
+    config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # tokenizers take images in 0..1
 
     del config.model.mlp_ratio, config.model.drop_path_rate, config.model.unroll
     config.model.arch = "dalle"  # or "beit"
@@ -35,19 +37,19 @@ def get_config(variant: str = "dalle") -> ml_collections.ConfigDict:
     config.model.codebook_dim = 128  # width of the decoder's first layer
 
     config.loss = ml_collections.ConfigDict()
-    config.loss.temperature = 1 / 16  # from 1, by a cosine
+    config.loss.temperature = 1 / 16  # final value; a cosine from 1
     config.loss.temperature_decay = "150_000 steps"
-    config.loss.kl_weight = 6.6 / 192  # from 0, by a cosine; 192 values for each token
+    config.loss.kl_weight = 6.6 / 192  # final value; a cosine from 0. A token stands for 192 values
     config.loss.kl_warmup = "5000 steps"
 
     config.crops.global_crops_scale = (0.35, 1.0)
 
-    config.optim.lr_batch_size = 0  # the rate is absolute
+    config.optim.lr_batch_size = 0  # lr is not scaled with the batch
     config.optim.lr = 1e-4
     config.optim.min_lr = 1.25e-6
     config.optim.warmup = "0 steps"
     config.optim.weight_decay = config.optim.weight_decay_end = 1e-4
-    config.optim.momentum_teacher = 0.999  # of the average of the weights
+    config.optim.momentum_teacher = 0.999  # of the EMA of the weights
 
     config.mesh.rules = ()
     config.eval.tokens = "patch"
@@ -58,7 +60,7 @@ def get_config(variant: str = "dalle") -> ml_collections.ConfigDict:
 
 def beit(config):
     config.model.update(arch="beit", img_size=112, codebook_dim=512)
-    config.model.layers = 3  # each halves the side
+    config.model.layers = 3  # each halves the resolution
 
 
 def demo(config):

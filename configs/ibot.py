@@ -1,19 +1,19 @@
 """iBOT (Zhou et al. 2022, "iBOT: Image BERT Pre-Training with Online Tokenizer", arXiv:2111.07832).
 
-Variants and what the paper and the official repository report on ImageNet-1k (k-NN / linear top-1):
+Variants for ImageNet-1k, with the k-NN / linear top-1 accuracy that the paper and the official repository report:
 
     vits16   ViT-S/16, 800 epochs, batch 1024, 2 x 224 + 10 x 96 px   75.2 / 77.9
     vitb16   ViT-B/16, 400 epochs                                     77.1 / 79.5
     vitl16   ViT-L/16, 250 epochs                                     78.0 / 81.0
 
-    python -m mim_jax.main --config=configs/ibot.py:vits16 --config.data.dir=/data/tensorflow_datasets --workdir=runs/ibot
+    mim_jax --config=ibot:vits16 --config.data.dir=~/tensorflow_datasets --workdir=runs/ibot_vits16
 
-None of these three has been trained with this code yet; `--dry_run` prints their plan. Two more are on CIFAR-10:
+These have not been trained with this code yet. With `--dry_run` the command prints their plan.
 
-    demo     the network and steps of configs/dino.py:demo: k-NN 0.391 (untrained 0.291, pixels 0.346), probe 0.421 (0.318),
-             view retrieval 0.168 (0.030, pixels 0.125), 2026-11-26, jax 0.10.2, 430 images/s on one core
-    cifar10  width 128, 18 epochs, an hour on one core: k-NN 0.484 (whitened pixels 0.426, untrained 0.289; bank of 5,000,
-             10,000 test images), probe 0.512 (whitened 0.369), view retrieval 0.298 (pixels 0.094), 2026-11-26, jax 0.10.2
+Variants for CIFAR-10 (scores and baselines of both: docs/results.md):
+
+    demo     network and steps of dino:demo. k-NN 0.391
+    cifar10  the same with width 128, 18 epochs: an hour on one CPU core. k-NN 0.484
 """
 
 import ml_collections
@@ -25,20 +25,20 @@ def get_config(variant: str = "vits16") -> ml_collections.ConfigDict:
     config = load_config(f"dino:{BASES.get(variant, variant)}").unlock()
     config.method = "ibot"
     config.head.out_dim = 8192
-    config.head.patch_out_dim = 0  # prototypes of the patches; 0: those of CLS
+    config.head.patch_out_dim = 0  # number of patch prototypes; 0: CLS and patches share the prototypes
 
     config.mask = ml_collections.ConfigDict()
     config.mask.shape = "block"  # or "random"
-    config.mask.start = "0 steps"  # no patch is masked before
-    config.mask.ratios = ((0.0, 0.0), (0.3, 0.2))  # one is chosen: (mean, half-width) of the share that is masked
+    config.mask.start = "0 steps"  # until then no patch is masked
+    config.mask.ratios = ((0.0, 0.0), (0.3, 0.2))  # masked share: one (mean, half-width) is drawn per crop
 
     config.loss.warmup_teacher_patch_temp = 0.04
     config.loss.teacher_patch_temp = 0.07
     config.loss.patch_center_momentum = 0.9
     config.loss.cls_weight = 1.0
     config.loss.patch_weight = 1.0
-    config.loss.per_image = True  # mean over a crop's masked patches, as in the official code; False: sum, as in the paper
-    config.loss.shared_head_teacher = True  # the teacher's patches see CLS's prototypes, whatever the student's do
+    config.loss.per_image = True  # mean over the masked patches of a crop (official code); False: sum (paper)
+    config.loss.shared_head_teacher = True  # one set of prototypes in the teacher, even if the student has two
 
     VARIANTS[variant](config)
     return config
@@ -57,7 +57,8 @@ def vitl16(config):
 
 
 def demo(config):
-    # Patches of an untrained teacher are mere colors: they wait until CLS has learned something, and weigh less.
+    # The patch features of an untrained teacher encode little but color. So masking starts after CLS has learned something,
+    # and the patch loss has a smaller weight.
     config.mask.start = "1500 steps"
     config.head.update(out_dim=1024, patch_out_dim=512)
     config.loss.update(teacher_patch_temp=0.04, shared_head_teacher=False, patch_weight=0.3)

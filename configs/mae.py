@@ -1,20 +1,21 @@
 """MAE (He et al. 2022, "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377).
 
-Variants and what the paper and the official repository report on ImageNet-1k after 1600 epochs at 224 px, batch 4096,
-75 % masked, normalised pixels (fine-tuned / linear top-1; table 3, FINETUNE.md):
+Variants for ImageNet-1k, with the fine-tuned / linear top-1 accuracy that the paper and the official repository report
+(table 3, FINETUNE.md): 1600 epochs at 224 px, batch 4096, 75 % of the patches masked, normalized pixels as targets.
 
     vitb16   ViT-B/16   83.6 / 68.0
     vitl16   ViT-L/16   85.9 / 75.8   31 hours on 128 TPU-v3
     vith14   ViT-H/14   86.9 / 76.6
 
-    python -m mim_jax.main --config=configs/mae.py:vitl16 --config.data.dir=/data/tensorflow_datasets --workdir=runs/vitl16
+    mim_jax --config=mae:vitl16 --config.data.dir=~/tensorflow_datasets --workdir=runs/mae_vitl16
 
-What loss is normal? With raw pixels (loss.norm_pix_loss=False) about 0.3 on ImageNet, say the authors (issue 16 of their
-repository). None of these three has been trained with this code yet; `--dry_run` prints their plan. One more:
+The authors report a loss of about 0.3 for raw pixels, loss.norm_pix_loss=False (issue 16 of their repository). These have not
+been trained with this code yet. With `--dry_run` the command prints their plan.
 
-    demo     CIFAR-10, patches of 8 pixels; 14,000 steps. The loss falls from 0.92 (step 100) to 0.63; k-NN is 0.456, 0.449,
-             0.422 with seeds 0, 1, 2 (whitened pixels 0.435, 0.425, 0.411; pixels 0.346, 0.337, 0.335) and the probe 0.506,
-             0.499, 0.537 (0.383, 0.359, 0.346), 2026-11-26, jax 0.10.2; 283 s in all on 2 CPU cores
+Variant for CIFAR-10 (scores and baselines: docs/results.md):
+
+    demo     ViT of 2 blocks, patches of 8 pixels, 14,000 steps: 283 s on 2 CPU cores. The loss falls from 0.92 (step 100) to
+             0.63. k-NN 0.456, 0.449, 0.422 with seeds 0, 1, 2
 """
 
 import ml_collections
@@ -27,7 +28,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.method = "mae"
     config.total = "1600 epochs"
     config.data.batch_size = 4096
-    config.data.canvas = 512  # pixels are the targets: most images keep theirs
+    config.data.canvas = 512  # large enough for most images, because pixels are the targets
 
     config.model.patch_size = 16
     config.model.dim = 768
@@ -53,7 +54,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.optim.beta2 = 0.95
 
     config.eval.tokens = "patch"
-    config.eval.standardize = True  # as before MAE's linear probe, by batch normalisation
+    config.eval.standardize = True  # MAE's linear probe has a batch norm without affine parameters before it
 
     VARIANTS[variant](config)
     return config
@@ -70,10 +71,11 @@ def vith14(config):
 def demo(config):
     on_cifar10(config)
     config.total, config.data.batch_size = "14_000 steps", 64
-    config.model.update(patch_size=8, dim=192, depth=2, heads=6, unroll=2)  # as wide as a patch has values
+    config.model.update(patch_size=8, dim=192, depth=2, heads=6, unroll=2)  # dim: the values of a patch
     config.decoder.update(dim=64, depth=1, heads=2)
     config.optim.update(lr=4e-3, warmup="300 steps", weight_decay=0.5, weight_decay_end=0.5)
-    # Crops show parts of the image enlarged; whole images are encoded enlarged, so that things are as large in them.
+    # Training crops are enlarged parts of the image. Evaluation enlarges whole images to 48 pixels, so that objects have a
+    # similar size.
     config.eval.update(img_size=48, every="3500 steps")
     config.checkpoint.every = "3500 steps"
     config.log_every = "100 steps"

@@ -1,22 +1,21 @@
 """SimMIM (Xie et al. 2022, "SimMIM: A Simple Framework for Masked Image Modeling", arXiv:2111.09886).
 
-Variants and what the official repository reports on ImageNet-1k (fine-tuned top-1, batch 2048, 60 % of 32-pixel squares
-masked):
+Variants for ImageNet-1k, with the fine-tuned top-1 accuracy that the official repository reports: batch 2048, 60 % of the
+squares of 32 x 32 pixels masked.
 
     vitb16   ViT-B/16, 800 epochs, 224 px              83.8
     swinb    Swin-B, 100 epochs, 192 px, window 6      82.8 (fine-tuned at 192 px), 83.5 (at 224)
     swinl    Swin-L, 800 epochs, 192 px, window 12     85.4
 
-    python -m mim_jax.main --config=configs/simmim.py:swinb --config.data.dir=/data/tensorflow_datasets --workdir=runs/swinb
+    mim_jax --config=simmim:swinb --config.data.dir=~/tensorflow_datasets --workdir=runs/simmim_swinb
 
-None of these three has been trained with this code yet; `--dry_run` prints their plan. Two more are on CIFAR-10:
+These have not been trained with this code yet. With `--dry_run` the command prints their plan.
 
-    demo       ViT of 3 blocks, patches of 8 pixels, absolute positions; 4,500 steps. The loss falls from 0.77 (step 25) to 0.5;
-               k-NN is 0.395, 0.396, 0.391 with seeds 0, 1, 2 (pixels 0.346, 0.337, 0.335; untrained 0.310, 0.305, 0.294) and
-               the probe 0.484, 0.471, 0.475 (untrained 0.439, 0.436, 0.445; whitened pixels 0.383, 0.359, 0.346),
-               2026-11-26, jax 0.10.2; 319 s in all on 2 CPU cores
-    demo_swin  Swin, patches of 4 pixels, 4,500 steps: k-NN 0.327 (untrained 0.306, but pixels 0.346), probe 0.370 (untrained
-               0.327, but whitened pixels 0.383), 2026-11-26, jax 0.10.2; 7.5 minutes on one CPU core
+Variants for CIFAR-10 (scores and baselines of both: docs/results.md):
+
+    demo       ViT of 3 blocks, patches of 8 pixels, absolute positions, 4,500 steps: 319 s on 2 CPU cores. The loss falls
+               from 0.77 (step 25) to 0.5. k-NN 0.395, 0.396, 0.391 with seeds 0, 1, 2
+    demo_swin  Swin, patches of 4 pixels, 4,500 steps: 7.5 minutes on one CPU core. k-NN 0.327, below pixels (0.346)
 """
 
 import ml_collections
@@ -29,7 +28,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.method = "simmim"
     config.total = "800 epochs"
     config.data.batch_size = 2048
-    config.data.canvas = 512  # pixels are the targets: most images keep theirs
+    config.data.canvas = 512  # large enough for most images, because pixels are the targets
 
     config.model.arch = "vit"  # or "swin"
     config.model.patch_size = 16
@@ -37,18 +36,18 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.model.depth = 12
     config.model.heads = 12
     config.model.drop_path_rate = 0.1
-    config.model.pos = "relative"  # or absolute: "learned", "sincos"
+    config.model.pos = "relative"  # or absolute positions: "learned", "sincos"
     config.model.layerscale = 0.1
-    config.model.init_std = 0.02  # weights are drawn from a normal distribution cut at one such standard deviation
+    config.model.init_std = 0.02  # of a normal distribution truncated at one standard deviation
 
     config.crops.global_crops_scale = (0.67, 1.0)
 
     config.mask = ml_collections.ConfigDict()
     config.mask.ratio = 0.6
-    config.mask.mask_patch_size = 32  # pixels
+    config.mask.mask_patch_size = 32  # side of a masked square, in pixels
 
     config.loss = ml_collections.ConfigDict()
-    config.loss.norm_target_window = 0  # odd: targets normalised within so many pixels (47 in the later recipes); 0: not
+    config.loss.norm_target_window = 0  # odd: side of the window in which targets are normalized (later recipes: 47); 0: off
 
     config.optim.schedule = "timm_multistep"
     config.optim.lr_batch_size = 512
@@ -83,22 +82,22 @@ def swinl(config):
 def demo(config):
     on_cifar10(config)
     config.total, config.data.batch_size = "4500 steps", 64
-    # as wide as a patch has values; larger first weights and no LayerScale, with which so small a network learns faster
+    # dim: the values of a patch. With larger initial weights and no LayerScale this small network learns faster.
     config.model.update(patch_size=8, dim=192, depth=3, heads=6, drop_path_rate=0.0, unroll=3, init_std=0.12, layerscale=0.0)
-    config.model.pos = "sincos"  # so that the mean of the patches tells where in the image things are
+    config.model.pos = "sincos"  # absolute, so that the mean of the patch tokens keeps spatial information
     config.mask.mask_patch_size = 8
-    config.loss.norm_target_window = 31  # nearly the image: its color and contrast are no part of what is learned
+    config.loss.norm_target_window = 31  # nearly the whole image: its mean color and contrast are removed from the targets
     config.optim.update(schedule="mae", lr_batch_size=256, lr=4e-3, warmup="150 steps")
     config.optim.weight_decay = config.optim.weight_decay_end = 0.5
     config.crops.global_crops_scale = (0.2, 1.0)
-    config.eval.update(img_size=64, every="1500 steps")  # enlarged, as the crops are
+    config.eval.update(img_size=64, every="1500 steps")  # enlarged like the crops
     config.checkpoint.every = "1500 steps"
 
 
 def demo_swin(config):
     demo(config)
     as_swin(config, dim=48, depths=(2, 2, 2), heads=(3, 6, 12), window=2)
-    config.mask.mask_patch_size = 4  # smaller than the last stage's patches: each of these sees a part of what it paints
+    config.mask.mask_patch_size = 4  # smaller than the last stage's patches, so that each of them sees some visible pixels
     config.loss.norm_target_window = 0
     config.eval.img_size = 32
 

@@ -1,16 +1,18 @@
 """VQ-VAE (van den Oord et al. 2017, "Neural Discrete Representation Learning", arXiv:1711.00937).
 
-Variants:
+Variant for ImageNet-1k:
 
-    imagenet128   128 px, 32 x 32 tokens of 512 (sections 4.1 and 4.2), 250,000 steps, batch 128; codes by moving averages
+    imagenet128   128 px, 32 x 32 tokens of 512 codes (sections 4.1 and 4.2), 250,000 steps, batch 128. The codebook is an
+                  exponential moving average
 
-    python -m mim_jax.main --config=configs/vqvae.py:imagenet128 --config.data.dir=/data/tensorflow_datasets \
-      --workdir=runs/vqvae
+    mim_jax --config=vqvae:imagenet128 --config.data.dir=~/tensorflow_datasets --workdir=runs/vqvae_imagenet128
 
-It has not been trained with this code yet; `--dry_run` prints its plan. One more:
+It has not been trained with this code yet. With `--dry_run` the command prints its plan.
 
-    demo          CIFAR-10, 8 x 8 tokens of 512: the tokenizer of configs/beit.py:demo. 1,500 steps, 4 minutes on one core:
-                  squared error of a value (in 0..1) 0.0028, perplexity 465 of 512, 2026-11-26, jax 0.10.2
+Variant for CIFAR-10 (scores and baselines: docs/results.md):
+
+    demo          8 x 8 tokens of 512 codes: the tokenizer of beit:demo. 1,500 steps: 4 minutes on one CPU core. Mean squared
+                  error 0.0028 (pixels in 0..1), codebook perplexity 465 of 512
 """
 
 import ml_collections
@@ -23,12 +25,12 @@ def get_config(variant: str = "imagenet128") -> ml_collections.ConfigDict:
     config.method = "vqvae"
     config.total = "250_000 steps"
     config.data.batch_size = 128
-    config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # images in 0..1, as tokenizers take them
+    config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # tokenizers take images in 0..1
 
     del config.model.mlp_ratio, config.model.drop_path_rate, config.model.unroll
     config.model.img_size = 128
     config.model.hidden = 256
-    config.model.layers = 2  # each halves the side
+    config.model.layers = 2  # each halves the resolution
     config.model.blocks = 2
 
     config.quantizer = ml_collections.ConfigDict()
@@ -36,11 +38,11 @@ def get_config(variant: str = "imagenet128") -> ml_collections.ConfigDict:
     config.quantizer.dim = 64
     config.quantizer.decay = 0.99
     config.quantizer.commitment = 0.25
-    config.quantizer.threshold = 0.0  # codes with fewer members, on the moving average, begin anew as vectors of the batch
+    config.quantizer.threshold = 0.0  # codes with a lower average count are replaced by vectors of the batch
 
     config.crops.global_crops_scale = (0.35, 1.0)
 
-    config.optim.lr_batch_size = 0  # the rate is absolute
+    config.optim.lr_batch_size = 0  # lr is not scaled with the batch
     config.optim.lr = config.optim.min_lr = 2e-4
     config.optim.warmup = "0 steps"
     config.optim.weight_decay = config.optim.weight_decay_end = 0.0

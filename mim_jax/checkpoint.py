@@ -71,7 +71,7 @@ class SavedRun:
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever Orbax and TensorStore make of broken files
+        except Exception as error:  # of any type that Orbax and TensorStore raise
             raise OSError(f"the checkpoint of step {self.step} in {self.folder} cannot be read: {brief(error)}") from error
 
 
@@ -142,7 +142,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _named_errors(self) -> Iterator[None]:
-        """Turns whatever Orbax and TensorStore raise when a file cannot be written into one OSError."""
+        """Turns any exception of Orbax and TensorStore into one OSError."""
         try:
             yield
         except Exception as error:
@@ -162,7 +162,7 @@ def restore(folder: Path, abstract: Any, config: ml_collections.ConfigDict) -> t
             problem = mismatch(record, config)
             if not problem:
                 return read_arrays(folder / str(step), abstract), record
-        except Exception as error:  # whatever Orbax and TensorStore make of broken files
+        except Exception as error:  # of any type that Orbax and TensorStore raise
             logging.warning("The checkpoint of step %d in %s cannot be read: %s", step, folder, brief(error))
             errors.append(f"step {step}: {brief(error)}")
             continue

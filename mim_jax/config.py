@@ -232,7 +232,7 @@ def skeleton() -> ml_collections.ConfigDict:
     config.optim = ml_collections.ConfigDict()
     config.optim.name = "adamw"
     config.optim.schedule = "dino"  # of the learning rate: see mim_jax/optim.py
-    config.optim.lr_batch_size = 256  # that lr is for; 0: whatever data.batch_size
+    config.optim.lr_batch_size = 256  # the batch size that lr refers to; 0: lr is not scaled
     config.optim.lr_batch_power = 1.0  # lr is scaled by (data.batch_size / lr_batch_size) ** this
     config.optim.min_lr = 0.0
     config.optim.warmup = "10 epochs"
@@ -251,7 +251,7 @@ def skeleton() -> ml_collections.ConfigDict:
 
     config.eval = ml_collections.ConfigDict()
     config.eval.every = "10 epochs"  # or "never"
-    config.eval.bank = 50_000  # images of the training split that vote
+    config.eval.bank = 50_000  # images in the k-NN bank, of the training split
     config.eval.test = 10_000
     config.eval.batch_size = 256
     config.eval.img_size = placeholder(int)  # of the pictures it is measured on; None: model.img_size
@@ -274,7 +274,7 @@ def skeleton() -> ml_collections.ConfigDict:
         (r"patch_embed/kernel$", (None, None, None, "fsdp")),
     )
 
-    config.init_from = placeholder(str)  # a run's workdir: start from what it learned, at whatever image size
+    config.init_from = placeholder(str)  # a run's workdir: start from what it learned, at any image size
     config.init_parts = ()  # the parts of it that are taken, ("backbone",); none named: all
     config.resume = placeholder(str)  # a run's workdir: continue it here
     return config

@@ -1,6 +1,6 @@
 """Learned weights: of another run (`config.init_from`, `config.target.workdir`) or of a file of official ones.
 
-Of a run the average of the weights, its `teacher`, is what it learned; where there is none, its parameters.
+What a run learned is its EMA teacher, or its parameters if it has no teacher.
 """
 
 import dataclasses
@@ -137,7 +137,7 @@ def coverage(saved: SavedRun, sources: dict[str, dict[str, str]], fitted: list[s
     pairs = [(ours, part, theirs) for ours, parts in sources.items() for part, theirs in parts.items()]
     taken = [f"{ours}/{part}{f' from {theirs}' * (ours != theirs)}" for ours, part, theirs in pairs]
     text = f"initialised from step {saved.step} in {saved.folder.parent}: {', '.join(taken)}"
-    text += f"; interpolated: {', '.join(fitted)}" if fitted else ""
+    text += f"; interpolated: {', '.join(dict.fromkeys(fitted))}" if fitted else ""
     return text + (f"; new: {', '.join(new)}" if new else "")
 
 

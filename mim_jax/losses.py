@@ -130,11 +130,11 @@ def masked_cross_entropy(logits: jax.Array, targets: jax.Array, weight: jax.Arra
     return -jnp.sum(picked * weight) / jnp.sum(weight)
 
 
-def cosine_distance(pred: jax.Array, target: jax.Array, eps: float = 1e-12) -> jax.Array:
-    """1 less the mean cosine of vectors [..., D] (BEiT v2, equation 2)."""
+def cosine_distance(pred: jax.Array, target: jax.Array, weight: jax.Array | None = None, eps: float = 1e-12) -> jax.Array:
+    """1 less the mean cosine of vectors [..., D], of those alone whose `weight` [...] is True (BEiT v2, equation 2)."""
     products = jnp.sum(pred * target, axis=-1)
     lengths = [jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1), eps**2)) for x in (pred, target)]
-    return 1 - jnp.mean(products / (lengths[0] * lengths[1]))
+    return 1 - jnp.average(products / (lengths[0] * lengths[1]), weights=weight)
 
 
 def commitment_loss(z: jax.Array, codes: jax.Array) -> jax.Array:

@@ -54,7 +54,7 @@ def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
 
     "dino" (and BEiT, iBOT, DINOv2): `cosine_schedule`. "mae" (and MoCo v3): the same, but the warm-up's last step is one
     short of the peak. "timm_cosine" and "timm_multistep" (SimMIM): step s has the value for step s - 1, warm-up starts at
-    `warmup_lr`, the cosine runs from step 0 whatever the warm-up (so that the rate drops where they meet), and the steps
+    `warmup_lr`, the cosine runs from step 0 regardless of the warm-up (so that the rate drops where they meet), and the steps
     divide the rate by 1 / `decay_rate` at each of `decay_at`; `warmup_lr` and `min_lr` are scaled with the batch.
     """
     o, total = config.optim, total_steps(config)

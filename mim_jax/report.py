@@ -1,6 +1,6 @@
-"""report.html: a run on one page that needs nothing but a browser. Curves are SVG, pictures are inside the file.
+"""report.html: a run on one self-contained page. Curves are SVG, pictures are embedded.
 
-It is written from `metrics.jsonl` and `pictures/`, so it can be rewritten at any time while the run goes on.
+It is made from `metrics.jsonl` and `pictures/`, and rewritten while the run goes on.
 """
 
 import base64
@@ -16,35 +16,36 @@ from mim_jax import journal
 from mim_jax.health import Verdict
 
 FILE = "report.html"
-POINTS = 300  # of a curve at most; longer curves are averaged
+POINTS = 300  # of a curve at most; neighboring points of longer curves are averaged
 
 # picture -> (heading, caption), in the order of the page
 CAPTIONS: Mapping[str, tuple[str, str]] = {
-    "crops": ("Crops", "Images as decoded, and all crops that the model is trained on, at their relative sizes."),
+    "crops": ("Crops", "Training images as decoded, and the crops that are made of them, at their relative sizes."),
     "reconstruction": (
         "Reconstruction",
-        "Held-out images, what the mask leaves of them, and what the model predicts: in the masked patches alone, and in all "
-        "patches (the loss does not ask for the visible ones). Where targets are normalised, brightness and contrast are "
-        "taken from the image.",
+        "Held-out images, the same images masked, and the model's prediction. Visible patches are not part of the loss. "
+        "If the targets are normalized, the mean and contrast of each target are taken from the image.",
     ),
     "attention": (
         "Attention",
-        "Attention of the last block's CLS token to the patches, one column for each head. Below it, the patches that "
-        "together hold most of the attention.",
+        "Attention of the CLS token to the patches in the last block, one column for each head. Below: the patches that "
+        "together hold 60 % of the attention.",
     ),
-    "tokens": ("Use of the codes", "How often the tokenizer uses each code for the held-out images."),
+    "tokens": ("Codebook usage", "How often each code occurs among the tokens of the held-out images."),
     "features": (
         "Patch features",
-        "Held-out images and the first three principal components of their patch features as red, green and blue. The axes "
-        "are the same for all images.",
+        "Held-out images and the first three principal components of their patch features, shown as red, green and blue. "
+        "The components are computed over all images shown.",
     ),
     "correspondences": (
         "Correspondences",
-        "Two views of held-out images. Lines join the most similar patches (by cosine) that are each other's nearest.",
+        "Two random crops of held-out images. Lines connect patches that are mutual nearest neighbors by cosine similarity; "
+        "the most similar pairs are shown.",
     ),
     "neighbors": (
         "Nearest neighbors",
-        "Held-out images and their nearest images in the bank, by cosine. Green: the same class, red: another.",
+        "Held-out images and their nearest neighbors in the bank by cosine similarity. Green: the same class. Red: another "
+        "class.",
     ),
 }
 
@@ -57,9 +58,9 @@ BASELINES: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-    """Curves over the steps. `series`: tag -> name. `zero`: the axis starts at zero, whatever the values.
+    """Curves over the steps. `series`: tag -> name. `zero`: the axis always starts at zero.
 
-    The baselines of a tag are drawn as horizontal lines; the untrained encoder's is the curve's first point, too.
+    The baselines of a tag are horizontal lines; the untrained encoder's is also the curve's point at step 0.
     """
 
     title: str
@@ -69,47 +70,55 @@ class Chart:
 
 
 SCORES = (
-    Chart("k-NN accuracy", "Held-out images classified by their nearest neighbors in the bank.", {"eval/knn": "k-NN"}),
+    Chart(
+        "k-NN accuracy",
+        "Top-1 accuracy on held-out images. The neighbors come from a bank of training images.",
+        {"eval/knn": "k-NN"},
+    ),
     Chart(
         "View retrieval",
-        "How often the nearest crop is one of the same image. Needs no labels.",
+        "Two random crops of each held-out image: how often the nearest second crop is of the same image. Needs no labels.",
         {"eval/view_retrieval": "view retrieval"},
     ),
-    Chart("Linear probe", "Held-out images classified by a linear map fitted to the bank.", {"eval/probe": "linear probe"}),
+    Chart(
+        "Linear probe",
+        "Top-1 accuracy on held-out images of a linear classifier trained on the features of the bank.",
+        {"eval/probe": "linear probe"},
+    ),
 )
 
 CHARTS = (
-    Chart("Loss", "The training loss, averaged over the global batch.", {"train/loss": "loss"}),
+    Chart("Loss", "Training loss, averaged over the global batch.", {"train/loss": "loss"}),
     *SCORES,
     Chart(
-        "Votes",
-        "Mean entropy of the votes for prototypes, in nats.",
+        "Entropy of the prototype assignments",
+        "Mean entropy of the softmax over the prototypes, in nats.",
         {"health/teacher_entropy": "teacher entropy", "health/student_entropy": "student entropy"},
     ),
     Chart(
-        "Information of the votes",
-        "How much a teacher's vote says about its image, and how far the student is from the teacher, in nats. A collapse "
-        "drives both to zero.",
-        {"health/vote_information": "information", "health/kl": "KL(teacher ‖ student)"},
+        "Mutual information and KL",
+        "Mutual information between the image and the teacher's prototype assignment, and the KL divergence between teacher "
+        "and student, in nats. Both go to zero in a collapse.",
+        {"health/mutual_information": "mutual information", "health/kl": "KL(teacher ‖ student)"},
         zero=True,
     ),
     Chart(
         "Prototypes in use",
-        "Share of all prototypes: exp of the entropy of the mean vote, over their number.",
+        "Effective share: exp(entropy of the mean assignment) / number of prototypes. 1 if all are used equally.",
         {"health/prototype_usage": "share"},
         zero=True,
     ),
-    Chart("Feature rank", "Effective number of dimensions of the features (RankMe).", {"health/rank": "rank"}, zero=True),
+    Chart("Feature rank", "Effective rank of the held-out features (RankMe).", {"health/rank": "rank"}, zero=True),
     Chart(
         "Feature spread",
-        "Std of the normalised features over images: 1 when spread over the whole sphere, 0 when all are equal.",
+        "Standard deviation of the L2-normalized features over images, scaled. 1: spread evenly over the sphere; 0: all equal.",
         {"health/feature_std": "std"},
         zero=True,
     ),
-    Chart("Learning rate", "After warm-up and decay.", {"train/lr": "learning rate"}),
+    Chart("Learning rate", "With warm-up and decay.", {"train/lr": "learning rate"}),
     Chart(
         "Throughput",
-        "Training images per second, without compilation and evaluation.",
+        "Training images per second. Compilation, evaluation and checkpoints are not counted.",
         {"perf/images_per_s": "images/s"},
         zero=True,
     ),
@@ -124,20 +133,20 @@ def write_report(
     verdict: Verdict,
     facts: Mapping[str, str],
 ) -> Path:
-    """Writes `workdir/report.html` from the run's figures and pictures so far, whole or not at all.
+    """Writes `workdir/report.html` atomically, from the figures and pictures that the run has logged so far.
 
     Args:
         workdir: holds `metrics.jsonl` and `pictures/*.png`.
         title: of the page.
-        config: as text, shown as it is.
+        config: as text.
         verdict: of `health.verdict`.
-        facts: what else to know, name -> text: data, steps, device, versions.
+        facts: name -> text, shown at the end: data, steps, device, versions.
 
     Returns:
         The path of the report.
 
     Raises:
-        OSError: naming the path, when it cannot be written.
+        OSError: if it cannot be written; names the path.
     """
     workdir = Path(workdir)
     history = journal.read(workdir)
@@ -156,10 +165,10 @@ def write_report(
         mood={"healthy": "good", "too early": "calm"}.get(verdict.status, "bad"),
         sentence=escape(verdict.sentence),
         scores=f'<section class="scores">{scores}</section>' if scores else "",
-        charts=f'<h2>Curves <small>over the training steps</small></h2><section class="charts">{charts}</section>'
+        charts=f'<h2>Curves <small>over training steps</small></h2><section class="charts">{charts}</section>'
         if charts
         else "",
-        more=f'<details><summary>All other figures</summary><section class="charts">{more}</section></details>' if more else "",
+        more=f'<details><summary>All other metrics</summary><section class="charts">{more}</section></details>' if more else "",
         pictures=f"<h2>Pictures</h2>{pictures}" if pictures else "",
         facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()),
         config=escape(config),
@@ -171,14 +180,14 @@ def write_report(
 
 
 def number(value: float) -> str:
-    """A figure for people, three digits of it: 0.285, 12.3, 1,465, 5.00e-05."""
+    """A figure with three significant digits: 0.285, 12.3, 5.00e-05; from 100 on without decimals: 1,465."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:#.3g}" if value else "0"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[tuple[float, str]]:
-    """Round numbers (1, 2, 5 times a power of ten) within [low, high], about `count` of them, and how they are written."""
+    """Round numbers (1, 2, 5 times a power of ten) within [low, high], about `count` of them, with their labels."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * nice for nice in (1, 2, 5, 10) if power * nice >= rough * 0.999)
@@ -189,10 +198,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[tuple[float, str]]:
 
 
 def thin(points: Sequence[tuple[float, float]], count: int = POINTS) -> list[tuple[float, float]]:
-    """At most `count` points: averages of equally many neighbors."""
+    """At most `count` points, each the mean of equally many neighboring points."""
     size = math.ceil(len(points) / count) or 1
     groups = [points[start : start + size] for start in range(0, len(points), size)]
     return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+
+
+def relation(value: float, baseline: float) -> str:
+    return "above" if value > baseline else "below" if value < baseline else "equal"
 
 
 def _baselines(tags: Sequence[str], latest: Mapping[str, Any]) -> dict[str, float]:
@@ -209,7 +222,7 @@ def _score(chart: Chart, latest: Mapping[str, Any]) -> str:
     full = max(value, *baselines.values(), 0.01) * 1.1 if baselines else 1.0
     marks = "".join(f'<i style="left:{baseline / full:.2%}"></i>' for baseline in baselines.values())
     beside = "".join(
-        f'<li class="{"above" if value > baseline else "below"}"><b>{baseline:.3f}</b> {escape(name)}</li>'
+        f'<li class="{relation(value, baseline)}"><b>{baseline:.3f}</b> {escape(name)}</li>'
         for name, baseline in baselines.items()
     )
     return (
@@ -250,7 +263,7 @@ def _plot(chart: Chart, curves: Sequence[Sequence[tuple[float, float]]], baselin
     ys = [y for curve in curves for _, y in curve] + list(baselines)
     spread = max(ys) - min(ys) or abs(ys[0]) or 1.0
     y_low, y_high = min(ys) - 0.08 * spread, max(ys) + 0.08 * spread
-    if min(ys) >= 0 and (chart.zero or min(ys) < 0.5 * spread):  # where zero is near, it belongs in the picture
+    if min(ys) >= 0 and (chart.zero or min(ys) < 0.5 * spread):  # zero is near the values: show it
         y_low = 0.0
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -330,9 +343,9 @@ small { font-size: .85rem; font-weight: 400; color: var(--faint); margin-left: .
 h3 { font-size: .95rem; margin: 0; font-weight: 600; }
 .step, figcaption, dt, .legend { color: var(--faint); }
 .step { margin: 0; }
-.verdict { display: flex; gap: .9rem; align-items: baseline; margin: 1.2rem 0; padding: .8rem 1.1rem; background: var(--card);
-  border: 1px solid var(--line); border-left: 4px solid var(--mood); border-radius: 8px; }
-.verdict strong { color: var(--mood); white-space: nowrap; }
+.verdict { display: flex; flex-wrap: wrap; gap: .2rem .9rem; align-items: baseline; margin: 1.2rem 0; padding: .8rem 1.1rem;
+  background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--mood); border-radius: 8px; }
+.verdict strong { color: var(--mood); white-space: nowrap; } .verdict span { flex: 1 1 18rem; }
 .good { --mood: var(--good); } .calm { --mood: var(--calm); } .bad { --mood: var(--bad); }
 .scores, .charts { display: grid; gap: 1rem; }
 .scores { grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
@@ -343,6 +356,7 @@ h3 { font-size: .95rem; margin: 0; font-weight: 600; }
 .score ul, .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
 .score ul { margin: .65rem 0 0; font-size: .85rem; }
 .score li::before { content: "above "; color: var(--good); } .score li.below::before { content: "below "; color: var(--bad); }
+.score li.equal::before { content: "equal to "; color: var(--faint); }
 .bar { position: relative; height: 8px; border-radius: 4px; background: var(--line); }
 .bar span { display: block; height: 100%; border-radius: 4px; background: var(--c0); }
 .bar i { position: absolute; top: -4px; bottom: -4px; width: 2px; margin-left: -1px; background: var(--ink); opacity: .65; }
@@ -371,5 +385,7 @@ dd { margin: 0; overflow-wrap: anywhere; }
 details { margin-top: 1rem; } details .charts { margin-top: .8rem; }
 summary { cursor: pointer; color: var(--faint); font-size: .9rem; }
 pre { padding: 1rem 1.1rem; font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; overflow-x: auto; }
+@media (max-width: 600px) { .chart > svg { overflow: visible; } .chart > svg text { font-size: 16px; }
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
 @media print { body { max-width: none; } .chart, .picture, .score { break-inside: avoid; } }
 """

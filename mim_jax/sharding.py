@@ -1,7 +1,7 @@
-"""Where every array lives: the mesh, rules -> shardings, host batches -> global arrays.
+"""The placement of arrays: the mesh, rules -> shardings, host batches -> global arrays.
 
-One mesh with the axes `("data", "fsdp")`. Both carry the batch; parameters are replicated over `data` and, by rule, cut
-over `fsdp`. Losses are written for the global batch, so nothing else in the code base mentions a device.
+One mesh with the axes `("data", "fsdp")`. Both carry the batch; parameters are replicated over `data` and, by rule,
+sharded over `fsdp`. Losses are written for the global batch, so nothing else in the code base mentions a device.
 """
 
 import re
@@ -20,7 +20,7 @@ Rules = Sequence[tuple[str, Sequence[str | None]]]
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `data * fsdp` devices; one of the two may be -1: whatever is left.
+    """A mesh of `data * fsdp` devices; one of the two may be -1: the remaining devices.
 
     Raises ValueError when the devices cannot be divided so. The axis type is Auto: jax's default, Explicit, refuses
     Linen modules.

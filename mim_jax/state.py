@@ -41,6 +41,6 @@ def init_state(method: Any, config: ml_collections.ConfigDict) -> tuple[TrainSta
 
 
 def first_state(method: Any, config: ml_collections.ConfigDict) -> TrainState:
-    """A fresh state, made where it is to live: no device ever holds what it will not keep."""
+    """A fresh state, initialised in its final sharding."""
     out_shardings = jax.tree.map(lambda s: s.sharding, abstract_state(method, config))
     return jax.jit(lambda: create(method, config), out_shardings=out_shardings)()

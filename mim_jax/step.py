@@ -1,4 +1,4 @@
-"""The one train step that there is."""
+"""The train step."""
 
 import dataclasses
 from typing import Any

@@ -25,7 +25,7 @@ from mim_jax.evaluators.probe import probe_accuracy, standardize
 from mim_jax.evaluators.retrieval import view_retrieval
 from mim_jax.masking import RandomMask
 from mim_jax.methods.base import Method, Tokenizer
-from mim_jax.models.layers import painted_in
+from mim_jax.models.layers import paste_masked
 from mim_jax.state import abstract_state
 from mim_jax.views import Views
 
@@ -616,15 +616,15 @@ def test_attention_maps_of_one_image_need_no_batch_axis():
     assert one == pictures.attention_maps(attention[None], (2, 2), image[None], side=8)
 
 
-def test_masked_patches_are_darkened_and_painted_in():
+def test_masked_patches_are_darkened_and_paste_masked():
     """Patch by patch: a 2 x 2 grid whose patches 1 and 2 (row-major) are hidden."""
     images, painted = np.full((1, 8, 8, 3), 10, np.uint8), np.full((1, 8, 8, 3), 200, np.uint8)
     mask = np.array([[False, True, True, False]])
     dark = pictures.darkened(images, mask)[0]
     assert (dark[:4, :4] == 10).all() and (dark[4:, 4:] == 10).all()
     assert (dark[:4, 4:] == pictures.HIDDEN).all() and (dark[4:, :4] == pictures.HIDDEN).all()
-    pasted = np.asarray(painted_in(images, painted, mask))
-    columns = {"image": images, "masked": dark[None], "painted in": pasted, "all painted": painted}
+    pasted = np.asarray(paste_masked(images, painted, mask))
+    columns = {"image": images, "masked": dark[None], "masked patches predicted": pasted, "all patches predicted": painted}
     page = np.asarray(pictures.reconstructions(columns, side=8))
     rows = np.flatnonzero((page == 10).all(-1).any(1))
     line = page[rows[0]]  # the upper halves of the four

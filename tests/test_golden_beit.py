@@ -42,7 +42,7 @@ def config_of(monkeypatch):
         config.model.update(dtype=dtype, drop_path_rate=0.0)
         config.head.vocab_size, config.crops.target_size = c["vocab"], c["img"] // c["patch"]
         config.mask.update(count=10, smallest=2)
-        monkeypatch.setattr("mim_jax.methods.beit.make_target", lambda _: StoredTokens(c["vocab"]))
+        monkeypatch.setattr("mim_jax.methods.beit.make_target", lambda *_: StoredTokens(c["vocab"]))
         return config
 
     return of
@@ -208,7 +208,7 @@ def test_vqkd(golden, monkeypatch, x64):
     config.quantizer.update(codes=c["codes"], dim=c["code_dim"], decay=c["decay"], kmeans_init=False)
     features = jnp.asarray(arrays["in/teacher_features"])
     teacher = types.SimpleNamespace(stride=4, dim=c["teacher_dim"], features=lambda params, images: {"patch": features})
-    monkeypatch.setattr("mim_jax.methods.vqkd.make_target", lambda _: teacher)
+    monkeypatch.setattr("mim_jax.methods.vqkd.make_target", lambda *_: teacher)
     method = base.make_method(config)
 
     parts = double(convert.from_torch(prefixed(arrays, "w/"), "vqkd"))

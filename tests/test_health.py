@@ -1,4 +1,4 @@
-"""Health figures on votes and features made to be well or ill."""
+"""Health metrics and verdicts on assignments and features that are healthy or collapsed."""
 
 import math
 
@@ -16,26 +16,26 @@ def votes(logits, temperature=0.1):
     return jax.nn.softmax(logits / temperature), jax.nn.log_softmax(logits / temperature)
 
 
-def test_vote_figures_of_known_votes():
+def test_assignment_figures_of_known_votes():
     uniform, one = jnp.full((2, 5, K), 1 / K), jax.nn.one_hot(jnp.zeros((2, 5), int), K)
-    figures = health.vote_figures(uniform, jnp.log(uniform), center=jnp.array([3.0, 4.0]))
+    figures = health.assignment_figures(uniform, jnp.log(uniform), center=jnp.array([3.0, 4.0]))
     assert figures["health/teacher_entropy"] == pytest.approx(math.log(K), rel=1e-5)
     assert figures["health/student_entropy"] == pytest.approx(math.log(K), rel=1e-5)
     assert figures["health/kl"] == pytest.approx(0, abs=1e-5)
     assert figures["health/prototype_usage"] == pytest.approx(1, rel=1e-5)
-    assert figures["health/vote_information"] == pytest.approx(0, abs=1e-5)
+    assert figures["health/mutual_information"] == pytest.approx(0, abs=1e-5)
     assert figures["health/center_norm"] == pytest.approx(5)
 
-    figures = health.vote_figures(one, jnp.log(uniform))
+    figures = health.assignment_figures(one, jnp.log(uniform))
     assert figures["health/teacher_entropy"] == 0
     assert figures["health/kl"] == pytest.approx(math.log(K), rel=1e-5)
     assert figures["health/prototype_usage"] == pytest.approx(1 / K)
     assert "health/center_norm" not in figures
 
     different = jax.nn.one_hot(jnp.arange(16), K)  # 16 images, each with a prototype of its own
-    figures = health.vote_figures(different, jnp.log(uniform[0, 0]))
+    figures = health.assignment_figures(different, jnp.log(uniform[0, 0]))
     assert figures["health/prototype_usage"] == pytest.approx(16 / K)
-    assert figures["health/vote_information"] == pytest.approx(math.log(16), rel=1e-5)
+    assert figures["health/mutual_information"] == pytest.approx(math.log(16), rel=1e-5)
 
 
 def test_kl_is_that_of_the_pairs():
@@ -43,7 +43,7 @@ def test_kl_is_that_of_the_pairs():
     teacher, _ = votes(rng.normal(size=(7, K)), 1.0)
     student, log_student = votes(rng.normal(size=(7, K)), 1.0)
     expected = np.mean(np.sum(np.asarray(teacher) * np.log(np.asarray(teacher) / np.asarray(student)), axis=-1))
-    assert health.vote_figures(teacher, log_student)["health/kl"] == pytest.approx(expected, rel=1e-4)
+    assert health.assignment_figures(teacher, log_student)["health/kl"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_rank_me_counts_directions():
@@ -67,66 +67,66 @@ def test_feature_std_is_one_on_the_sphere_and_zero_at_a_point():
 def figures_of(teacher_logits, student_logits=None, **more):
     teacher, _ = votes(teacher_logits, 0.04)
     _, student_log = votes(teacher_logits if student_logits is None else student_logits, 0.1)
-    return {tag: float(value) for tag, value in health.vote_figures(teacher, student_log).items()} | more
+    return {tag: float(value) for tag, value in health.assignment_figures(teacher, student_log).items()} | more
 
 
-WELL = {"health/rank": 20.0, "health/feature_std": 0.6, "train/loss": 3.0}
+HEALTHY = {"health/rank": 20.0, "health/feature_std": 0.6, "train/loss": 3.0}
 
 
 def logits(images=256, spread=0.1, seed=0):
     return spread * np.random.default_rng(seed).normal(size=(images, K))
 
 
-def test_votes_that_tell_images_apart_are_healthy():
-    verdict = health.verdict(figures_of(logits(), logits(seed=1)) | WELL, K)
+def test_assignments_that_differ_between_images_are_healthy():
+    verdict = health.verdict(figures_of(logits(), logits(seed=1)) | HEALTHY, K)
     assert verdict.status == "healthy"
     assert "of uniform" in verdict.sentence and f"of {K} prototypes" in verdict.sentence and "rank 20" in verdict.sentence
 
 
-def test_uniform_votes_are_a_collapse_unless_the_run_has_just_begun():
-    flat = figures_of(logits(spread=0.001)) | WELL
+def test_uniform_assignments_are_a_collapse_unless_the_run_has_just_begun():
+    flat = figures_of(logits(spread=0.001)) | HEALTHY
     verdict = health.verdict(flat, K)
     assert verdict.status == "collapsing"
-    assert "teacher entropy 100% of uniform" in verdict.sentence and "same uniform vote" in verdict.sentence
+    assert "teacher entropy 100% of uniform" in verdict.sentence and "same uniform assignment" in verdict.sentence
     assert health.verdict(flat, K, progress=0.01).status == "too early"
 
 
 def test_one_prototype_for_all_images_is_a_collapse():
     same = logits(spread=0.01)
     same[:, 3] += 1
-    verdict = health.verdict(figures_of(same) | WELL, K)
+    verdict = health.verdict(figures_of(same) | HEALTHY, K)
     assert verdict.status == "collapsing" and "same prototype" in verdict.sentence
-    # Equally sure of itself, but each image has its own: well.
+    # As certain, but each image has its own prototype: healthy.
     own = logits(spread=0.01)
     own[np.arange(256), np.arange(256) % K] += 1
-    assert health.verdict(figures_of(own) | WELL, K).status == "healthy"
+    assert health.verdict(figures_of(own) | HEALTHY, K).status == "healthy"
 
 
-def test_one_broad_vote_for_all_images_is_a_collapse():
+def test_one_broad_assignment_for_all_images_is_a_collapse():
     same = np.broadcast_to(logits(images=1), (256, K))
     figures = figures_of(same)
     assert 0.2 < figures["health/teacher_entropy"] / math.log(K) < 0.9
-    verdict = health.verdict(figures | WELL, K)
-    assert verdict.status == "collapsing" and "all images get the same vote." in verdict.sentence
+    verdict = health.verdict(figures | HEALTHY, K)
+    assert verdict.status == "collapsing" and "all images get the same assignment." in verdict.sentence
 
 
 @pytest.mark.parametrize(
-    "ill, reason",
+    "figures, reason",
     [({"health/feature_std": 0.002}, "same features"), ({"health/rank": 1.05}, "one direction")],
 )
-def test_shrunken_features_are_a_collapse(ill, reason):
-    verdict = health.verdict(figures_of(logits()) | WELL | ill, K)
+def test_shrunken_features_are_a_collapse(figures, reason):
+    verdict = health.verdict(figures_of(logits()) | HEALTHY | figures, K)
     assert verdict.status == "collapsing" and reason in verdict.sentence
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 def test_a_figure_that_is_not_finite_is_named_at_any_time(value):
-    verdict = health.verdict(WELL | {"train/loss": value}, K, progress=0.0)
+    verdict = health.verdict(HEALTHY | {"train/loss": value}, K, progress=0.0)
     assert verdict.status == "broken" and "train/loss" in verdict.sentence
 
 
 def test_no_better_than_untrained_is_not_learning():
-    figures = WELL | {
+    figures = HEALTHY | {
         "eval/knn": 0.25,
         "eval/knn_baseline_untrained": 0.27,
         "eval/view_retrieval": 0.04,
@@ -142,7 +142,7 @@ def test_a_tokenizer_is_judged_by_the_use_of_its_codes(counts, status):
     figures = {name: float(value) for name, value in health.codebook_figures(np.float32(counts)).items()}
     assert figures["health/codebook_perplexity"] == pytest.approx(counts.sum(), rel=1e-5)
     assert figures["health/codebook_usage"] == counts.sum() / 64
-    # features that tell images apart no better than at first are not what it is for
+    # a tokenizer's features need not be better than those of the untrained encoder
     verdict = health.verdict(figures | {"eval/knn": 0.2, "eval/knn_baseline_untrained": 0.3}, codes=64)
     assert verdict.status == status and f"codebook perplexity {counts.sum():.0f} of 64" in verdict.sentence
 

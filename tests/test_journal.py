@@ -239,6 +239,7 @@ def test_report_is_one_whole_file_with_scores_baselines_verdict_pictures_and_con
     assert '<p class="value">0.376</p>' in page
     assert '<li class="above"><b>0.271</b> untrained</li>' in page
     assert '<li class="below"><b>0.423</b> whitened pixels</li>' in page
+    assert report.relation(0.07, 0.07) == "equal"
     assert "View retrieval" not in page  # was not measured
     for outside in ("http:", "https:", "<script", 'src="/', "url("):
         assert outside not in page

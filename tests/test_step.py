@@ -259,8 +259,8 @@ def figures_after(steps, **loss):
 
 @pytest.mark.parametrize("loss, status, sentence", [
     (dict(), "healthy", ""),
-    (dict(center_momentum=1.0), "collapsing", "all images vote for the same prototype"),  # the center stays at 0
-    (dict(teacher_temp=0.5), "collapsing", "all images get the same uniform vote"),  # duller than the student's 0.1
+    (dict(center_momentum=1.0), "collapsing", "all images are assigned to the same prototype"),  # the center stays at 0
+    (dict(teacher_temp=0.5), "collapsing", "all images get the same uniform assignment"),  # above the student's 0.1
 ], ids=["recipe", "no centering", "no sharpening"])  # fmt: skip
 def test_verdict_on_the_recipe_and_on_forced_collapses(loss, status, sentence):
     verdict = health.verdict(figures_after(100, **loss), num_prototypes=64)

@@ -194,3 +194,12 @@ def test_a_tokenizer_that_does_not_fit_is_refused(key, value, message):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=re.escape(message)):
         mim_jax.make_method(config)
+
+
+@pytest.mark.parametrize(("name", "target", "makes"), [("vqkd", "vqvae", "features"), ("beit", "dino", "tokens")])
+def test_a_target_of_another_kind_is_refused(name, target, makes):
+    config = mim_jax.load_config(f"tests/tiny.py:{name}")
+    config.target.config = f"{target}:demo"
+    resolve_target(config)
+    with pytest.raises(ValueError, match=f"{name} learns from {makes}, which target.config={target}:demo does not make"):
+        mim_jax.make_method(config)

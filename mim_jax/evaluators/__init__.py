@@ -78,7 +78,7 @@ class Evaluation:
 
     @property
     def sizes(self) -> tuple[int, int]:
-        """The numbers of images that vote and that are measured on."""
+        """The numbers of images in the bank and in the test set."""
         return len(self.bank_rows), len(self.test_rows)
 
     def scores(self, state: TrainState) -> dict[str, float]:
@@ -206,7 +206,10 @@ class Evaluation:
         """The first images of the bank beside all crops and masks that the step makes of them."""
         views, rows = self.method.views, self.bank_rows[:CROPPED]
         crops = self._stream(self.source, rows, self._crops, max(group.size for group in views.crops))
-        masked = {name: pictures.darkened(crops["global"], mask) for name, mask in views.example_masks(len(rows)).items()}
+        masked = {}
+        for name, mask in views.example_masks(len(rows)).items():
+            images = crops["global"].repeat(mask.shape[1] // views.global_crops, axis=1)
+            masked[name] = pictures.darkened(images, mask)
         return pictures.crop_grid(self._images(self.source, rows), crops | masked)
 
     def pictures(self, state: TrainState, target: Any) -> Iterator[tuple[str, Image.Image]]:
@@ -241,16 +244,16 @@ class Evaluation:
         if self.encoded is None or self.encoded[0] is not state.step:
             self.encoded = state.step, *self.encode(state)
         _, bank, test = self.encoded
-        queries, votes = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (test["features"][:QUERIES], bank["features"]))
-        nearest = np.argsort(-queries @ votes.T, axis=1)[:, :NEIGHBORS]
+        queries, others = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (test["features"][:QUERIES], bank["features"]))
+        nearest = np.argsort(-queries @ others.T, axis=1)[:, :NEIGHBORS]
         images = self._images(self.source, self.bank_rows[nearest.reshape(-1)])
         found = [images[start : start + nearest.shape[1]] for start in range(0, len(images), nearest.shape[1])]
         shown = self._images(self.held_out, self.test_rows[:QUERIES])
         if not self.source.num_classes:
             return pictures.neighbors(shown, found)
         names = self.source.classes or [f"class {i}" for i in range(self.source.num_classes)]
-        voted = [[names[label] for label in labels] for labels in bank["label"][nearest]]
-        return pictures.neighbors(shown, found, [names[label] for label in test["label"][:QUERIES]], voted)
+        found_names = [[names[label] for label in labels] for labels in bank["label"][nearest]]
+        return pictures.neighbors(shown, found, [names[label] for label in test["label"][:QUERIES]], found_names)
 
     def _images(self, source: Source, rows: np.ndarray) -> list[np.ndarray]:
         found = self._stream(source, rows, lambda batch: {name: batch[name] for name in ("image", "size")}, self.canvas)

@@ -28,11 +28,11 @@ Images = dict[str, jax.Array]  # caption -> normalised images [B, G, H, W, C]
 class Network(Protocol):
     """A frozen network that makes the targets of others. It also has one of
 
-        features(parts, images) -> {"cls": [B, D], "patch": [B, N, D]},
-        tokens(parts, images) -> int32 [B, N],
+        features(parts, images) -> {"cls": [B, D], "patch": [B, N, D]}, with `dim`, the number D,
+        tokens(parts, images) -> int32 [B, N], with `codes`, the size of the vocabulary,
 
-    for images [B, H, W, 3] in 0..1, patches row-major. A method offers one by `Method.network`; any other object with these
-    members is one, too. `learned.load_target` reads its parts from where `config.target` says.
+    for images [B, H, W, 3] in 0..1, patches row-major, of `stride` pixels a side. A method offers one by `Method.network`; any
+    other object with these members is one, too. `learned.load_target` reads its parts from where `config.target` says.
     """
 
     def init_parts(self, key: jax.Array) -> Params:
@@ -223,10 +223,21 @@ def made(config: ml_collections.ConfigDict) -> Any:
     return module.make(config)
 
 
-def make_target(config: ml_collections.ConfigDict) -> Any:
+def make_target(config: ml_collections.ConfigDict, makes: str) -> Any:
     """The frozen network that `config.target` names: the network of a method, or what `mim_jax/models/<network>.py` makes of a
-    config that has a key `network` and no `method`."""
-    network = config.target.network
-    if "method" in network:
-        return made(network).network()
-    return importlib.import_module(f"mim_jax.models.{network.network}").make(network)
+    config that has a key `network` and no `method`. Raises ValueError if it does not make what is wanted, "features" or
+    "tokens"."""
+    settings = config.target.network
+    if "method" in settings:
+        network = made(settings).network()
+    else:
+        network = importlib.import_module(f"mim_jax.models.{settings.network}").make(settings)
+    if not hasattr(network, makes):
+        raise ValueError(f"{config.method} learns from {makes}, which target.config={config.target.config} does not make")
+    return network
+
+
+def patch_features(network: Any, params: Params, crops: jax.Array) -> jax.Array:
+    """A frozen network's features of the patches of crops [B, G, H, W, 3] in 0..1: [B, G, N, D], without gradient."""
+    patch = network.features(params, crops.reshape(-1, *crops.shape[2:]))["patch"]
+    return jax.lax.stop_gradient(patch.reshape(*crops.shape[:2], *patch.shape[1:]))

@@ -62,7 +62,7 @@ class Beit(BackboneMethod):
         true = self.tokens(target, views["target"])
         all_places = jnp.broadcast_to(jnp.arange(true.shape[-1]), true.shape)
         predicted = self.predict(params, views, all_places)[0].argmax(-1)
-        shown = {"its tokens": true, "masked ones predicted": jnp.where(views["mask"], predicted, true)}
+        shown = {"decoded tokens": true, "masked tokens predicted": jnp.where(views["mask"], predicted, true)}
         return {name: self.decode(target, tokens) for name, tokens in shown.items()}
 
     def decode(self, target: Params, tokens: jax.Array) -> jax.Array:
@@ -79,7 +79,7 @@ def make(config: ml_collections.ConfigDict) -> Beit:
 def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What BEiT and BEiT v2 have in common. Raises ValueError if the grid of tokens is not that of the patches."""
     m, c, dtype = config.model, config.crops, jnp.dtype(config.model.dtype)
-    tokenizer, grid = make_target(config), m.img_size // m.patch_size
+    tokenizer, grid = make_target(config, "tokens"), m.img_size // m.patch_size
     if tokenizer.codes != config.head.vocab_size:
         raise ValueError(
             f"the tokenizer of config.target has {tokenizer.codes} tokens, but head.vocab_size is {config.head.vocab_size}"

@@ -1,7 +1,7 @@
 """BEiT v2: masked image modeling with vector-quantized visual tokenizers (Peng et al. 2022, arXiv:2208.06366).
 
 BEiT, with a second prediction of the same tokens from the final CLS token and the patch tokens of an early layer: what the
-patches lack there, CLS has to tell (section 3.3, "patch aggregation").
+early patches lack must come from CLS (section 3.3, "patch aggregation").
 """
 
 import dataclasses

@@ -43,8 +43,8 @@ class SelfDistillation(BackboneMethod):
         return jnp.concatenate([o["cls"] for o in out], axis=1), out[0]["patch"]
 
     def figures(self, student_log: jax.Array, teacher: jax.Array, center: jax.Array | None) -> dict[str, jax.Array]:
-        """`health.vote_figures`, each teacher crop beside the student's next global crop; [B, V, K] and [B, G, K]."""
-        return health.vote_figures(teacher, jnp.roll(student_log[:, : teacher.shape[1]], 1, axis=1), center)
+        """`health.assignment_figures`, each teacher crop beside the student's next global crop; [B, V, K] and [B, G, K]."""
+        return health.assignment_figures(teacher, jnp.roll(student_log[:, : teacher.shape[1]], 1, axis=1), center)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ class Dinov2(SelfDistillation):
 
         cls_tokens, patch_tokens = self.tokens(params, views, key)
         cls, patch = self.heads(params, cls_tokens, patch_tokens, places)
-        cls_teacher, patch_teacher = self.votes(teacher, target, views, places)
+        cls_teacher, patch_teacher = self.teacher_logits(teacher, target, views, places)
 
         temp = self.schedules["teacher_temp"](step)
         if self.centering == "sinkhorn_knopp":
@@ -95,7 +95,7 @@ class Dinov2(SelfDistillation):
         each = jnp.repeat(1 / jnp.maximum(mask.sum(-1), 1), patches, axis=-1, total_repeat_length=crops * patches)
         return places, masked, jnp.take_along_axis(each.reshape(groups, -1), places, axis=-1) * masked
 
-    def votes(self, teacher: Params, target: Params, views: Params, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def teacher_logits(self, teacher: Params, target: Params, views: Params, places: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The teacher's logits of the global crops: see `heads`."""
         return self.heads(teacher, *self.tokens(teacher, views), places)
 

@@ -1,6 +1,6 @@
 """Distillation of a smaller student from a frozen DINOv2 teacher (Oquab et al. 2024, arXiv:2304.07193, section 5).
 
-DINOv2's losses with the votes of a larger network that is trained already. Nothing is masked: the second loss is of all
+DINOv2's losses with the outputs of a larger trained network as targets. Nothing is masked: the second loss is of all
 patches of the global crops. The moving average of the student is the result.
 """
 
@@ -28,12 +28,12 @@ class Distillation(dinov2.Dinov2):
         places = jnp.broadcast_to(jnp.arange(each), (groups, each))
         return places, jnp.ones(places.shape, bool), jnp.full(places.shape, 1 / patches)
 
-    def votes(self, teacher: Params, target: Params, views: Params, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.target.votes(target, {}, views, places)
+    def teacher_logits(self, teacher: Params, target: Params, views: Params, places: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.target.teacher_logits(target, {}, views, places)
 
 
 def make(config: ml_collections.ConfigDict) -> Distillation:
-    """Raises ValueError if the student cannot be compared with the teacher's votes."""
+    """Raises ValueError if the student and the teacher have different prototypes, patches or images."""
     network = config.target.network
     parts, source = dinov2.parts(config), made(network)
     if not isinstance(source, dinov2.Dinov2):

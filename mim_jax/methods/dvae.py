@@ -1,8 +1,8 @@
 """The discrete VAE (Ramesh et al. 2021, arXiv:2102.12092, section 2.1 and appendix A): an image as a grid of tokens.
 
-A relaxed sample of each place's distribution over the vocabulary (Gumbel-softmax) is painted; the distributions are held to
-the uniform one. `arch` "dalle" is DALL-E's own, whose pixels follow a logit-Laplace distribution, "beit" the small one of
-BEiT's code, with the squared error.
+A relaxed sample of each place's distribution over the vocabulary (Gumbel-softmax) is decoded; a KL term pulls the
+distributions to the uniform one. `arch` "dalle" is DALL-E's own model, whose pixels follow a logit-Laplace distribution,
+"beit" the small one of BEiT's code, with the squared error.
 """
 
 import dataclasses

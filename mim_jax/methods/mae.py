@@ -16,7 +16,7 @@ from mim_jax.data.augment import FLIP, Crops
 from mim_jax.masking import RandomMask
 from mim_jax.methods.base import BackboneMethod, Images, Params, normalization, vit_settings
 from mim_jax.models.decoders import MaeDecoder
-from mim_jax.models.layers import painted_in, patchify, unpatchify
+from mim_jax.models.layers import paste_masked, patchify, unpatchify
 from mim_jax.models.vit import ViT
 from mim_jax.views import Views
 
@@ -55,8 +55,9 @@ class Mae(BackboneMethod):
         if self.norm_pix_loss:  # the prediction has no mean and contrast: they are taken from the image
             _, mean, std = losses.normalized_patches(patchify(views["global"], self.backbone.patch_size))
             patches = patches * std + mean
-        painted = unpatchify(patches, self.backbone.patch_size)
-        return {"painted in": painted_in(views["global"], painted, views["mask"]), "all painted": painted}
+        images = unpatchify(patches, self.backbone.patch_size)
+        filled = paste_masked(views["global"], images, views["mask"])
+        return {"masked patches predicted": filled, "all patches predicted": images}
 
 
 def make(config: ml_collections.ConfigDict) -> Mae:

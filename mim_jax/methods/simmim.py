@@ -16,7 +16,7 @@ from mim_jax.data.augment import FLIP, Crops
 from mim_jax.masking import RandomMask
 from mim_jax.methods.base import BackboneMethod, Images, Params, normalization, vit_settings
 from mim_jax.models.decoders import PixelHead
-from mim_jax.models.layers import painted_in, patchify, unpatchify
+from mim_jax.models.layers import paste_masked, patchify, unpatchify
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT, rescale_residual
 from mim_jax.views import Views
@@ -56,8 +56,9 @@ class SimMim(BackboneMethod):
 
     def reconstruction(self, params: Params, extra: Params, target: Params, views: Params) -> Images:
         _, mean, std = self.normalized(views["global"])
-        painted = self.predict(params, views) * std + mean
-        return {"painted in": painted_in(views["global"], painted, views["mask"]), "all painted": painted}
+        images = self.predict(params, views) * std + mean
+        filled = paste_masked(views["global"], images, views["mask"])
+        return {"masked patches predicted": filled, "all patches predicted": images}
 
 
 def make(config: ml_collections.ConfigDict) -> SimMim:

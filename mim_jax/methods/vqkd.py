@@ -14,7 +14,7 @@ import ml_collections
 
 from mim_jax import health, losses
 from mim_jax.data.augment import FLIP, Crops, Target
-from mim_jax.methods.base import Params, Tokenizer, make_target, normalization, vit_settings
+from mim_jax.methods.base import Params, Tokenizer, make_target, normalization, patch_features, vit_settings
 from mim_jax.models.layers import dense, param_dtype
 from mim_jax.models.quantizers import NormEmaQuantizer, State, cosine_kmeans, unit
 from mim_jax.models.vit import ViT, features, rescale_residual
@@ -22,7 +22,7 @@ from mim_jax.views import Views
 
 
 class TaskLayer(nn.Module):
-    """Linear, tanh, linear on tokens [..., D] -> [..., out_dim], float32 whatever is around it."""
+    """Linear, tanh, linear on tokens [..., D] -> [..., out_dim], in float32 at least."""
 
     out_dim: int
     dtype: Any = jnp.float32
@@ -65,7 +65,7 @@ class VqKd(Tokenizer):
         if self.kmeans_init:
             state = jax.lax.cond(step == 0, lambda: self.first_codes(state, z, key), lambda: state)
         quantized, state = self.quantizer(state, z, train=True)
-        features = self.teacher_features(target, views["target"])
+        features = patch_features(self.target, target, views["target"])
         loss = quantized.loss + losses.cosine_distance(self.rebuild(params, quantized.z), features)
         figures = health.codebook_figures(state["cluster_size"]) | {"train/commitment": quantized.loss}
         return loss, ({"quantizer": state}, figures)
@@ -88,11 +88,6 @@ class VqKd(Tokenizer):
         out = self.decoder.apply({"params": params["decoder"]}, [codes.reshape(*codes.shape[:2], grid, grid, -1)])[0]
         return self.decode_task.apply({"params": params["decode_task"]}, out["patch"])
 
-    def teacher_features(self, target: Params, crops: jax.Array) -> jax.Array:
-        """The teacher's features of crops [B, G, H, W, 3] in 0..1: [B, G, N, D]."""
-        patch = self.target.features(target, crops.reshape(-1, *crops.shape[2:]))["patch"]
-        return jax.lax.stop_gradient(patch.reshape(*crops.shape[:2], *patch.shape[1:]))
-
     def tokens(self, parts: Params, images: jax.Array) -> jax.Array:
         quantized, _ = self.quantizer(parts["quantizer"], self.encode(parts, images[:, None]))
         return quantized.indices[:, 0]
@@ -102,7 +97,7 @@ class VqKd(Tokenizer):
 
 
 def make(config: ml_collections.ConfigDict) -> VqKd:
-    m, q, teacher = config.model, config.quantizer, make_target(config)
+    m, q, teacher = config.model, config.quantizer, make_target(config, "features")
     grid, dtype = m.img_size // m.patch_size, jnp.dtype(m.dtype)
     settings = vit_settings(m) | {"drop_path_rate": 0.0, "k_bias": False}
     decoder = settings | {"patch_size": 1, "img_size": grid, "depth": m.decoder_depth}

@@ -112,7 +112,7 @@ def convolve_to_twice(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return doubled(doubled(y, 1, 3), 2, 3)
 
 
-def painted_in(images: jax.Array, painted: jax.Array, mask: jax.Array) -> jax.Array:
+def paste_masked(images: jax.Array, painted: jax.Array, mask: jax.Array) -> jax.Array:
     """Images [..., H, W, C] with the masked patches, bool [..., N] and square, taken from `painted`, of the same shape."""
     height, width = images.shape[-3:-1]
     size = math.isqrt(height * width // mask.shape[-1])

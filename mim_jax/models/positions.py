@@ -13,8 +13,11 @@ def sincos_positions(dim: int, rows: int, columns: int) -> np.ndarray:
     """MAE's fixed table, float64 [1, 1 + rows * columns, dim], patches row-major, the first row (CLS) zero.
 
     The first half of the channels tells the column, the second the row; each is all sines, then all cosines, of the
-    place times 10000 ** (-i / (dim / 4)). (MAE, `pos_embed.py`; MoCo v3 has the halves the other way round.)
+    place times 10000 ** (-i / (dim / 4)). (MAE, `pos_embed.py`; MoCo v3 has the halves the other way round.) Raises
+    ValueError if 4 does not divide `dim`.
     """
+    if dim % 4:
+        raise ValueError(f"a width of {dim} cannot have sine-cosine positions: it must be a multiple of 4")
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
 
     def waves(places: np.ndarray) -> np.ndarray:
