@@ -165,11 +165,11 @@ def test_no_crop_is_compared_with_itself(crops):
     sure = np.eye(8)[:crops]
     log_probs = jnp.asarray(np.log(0.98 * sure + 0.02 / 8))[None]
     pairs = -np.asarray(log_probs)[0]  # of teacher's crop sure of prototype g and the student's crop: [crops, 8]
-    votes = jnp.asarray(sure[:2])[None]
+    targets = jnp.asarray(sure[:2])[None]
     want = np.mean([pairs[v, g] for g in range(2) for v in range(crops) if v != g])
-    np.testing.assert_allclose(losses.dino_loss(log_probs, votes), want, rtol=1e-6)
-    # the figures are of each vote and the other global crop
-    figures = SelfDistillation.figures(None, log_probs, votes, None)
+    np.testing.assert_allclose(losses.dino_loss(log_probs, targets), want, rtol=1e-6)
+    # the figures compare each target with the student's other global crop
+    figures = SelfDistillation.figures(None, log_probs, targets, None)
     np.testing.assert_allclose(figures["health/kl"], (pairs[0, 1] + pairs[1, 0]) / 2, rtol=1e-5)
 
 

@@ -5,6 +5,7 @@ microsoft/unilm at 768a3c8 (beit, beit2), CompVis/taming-transformers at 3ba01b2
 """
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,17 @@ def test_cosine_kmeans(golden, x64):
     means, counts = jax.jit(cosine_kmeans)(samples, samples[arrays["kmeans/init_indices"]])
     np.testing.assert_allclose(means, arrays["kmeans/means"], atol=1e-13)
     np.testing.assert_array_equal(counts, arrays["kmeans/bins"])
+
+
+def test_a_code_without_members_stays_where_it_was():
+    samples, codebook = jnp.tile(jnp.array([[0.6, 0.8]]), (5, 1)), jnp.array([[0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
+    means, counts = cosine_kmeans(samples, codebook)
+    np.testing.assert_allclose(means, [[0.6, 0.8], [1, 0], [-1, 0]], atol=1e-6)
+    np.testing.assert_array_equal(counts, [5, 0, 0])
+    state = {"codebook": codebook, "cluster_size": jnp.ones(3)}
+    _, new = NormEmaQuantizer(codes=3, dim=2, decay=0.5)(state, samples, train=True)
+    np.testing.assert_allclose(new["codebook"][1:], codebook[1:], atol=1e-6)
+    np.testing.assert_allclose(new["cluster_size"], [3, 0.5, 0.5])
 
 
 def test_gumbel_softmax(golden, x64):
@@ -323,15 +335,19 @@ def test_what_follows_the_step_in_the_discrete_vae():
 
 
 def test_vqkd_begins_with_the_kmeans_of_its_first_batch(monkeypatch):
-    """Of vectors in as many directions as there are codes, however long they are; no later batch is clustered."""
+    """Of its vectors' directions: their lengths do not count. No later batch is clustered."""
     monkeypatch.setattr("jax.random.randint", lambda key, shape, low, high: jnp.arange(low, high)[: shape[0]])
     config = mim_jax.load_config("tests/tiny.py:vqkd")
     config.quantizer.update(codes=3, dim=3, decay=0.9)
     method = mim_jax.make_method(config)
-    directions = np.linalg.qr(np.random.default_rng(0).normal(size=(3, 3)))[0].astype(np.float32)
-    z = jnp.asarray((directions[[0, 1, 2] * 8] * np.linspace(1, 9, 24, dtype=np.float32)[:, None]).reshape(2, 1, 12, 3))
-    for name, value in (("encode", z), ("rebuild", jnp.ones(2)), ("teacher_features", jnp.ones(2))):
-        object.__setattr__(method, name, lambda *_, value=value: value)
+    rng = np.random.default_rng(0)
+    vectors = np.linalg.qr(rng.normal(size=(3, 3)))[0][[0, 1, 2] * 8] + 0.1 * rng.normal(size=(24, 3))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    z = jnp.asarray(vectors * rng.uniform(1, 9, (24, 1)), jnp.float32).reshape(2, 1, 12, 3)
+    teacher = types.SimpleNamespace(features=lambda parts, images: {"patch": jnp.ones((2, 12, 5))})
+    given = {"encode": lambda *_: z, "rebuild": lambda *_: jnp.ones((2, 1, 12, 5)), "target": teacher}
+    for name, value in given.items():
+        object.__setattr__(method, name, value)
     state = {"codebook": np.eye(3, dtype=np.float32), "cluster_size": np.zeros(3, np.float32)}
 
     def after(step):
@@ -340,9 +356,11 @@ def test_vqkd_begins_with_the_kmeans_of_its_first_batch(monkeypatch):
         return extra["quantizer"], figures["train/commitment"]
 
     new, commitment = after(0)
-    np.testing.assert_allclose(new["codebook"], directions, atol=1e-5)
+    means = np.stack([vectors[i::3].mean(0) for i in range(3)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    np.testing.assert_allclose(new["codebook"], means, atol=1e-5)
     np.testing.assert_allclose(new["cluster_size"], 8)  # the members in the k-means, averaged with those of the batch
-    np.testing.assert_allclose(commitment, 0, atol=1e-10)
+    np.testing.assert_allclose(commitment, np.mean((vectors - means[np.arange(24) % 3]) ** 2), rtol=1e-4)
     object.__setattr__(method, "kmeans_init", False)
     without = after(0)
     object.__setattr__(method, "kmeans_init", True)
