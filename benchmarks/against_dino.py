@@ -1,29 +1,25 @@
-"""Time of our train step and of the official PyTorch step, measured in turn in one process.
+"""Our train step against the official PyTorch one, interleaved in one process: same model, batch, threads and ready views.
 
     git clone https://github.com/facebookresearch/dino && pip install torch
     python benchmarks/against_dino.py --dino=dino --config=configs/dino.py:demo [--config.data.batch_size=64] [--rounds=20]
 
-Both have the same model, batch and number of threads, and get finished views: augmentation is not measured. Network and head
-are those of the clone. The loop around them does what a step of main_dino.py does (multi-crop forward, loss, center, backward,
-clipping, AdamW, EMA), in float32 and without logging.
+The network and the head are the clone's; the loop around them does what main_dino.py does in a step (multi-crop forward,
+loss, centre, backward, clipping, AdamW, EMA), in float32 and without its logging. Augmentation is on neither side.
 """
 
 import statistics
 import sys
-import time
 from functools import partial
 
 import jax
 import numpy as np
 import torch
 from absl import app, flags
-from ml_collections import config_flags
+from step import CONFIG, ROUNDS, Step, interleaved
 
-from mim_jax import init_state, make_method, make_train_step
+from mim_jax import make_method
 
-CONFIG = config_flags.DEFINE_config_file("config", "configs/dino.py:demo", "Config file, with a variant after a colon.")
 CLONE = flags.DEFINE_string("dino", "dino", "A clone of facebookresearch/dino.")
-ROUNDS = flags.DEFINE_integer("rounds", 20, "How often each step is timed.")
 
 
 class Official:
@@ -83,29 +79,16 @@ class Official:
 def main(_: list[str]) -> None:
     config = CONFIG.value
     config.model.drop_path_rate, config.model.dtype = 0.0, "float32"
-    method, rng = make_method(config), np.random.default_rng(0)
-    state, frozen = init_state(method, config)
-    train_step = make_train_step(method, config)
-    shapes = [(config.data.batch_size, len(c.policies), c.size, c.size, 3) for c in method.crops]
-    views = {c.name: rng.standard_normal(shape, np.float32) for c, shape in zip(method.crops, shapes)}
+    method, rng, images = make_method(config), np.random.default_rng(0), config.data.batch_size
+    shapes = method.views.shapes(images)
+    views = {group.name: rng.standard_normal(shapes[group.name].shape, np.float32) for group in method.views.crops}
     groups = [[torch.from_numpy(x[:, i].transpose(0, 3, 1, 2).copy()) for i in range(x.shape[1])] for x in views.values()]
-    views, official = jax.device_put(views), Official(config)
+    ours, official = Step(method, config, jax.device_put(views)), Official(config)
 
-    ours, theirs = [], []
-    for number in range(ROUNDS.value + 2):
-        start = time.perf_counter()
-        state, metrics = train_step(state, frozen, views)
-        jax.block_until_ready(state)
-        middle = time.perf_counter()
-        official.step(groups)
-        end = time.perf_counter()
-        if number > 1:
-            ours.append(middle - start)
-            theirs.append(end - middle)
-    ratios = [t / o for o, t in zip(ours, theirs)]
-    images = config.data.batch_size
+    times = interleaved({"ours": ours, "official": lambda: official.step(groups)}, ROUNDS.value)
+    ratios = [theirs / our for our, theirs in zip(*times.values())]
     print(f"jax {jax.__version__}, torch {torch.__version__} with {torch.get_num_threads()} threads, batch {images}")
-    for name, seconds in (("ours", ours), ("official", theirs)):
+    for name, seconds in times.items():
         median = statistics.median(seconds)
         print(f"{name:<9} {median * 1e3:8.1f} ms  {images / median:8,.0f} images/s")
     low, _, high = statistics.quantiles(ratios, n=4)

@@ -23,41 +23,26 @@ Variants for CIFAR-10 (scores and baselines of both: docs/results.md):
 
 import ml_collections
 
-from mim_jax.config import hours_on_cifar10, on_cifar10, skeleton
+from mim_jax.config import hours_on_cifar10, load_config, on_cifar10
 
 
 def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
-    config = skeleton()
+    config = load_config("dino:vits16").unlock()
     config.method = "dinov2"
     config.total = "125_000 steps"
     config.data.batch_size = 2048
 
-    config.model.patch_size = 16
-    config.model.dim = 1024
-    config.model.depth = 24
-    config.model.heads = 16
+    config.model.update(dim=1024, depth=24, heads=16)
     config.model.drop_path_rate = 0.3  # the same for all blocks
     config.model.layerscale = 1e-5
     config.model.ffn = "mlp"  # or "swiglu"
     config.model.registers = 0
     config.model.antialias = False  # of interpolated positions; True for the official models with registers
-    config.model.init_std = 0.02  # std of the initial weights of linear layers
 
-    config.head = ml_collections.ConfigDict()
-    config.head.out_dim = 65536
-    config.head.hidden_dim = 2048
-    config.head.bottleneck_dim = 256
-    config.head.nlayers = 3
-    config.ibot_head = ml_collections.ConfigDict()
-    config.ibot_head.update(config.head)
+    del config.head.use_bn, config.head.norm_last_layer
+    config.ibot_head = ml_collections.ConfigDict(config.head)
 
-    config.crops.global_crops_number = 2
-    config.crops.global_crops_size = 224
-    config.crops.global_crops_scale = (0.32, 1.0)
-    config.crops.local_crops_number = 8
-    config.crops.local_crops_size = 96
-    config.crops.local_crops_scale = (0.05, 0.32)
-    config.crops.blur_radius = (0.1, 2.0)  # std of the Gaussian blur, in pixels of the crop
+    config.crops.update(global_crops_scale=(0.32, 1.0), local_crops_number=8, local_crops_scale=(0.05, 0.32))
 
     config.mask = ml_collections.ConfigDict()
     config.mask.group_size = 64  # images per group, for masks, KoLeo and stochastic depth; a GPU's batch in the official code
@@ -65,37 +50,17 @@ def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
     config.mask.ratio = (0.1, 0.5)
     config.mask.exact = False  # True: the same number of masked patches in every group, reached by adding single patches
 
-    config.loss = ml_collections.ConfigDict()
     config.loss.centering = "centering"  # or "sinkhorn_knopp"
     config.loss.separate_head = False  # True: patches have their own head, ibot_head
-    config.loss.student_temp = 0.1
-    config.loss.warmup_teacher_temp = 0.04
-    config.loss.teacher_temp = 0.07
     config.loss.teacher_temp_warmup = "37_500 steps"  # 30 "epochs" of the official code, 1250 steps each
-    config.loss.center_momentum = 0.9
     config.loss.dino_weight = 1.0
     config.loss.ibot_weight = 1.0
     config.loss.koleo_weight = 0.1
 
-    config.optim.lr = 4e-3
-    config.optim.lr_batch_size = 1024
+    config.optim.update(lr=4e-3, lr_batch_size=1024, warmup="12_500 steps", momentum_teacher=0.992)
     config.optim.lr_batch_power = 0.5  # square root scaling of the learning rate
-    config.optim.min_lr = 1e-6
-    config.optim.warmup = "12_500 steps"
-    config.optim.weight_decay = 0.04
-    config.optim.weight_decay_end = 0.4
-    config.optim.clip_grad = 3.0
-    config.optim.clip_per = "part"
-    config.optim.layer_decay = 0.9
-    config.optim.patch_embed_lr = 0.2
-    config.optim.freeze_last_layer = "1250 steps"
-    config.optim.freeze_last_layer_by = "lr"
-    config.optim.momentum_teacher = 0.992
-
-    config.mesh.rules += (
-        (r"head/mlp_\d/kernel$", (None, "fsdp")),
-        (r"last_layer/weight_[gv]$", (None, "fsdp")),
-    )
+    config.optim.update(clip_per="part", layer_decay=0.9, patch_embed_lr=0.2)
+    config.optim.update(freeze_last_layer="1250 steps", freeze_last_layer_by="lr")
 
     VARIANTS[variant](config)
     return config

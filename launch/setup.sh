@@ -1,10 +1,10 @@
-# Sourced by the other scripts, from the root of the checkout. `setup EXTRAS` makes sure that a virtual environment
-# holds mim_jax with these extras of pyproject.toml, and sets $python to its interpreter.
+# Sourced by the other scripts, from the root of the checkout. `setup EXTRAS` installs mim_jax with these extras of
+# pyproject.toml into a virtual environment, unless it is up to date, and sets $python to its interpreter.
 #
 #   PYTHON=python3.13 bash launch/...   this interpreter, in an environment of its own (.venv-3.13); else .venv
 #   EXTRAS=cuda13 bash launch/...       more extras, separated by commas: cuda12, cuda13, tpu
 #
-# Installs with uv if it is on the PATH, else with venv and pip, from whatever package index they are configured for.
+# Installs with uv if it is on the PATH, else with venv and pip.
 
 fail() {
   printf '%s\n' "" "$@" >&2
@@ -18,9 +18,9 @@ not_installed() {
 
 have_uv() { command -v uv >/dev/null; }
 
-suits() { # INTERPRETER: run, not only looked up, because pyenv has a shim for every version, switched on or not
+suits() { # INTERPRETER: it is run, because pyenv has a shim for every version, active or not
   local check='import sys; assert (3, 11) <= sys.version_info < (3, 14)'
-  have_uv || check+='; import ensurepip' # Debian keeps it in a package of its own
+  have_uv || check+='; import ensurepip' # on Debian a separate package
   "$1" -c "$check" >/dev/null 2>&1
 }
 
@@ -58,17 +58,17 @@ setup() { # EXTRAS
     venv+=-$("$base" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   fi
   python=$PWD/$venv/bin/python
-  stamp=$venv/installed-$extras # a copy of all that was asked for, written last
+  stamp=$venv/installed-$extras # a copy of the requirements, written when they are installed
   wanted() { pwd && cat requirements.txt pyproject.toml; }
   ready() { [[ -x $python && ! -e $venv.installing ]] && wanted | cmp -s - "$stamp"; }
 
   if ready; then return; fi
   (
-    flock 9 2>/dev/null || true # a second script waits here for the first (where the system has flock)
+    flock 9 2>/dev/null || true # a second script waits for the first, if the system has flock
     if ready; then exit; fi
     if [[ -x $python && ! -e $venv.installing ]]; then
       echo "New requirements: installing into $venv." >&2
-    else # none yet, or cut short: from the beginning
+    else # there is none, or its installation was interrupted
       base=$(find_python)
       echo "First use: installing into $venv with $base (a minute or a few)." >&2
       touch "$venv.installing"

@@ -3,7 +3,7 @@
 #                                   bash launch/test.sh tests/test_optim.py    arguments go to pytest
 #                                   bash launch/test.sh -m slow                the slow tests
 #                                   PYTHON=python3.13 bash launch/test.sh      on another Python (see setup.sh)
-# A path is looked for in the folder that you stand in, then in the root of the checkout.
+# Paths start in the current folder or in the root of the checkout.
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from PIL import Image
+from PIL import Image, ImageColor
 
 from mim_jax import health, load_config, make_method, sharding
 from mim_jax.data import pipeline
@@ -25,7 +25,7 @@ from mim_jax.evaluators.probe import probe_accuracy, standardize
 from mim_jax.evaluators.retrieval import view_retrieval
 from mim_jax.masking import RandomMask
 from mim_jax.methods.base import Method, Tokenizer
-from mim_jax.models.layers import paste_masked
+from mim_jax.models.layers import fill_masked
 from mim_jax.state import abstract_state
 from mim_jax.views import Views
 
@@ -607,7 +607,7 @@ def test_patches_that_are_each_others_nearest_are_joined():
     i, j = here[0], there[0]
     top = 2 * pictures.GAP
     for x, n in ((top, i), (top + 80 + 4 * pictures.GAP, j)):
-        assert tuple(page[top + 20 + 40 * (n // 2), x + 20 + 40 * (n % 2)]) == pictures.hsv(0.0)
+        assert tuple(page[top + 20 + 40 * (n // 2), x + 20 + 40 * (n % 2)]) == ImageColor.getrgb("hsv(0, 85%, 95%)")
 
 
 def test_attention_maps_of_one_image_need_no_batch_axis():
@@ -616,15 +616,15 @@ def test_attention_maps_of_one_image_need_no_batch_axis():
     assert one == pictures.attention_maps(attention[None], (2, 2), image[None], side=8)
 
 
-def test_masked_patches_are_darkened_and_paste_masked():
+def test_masked_patches_are_darkened_and_filled():
     """Patch by patch: a 2 x 2 grid whose patches 1 and 2 (row-major) are hidden."""
-    images, painted = np.full((1, 8, 8, 3), 10, np.uint8), np.full((1, 8, 8, 3), 200, np.uint8)
+    images, predicted = np.full((1, 8, 8, 3), 10, np.uint8), np.full((1, 8, 8, 3), 200, np.uint8)
     mask = np.array([[False, True, True, False]])
     dark = pictures.darkened(images, mask)[0]
     assert (dark[:4, :4] == 10).all() and (dark[4:, 4:] == 10).all()
     assert (dark[:4, 4:] == pictures.HIDDEN).all() and (dark[4:, :4] == pictures.HIDDEN).all()
-    pasted = np.asarray(paste_masked(images, painted, mask))
-    columns = {"image": images, "masked": dark[None], "masked patches predicted": pasted, "all patches predicted": painted}
+    filled = np.asarray(fill_masked(images, predicted, mask))
+    columns = {"image": images, "masked": dark[None], "masked predicted": filled, "all predicted": predicted}
     page = np.asarray(pictures.reconstructions(columns, side=8))
     rows = np.flatnonzero((page == 10).all(-1).any(1))
     line = page[rows[0]]  # the upper halves of the four

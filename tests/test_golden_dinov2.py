@@ -16,7 +16,7 @@ from mim_jax.evaluators.knn import knn_scores
 from mim_jax.masking import GroupMask
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.positions import interpolate_positions
-from mim_jax.models.vit import ViT, add_to_kept_rows, intermediate_layers, kept_rows, seen, swiglu_width
+from mim_jax.models.vit import ViT, add_to_kept_rows, hidden_states, intermediate_layers, kept_rows, swiglu_width
 from mim_jax.state import create
 
 
@@ -114,7 +114,7 @@ def test_vit(golden, name, x64):
         np.testing.assert_allclose(out["patch"][:, 0], arrays[f"{tag}/x_norm_patchtokens"], atol=atol)
         if "registers" in out:
             np.testing.assert_allclose(out["registers"][:, 0], arrays[f"{tag}/x_norm_regtokens"], atol=atol)
-        np.testing.assert_allclose(seen(vit, params, images)[0][-1], arrays[f"{tag}/x_prenorm"], atol=atol)
+        np.testing.assert_allclose(hidden_states(vit, params, images)[0][-1], arrays[f"{tag}/x_prenorm"], atol=atol)
         if f"{tag}/masks" in arrays:
             mask = jnp.asarray(arrays[f"{tag}/masks"])[:, None]
             out = vit.apply({"params": params}, [images[:, None]], masks=[mask])[0]
@@ -341,9 +341,7 @@ def test_knn(golden):
 def test_initial_distributions(golden):
     _, meta = golden("dinov2_init_stats")
     settings = dict(registers=4, antialias=True, mask_token=True, layerscale=1e-5, mask_token_init=jax.nn.initializers.zeros)
-    vit = ViT(
-        patch_size=14, img_size=224, dim=384, depth=12, heads=6, token_init=jax.nn.initializers.normal(1e-6), **settings
-    )
+    vit = ViT(patch_size=14, img_size=224, dim=384, depth=12, heads=6, token_init=jax.nn.initializers.normal(1e-6), **settings)
     image, mask = jnp.zeros((1, 1, 224, 224, 3)), jnp.zeros((1, 1, 256), bool)
     backbone = jax.jit(vit.init)(jax.random.key(0), [image], masks=[mask])["params"]
     arrays = convert.to_torch({"backbone": jax.device_get(backbone)}, "dinov2")

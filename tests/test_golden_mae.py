@@ -106,7 +106,7 @@ def test_raw_reconstruction_undoes_the_normalization(golden, x64):
     views = views_of(method, arrays["in/imgs"], arrays["in/noise"])
     target, _, _ = losses.normalized_patches(patchify(views["global"], 4))
     object.__setattr__(method, "predict", lambda *_: target)
-    np.testing.assert_allclose(method.reconstruction({}, {}, {}, views)["all patches predicted"], views["global"], atol=1e-12)
+    np.testing.assert_allclose(method.reconstruction({}, {}, {}, views)["all predicted"], views["global"], atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["mae_forward", "mae_train_steps"])

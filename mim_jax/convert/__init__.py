@@ -5,8 +5,9 @@
 
 (Many files hold the state dict under a key of their own: `torch.load(file)["model"]` for MAE and SimMIM.)
 
-Each family is a table of `Row`s, one for each tensor: its official key, our path, the official shape in symbols, and how
-the layout changes. The two directions read the same table, so a round trip is exact.
+Each family has one function, `rows(names)`: for official keys or for our paths, the table of its `Row`s, one for each
+tensor (official key, path, official shape in symbols, change of layout). Both directions read this table, so a round trip is
+exact.
 """
 
 import importlib
@@ -16,8 +17,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mim_jax.convert.table import Dim
+from mim_jax.convert.table import Dim, Row
 from mim_jax.models.positions import relative_position_index
 
 CHUNK = re.compile(r"\bblocks\.\d+\.(?=\d+\.)")
@@ -27,34 +29,41 @@ BUFFERS = (
 )
 
 
-def family_module(family: str) -> Any:
-    """`mim_jax/convert/<family>.py`. Raises ValueError for a family that is not known."""
+def table_of(family: str, names: Mapping[str, np.ndarray]) -> list[Row]:
+    """The rows of `mim_jax/convert/<family>.py`. Raises ValueError for an unknown family."""
     try:
-        return importlib.import_module(f"mim_jax.convert.{family}")
+        module = importlib.import_module(f"mim_jax.convert.{family}")
     except ModuleNotFoundError:
         raise ValueError(f"no converter for family {family!r}") from None
+    return module.rows(names)
 
 
 def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
     """{official state-dict key: array} -> parameters by part, as `method.init` lays them out.
 
-    Families: "dino" (a backbone alone comes without a prefix in its keys, a full model with `backbone.` and `head.`),
-    "ibot" (the same, the head's last layer shared or not), "dinov2" (a backbone without a prefix, a full model with
-    `backbone.`, `dino_head.` and `ibot_head.`; of `blocks.<chunk>.<block>`, as its trainer writes, the chunk is dropped),
-    "mae" (encoder, with or without decoder, or with a classifier), "simmim" (ViT or Swin, with or without decoder), "beit"
-    (BEiT and BEiT v2, or with a classifier), "vqkd" (BEiT v2's tokenizer), "dalle" (the dVAE's encoder or decoder, or both
-    with `encoder.` and `decoder.` before their keys) and "dvae" (BEiT's small discrete VAE). A leading `module.` and buffers
-    that follow from the model's shape are dropped. Raises ValueError that names every tensor which is missing, unexpected or
-    misshapen.
+    A leading `module.` and buffers that follow from the model's shape are dropped.
+
+    Families:
+        dino: a backbone alone has no prefix in its keys, a full model has `backbone.` and `head.`.
+        ibot: the same; the head's last layer is shared or not.
+        dinov2: a backbone without a prefix, or a full model with `backbone.`, `dino_head.` and `ibot_head.`. Of
+            `blocks.<chunk>.<block>`, as its trainer writes, the chunk is dropped.
+        mae: encoder, with or without decoder, or with a classifier.
+        simmim: ViT or Swin, with or without decoder.
+        beit: BEiT and BEiT v2, or with a classifier.
+        vqkd: BEiT v2's tokenizer.
+        dalle: the dVAE's encoder or decoder, or both with `encoder.` and `decoder.` before their keys.
+        dvae: BEiT's small discrete VAE.
+
+    Raises ValueError that names every tensor that is missing, unexpected or misshapen.
     """
     arrays = {CHUNK.sub("blocks.", key.removeprefix("module.")): np.asarray(value) for key, value in arrays.items()}
     arrays = {key: value for key, value in arrays.items() if not key.endswith(BUFFERS)}
     problems: list[str] = []
     sizes: dict[str, int] = {}
-    params: dict[str, Any] = {}
-    rows = family_module(family).rows_for_keys(arrays)
+    params: dict[str, np.ndarray] = {}
     known: set[str] = set()
-    for row in rows:
+    for row in table_of(family, arrays):
         keys = row.keys(number_of_blocks(arrays, row.key))
         known |= set(keys)
         problems += [f"missing: {key}" for key in keys if key not in arrays]
@@ -62,21 +71,21 @@ def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
             problems += misshapen(key, arrays[key], row.shape, sizes) if key in arrays else []
         if not problems:
             values = [row.layout.to_flax(arrays[key]) for key in keys]
-            put(params, row.path, np.stack(values) if "{}" in row.key else np.array(values[0]))
+            params[row.path] = np.stack(values) if "{}" in row.key else np.array(values[0])
     problems += [f"unexpected: {key}" for key in arrays if key not in known]
     if problems:
         raise ValueError(f"this is not a {family} state dict:\n  " + "\n  ".join(problems))
-    return params
+    return unflatten_dict(params, sep="/")
 
 
 def to_torch(params: Mapping[str, Any], family: str) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`: parameters by part -> {official state-dict key: array}, with the buffers that can be told.
+    """The inverse of `from_torch`: parameters by part -> {official state-dict key: array}, with the index of relative biases.
 
-    Raises ValueError for parameters that the family's table does not know or does not find.
+    Raises ValueError for missing and unexpected parameters.
     """
-    flat = flatten(params)
+    flat = flatten_dict(params, sep="/")
     out: dict[str, np.ndarray] = {}
-    rows = family_module(family).rows_for_paths(flat)
+    rows = table_of(family, flat)
     missing, unexpected = {row.path for row in rows} - flat.keys(), flat.keys() - {row.path for row in rows}
     if missing or unexpected:
         raise ValueError(f"these are not {family} parameters: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
@@ -91,17 +100,16 @@ def buffers(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     out = {}
     for key, table in arrays.items():
         if key.endswith("relative_position_bias_table"):
-            cls = math.isqrt(len(table)) ** 2 != len(table)  # a square grid's alone, or three rows more
-            side = (round((len(table) - 3 * cls) ** 0.5) + 1) // 2
-            index = relative_position_index(side, side, cls)
-            out[key.replace("bias_table", "index")] = index
+            cls = math.isqrt(len(table)) ** 2 != len(table)  # three rows more than a square grid needs
+            side = (math.isqrt(len(table)) + 1) // 2
+            out[key.replace("bias_table", "index")] = relative_position_index(side, side, cls)
     return out
 
 
 def number_of_blocks(keys: Any, row_key: str) -> int:
-    """One more than the largest number that stands in a key where `row_key` has `{}`, whatever follows it.
+    """One more than the largest number that a key has in the place of `row_key`'s `{}`.
 
-    At least 1, so that a state dict without blocks names them.
+    At least 1, so that the missing tensors of a state dict without blocks are named.
     """
     before = row_key.partition("{}")[0]
     numbers = [key.removeprefix(before).split(".")[0] for key in keys if key.startswith(before)]
@@ -109,7 +117,7 @@ def number_of_blocks(keys: Any, row_key: str) -> int:
 
 
 def misshapen(key: str, array: np.ndarray, shape: tuple[Dim, ...], sizes: dict[str, int]) -> list[str]:
-    """[] or one complaint. Symbols that `sizes` lacks are learnt from the array."""
+    """[] or one problem. Symbols that `sizes` lacks are read off the array, and added to it."""
     if len(shape) == array.ndim:
         for dim, size in zip(shape, array.shape):
             if isinstance(dim, str) and "*" not in dim:
@@ -123,18 +131,3 @@ def resolve(dim: Dim, sizes: Mapping[str, int]) -> Dim:
         return dim
     *factors, symbol = dim.split("*")
     return math.prod(map(int, factors)) * sizes[symbol] if symbol in sizes else dim
-
-
-def put(tree: dict[str, Any], path: str, value: np.ndarray) -> None:
-    *parents, leaf = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[leaf] = value
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, np.ndarray]:
-    """{"a": {"b": x}} -> {"a/b": x}"""
-    out: dict[str, np.ndarray] = {}
-    for key, value in tree.items():
-        out |= flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + key: np.asarray(value)}
-    return out

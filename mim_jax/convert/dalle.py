@@ -3,17 +3,16 @@
 import re
 from collections.abc import Iterable
 
-from mim_jax.convert.table import CONV, Dim, Row, under
-
-PARTS = ("encoder", "decoder")
+from mim_jax.convert import table
+from mim_jax.convert.table import Dim, Row
 
 
 def conv(key: str, path: str, out: Dim, inputs: Dim, size: int) -> list[Row]:
-    return [Row(f"{key}.w", f"{path}/kernel", (out, inputs, size, size), CONV), Row(f"{key}.b", f"{path}/bias", (out,))]
+    return [row._replace(key=key + end) for row, end in zip(table.conv(key, path, out, inputs, size), (".w", ".b"))]
 
 
-def table(part: str, blocks: int) -> list[Row]:
-    """Q is a quarter of the narrowest group's width; the rows that tell it come first."""
+def part_rows(part: str, blocks: int) -> list[Row]:
+    """Q is a quarter of the narrowest group's width; the rows from which it is known come first."""
     factors, kernels, x = (1, 2, 4, 8), (3, 3, 3, 1), "4*Q"
     rows = conv("blocks.input", "input", "4*Q", "C", 7) + conv("blocks.output.conv", "output", "V", "32*Q", 1)
     if part == "decoder":
@@ -28,27 +27,13 @@ def table(part: str, blocks: int) -> list[Row]:
                 rows += conv(f"{key}.res_path.conv_{i + 1}", f"{path}/conv_{i + 1}", chain[i + 1], chain[i], size)
             rows += conv(f"{key}.id_path", f"{path}/id_path", width, x, 1) if x != width else []
             x = width
-    return under(part, sorted(rows, key=lambda row: "Q" not in row.shape))
+    return sorted(rows, key=lambda row: "Q" not in row.shape)
 
 
-def number_of_blocks(names: Iterable[str]) -> int:
-    """Of each group, told by the first; at least 1."""
-    return max((int(match[1]) for name in names if (match := re.search(r"group_1[._]block_(\d+)[./]", name))), default=1)
-
-
-def tables(parts: Iterable[str], prefixed: bool, blocks: int) -> list[Row]:
-    rows = [(part, row) for part in parts for row in table(part, blocks)]
-    return [row._replace(key=f"{part}.{row.key}") if prefixed else row for part, row in rows]
-
-
-def rows_for_keys(keys: Iterable[str]) -> list[Row]:
-    """`encoder.` and `decoder.` stand before the keys of both, nothing before those of one alone. The decoder's first
-    group begins with a change of width, the encoder's does not."""
-    parts = [part for part in PARTS if any(key.startswith(f"{part}.") for key in keys)]
-    own = "decoder" if any(key.startswith("blocks.group_1.block_1.id_path.") for key in keys) else "encoder"
-    return tables(parts or [own], bool(parts), number_of_blocks(keys))
-
-
-def rows_for_paths(paths: Iterable[str]) -> list[Row]:
-    parts = [part for part in PARTS if any(path.startswith(f"{part}/") for path in paths)]
-    return tables(parts, len(parts) > 1, number_of_blocks(paths))
+def rows(names: Iterable[str]) -> list[Row]:
+    """Keys without a prefix are the decoder's if its first group begins with a change of width, as the encoder's does not."""
+    single = "decoder" if table.has(names, "blocks.group_1.block_1.id_path.") else "encoder"
+    parts, prefixed = table.parts_of(names, ("encoder", "decoder"), single)
+    numbers = [int(match[1]) for name in names if (match := re.search(r"group_1[._]block_(\d+)[./]", name))]
+    blocks = max(numbers, default=1)  # of each group
+    return [row for part in parts for row in table.under(part, part_rows(part, blocks), prefixed)]

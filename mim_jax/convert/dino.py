@@ -3,76 +3,47 @@
 import re
 from collections.abc import Iterable
 
-from mim_jax.convert.table import EMBEDDING, NORM, POSITIONS, TRANSPOSED, Row, block_rows, parts
+from mim_jax.convert.table import EMBEDDING, NORM, POSITIONS, TRANSPOSED, Row, block_rows, has, linear, norm, parts_of, under
 
-BACKBONE = (*EMBEDDING, *POSITIONS, *block_rows(), *NORM)
-
-
-def head(nlayers: int, use_bn: bool, of: str = "") -> list[Row]:
-    """DINOHead's MLP is a torch Sequential, so that its keys depend on what stands between the linear layers.
-
-    `of` tells the sizes of one head from those of another.
-    """
-    hidden, bottleneck = f"HIDDEN{of}", f"BOTTLENECK{of}"
-    rows = last_layer("last_layer", f"K{of}", bottleneck)
-    for i in range(nlayers):
-        at = f"mlp.{(3 if use_bn else 2) * i}" if nlayers > 1 else "mlp"
-        width_in, width = "D" if i == 0 else hidden, bottleneck if i == nlayers - 1 else hidden
-        rows.append(Row(f"{at}.weight", f"mlp_{i}/kernel", (width, width_in), TRANSPOSED))
-        rows.append(Row(f"{at}.bias", f"mlp_{i}/bias", (width,)))
-        if use_bn and i < nlayers - 1:
-            bn = f"mlp.{3 * i + 1}"
-            rows.append(Row(f"{bn}.weight", f"bn_{i}/scale", (width,)))
-            rows.append(Row(f"{bn}.bias", f"bn_{i}/bias", (width,)))
-            rows.append(Row(f"{bn}.running_mean", f"batch_stats/bn_{i}/mean", (width,)))
-            rows.append(Row(f"{bn}.running_var", f"batch_stats/bn_{i}/var", (width,)))
-            rows.append(Row(f"{bn}.num_batches_tracked", f"batch_stats/bn_{i}/num_batches_tracked", ()))
-    return rows
+BACKBONE = [*EMBEDDING, POSITIONS, *block_rows(), *NORM]
+PARTS = ("backbone", "head")
 
 
-def last_layer(name: str, prototypes: str, bottleneck: str, path: str = "") -> list[Row]:
-    """A weight-normalised layer, under our `path` (by default its own name)."""
-    path = path or name
+def last_layer(name: str, prototypes: str, bottleneck: str, path: str) -> list[Row]:
+    """A weight-normalised linear layer."""
     return [
         Row(f"{name}.weight_g", f"{path}/weight_g", (prototypes, 1), TRANSPOSED),
         Row(f"{name}.weight_v", f"{path}/weight_v", (prototypes, bottleneck), TRANSPOSED),
     ]
 
 
-def head_for_keys(keys: Iterable[str], at: str = "", of: str = "") -> list[Row]:
-    """The head whose official keys start with `at`."""
-    names = [key.removeprefix(at) for key in keys if key.startswith(at)]
-    use_bn = any(name.endswith("running_mean") for name in names)
-    numbers = [int(match[1]) for name in names if (match := re.match(r"mlp\.(\d+)\.", name))]
-    return head(max(numbers, default=0) // (3 if use_bn else 2) + 1, use_bn, of)
+def head(names: Iterable[str], part: str = "head") -> list[Row]:
+    """DINOHead's MLP is a torch Sequential, so its keys depend on what stands between the linear layers."""
+    inside = [name.removeprefix(f"{part}.").removeprefix(f"{part}/") for name in names]
+    use_bn = any(re.match(r"mlp\.\d+\.running_|batch_stats/", name) for name in inside)
+    step = 3 if use_bn else 2  # modules of the Sequential for each linear layer
+    matches = [match for name in inside if (match := re.match(r"mlp([._])(\d+)[./]", name))]
+    nlayers = 1 + max((int(match[2]) // (step if match[1] == "." else 1) for match in matches), default=0)
+
+    hidden, bottleneck = f"{part}_HIDDEN", f"{part}_BOTTLENECK"
+    rows = last_layer("last_layer", f"{part}_K", bottleneck, "last_layer")
+    for i in range(nlayers):
+        at, width = f"mlp.{step * i}" if nlayers > 1 else "mlp", hidden if i < nlayers - 1 else bottleneck
+        rows += linear(at, f"mlp_{i}", width, hidden if i else "D")
+        if use_bn and i < nlayers - 1:
+            bn, stats = f"mlp.{step * i + 1}", f"batch_stats/bn_{i}"
+            rows += norm(bn, f"bn_{i}", width)
+            rows += [Row(f"{bn}.running_{name}", f"{stats}/{name}", (width,)) for name in ("mean", "var")]
+            rows += [Row(f"{bn}.num_batches_tracked", f"{stats}/num_batches_tracked", ())]
+    return rows
 
 
-def head_for_paths(paths: Iterable[str], part: str = "head", of: str = "") -> list[Row]:
-    """The head that is our part `part`."""
-    nlayers = sum(bool(re.match(rf"{part}/mlp_\d+/kernel$", path)) for path in paths)
-    return head(nlayers, any(path.startswith("batch_stats/") for path in paths), of)
+def single_part(keys: Iterable[str]) -> str:
+    """The part that keys without a prefix belong to."""
+    return "head" if has(keys, "mlp.", "last_layer.") else "backbone"
 
 
-def parts_of_keys(keys: Iterable[str]) -> tuple[list[str], str]:
-    """(the parts, what stands before a head's keys): `backbone.` and `head.` before those of a full model, nothing before
-    a part's own."""
-    found = [part for part in ("backbone", "head") if any(key.startswith(f"{part}.") for key in keys)]
-    own = ["head"] if any(key.startswith(("mlp.", "last_layer.")) for key in keys) else ["backbone"]
-    return found or own, "head." if found else ""
-
-
-def parts_of_paths(paths: Iterable[str]) -> list[str]:
-    return [part for part in ("backbone", "head") if any(path.startswith(f"{part}/") for path in paths)]
-
-
-def rows_for_keys(keys: Iterable[str]) -> list[Row]:
-    found, at = parts_of_keys(keys)
-    tables = {"backbone": BACKBONE, "head": head_for_keys(keys, at)}
-    return parts({part: tables[part] for part in found}, prefixed=bool(at))
-
-
-def rows_for_paths(paths: Iterable[str]) -> list[Row]:
-    """One part alone gets no prefix, as in the official files."""
-    found = parts_of_paths(paths)
-    tables = {"backbone": BACKBONE, "head": head_for_paths(paths)}
-    return parts({part: tables[part] for part in found}, prefixed=len(found) > 1)
+def rows(names: Iterable[str]) -> list[Row]:
+    parts, prefixed = parts_of(names, PARTS, single_part(names))
+    tables = {"backbone": BACKBONE, "head": head(names)}
+    return [row for part in parts for row in under(part, tables[part], prefixed)]

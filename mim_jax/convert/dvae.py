@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from mim_jax.convert.table import CONV, Dim, Layout, Row
+from mim_jax.convert.table import Layout, Row, conv
 
 # A PyTorch transposed convolution, the gradient of a convolution: (I, O, h, w) <-> (h, w, I, O), rows and columns reversed
 TRANSPOSED_CONV = Layout(
@@ -12,14 +12,8 @@ TRANSPOSED_CONV = Layout(
 )
 
 
-def conv(key: str, path: str, out: Dim, inputs: Dim, size: int) -> list[Row]:
-    return [
-        Row(f"{key}.weight", f"{path}/kernel", (out, inputs, size, size), CONV),
-        Row(f"{key}.bias", f"{path}/bias", (out,)),
-    ]
-
-
-def table(layers: int) -> list[Row]:
+def rows(names: Iterable[str]) -> list[Row]:
+    layers = len({match[0] for name in names if (match := re.match(r"encoder(\.\d+\.0\.|/conv_\d+/)", name))})
     rows = [Row("codebook.weight", "decoder/codebook", ("K", "D"))]
     for i in range(layers):
         rows += conv(f"encoder.{2 * i}.0", f"encoder/conv_{i}", "HIDDEN", "HIDDEN" if i else "C", 4)
@@ -31,11 +25,3 @@ def table(layers: int) -> list[Row]:
                 rows += conv(f"{part}.{2 * i + 1}.net.{2 * j}", path, "HIDDEN", "HIDDEN", size)
     rows += conv(f"encoder.{2 * layers}", "encoder/output", "K", "HIDDEN", 1)
     return rows + conv(f"decoder.{2 * layers}", "decoder/output", "C", "HIDDEN", 1)
-
-
-def rows_for_keys(keys: Iterable[str]) -> list[Row]:
-    return table(len({match[1] for key in keys if (match := re.match(r"encoder\.(\d+)\.0\.", key))}))
-
-
-def rows_for_paths(paths: Iterable[str]) -> list[Row]:
-    return table(len({match[1] for path in paths if (match := re.match(r"encoder/conv_(\d+)/", path))}))

@@ -1,47 +1,32 @@
 """The state dicts of bytedance/ibot: ViT backbones, with or without the mask token, and iBOTHead."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from mim_jax.convert import dino
-from mim_jax.convert.table import ROW, Row, parts
+from mim_jax.convert.table import ROW, Row, parts_of, under
 
 MASK_TOKEN = Row("masked_embed", "mask_token", (1, "D"), ROW)  # the student's alone
-LAYERSCALE = tuple(Row(f"blocks.{{}}.{name}", f"blocks/{name}", ("D",)) for name in ("gamma_1", "gamma_2"))
+LAYERSCALE = [Row(f"blocks.{{}}.{name}", f"blocks/{name}", ("D",)) for name in ("gamma_1", "gamma_2")]
+SEPARATE = dino.last_layer("last_layer2", "head_K2", "head_BOTTLENECK", "last_layer2")
+SHARED = dino.last_layer("last_layer2", "head_K", "head_BOTTLENECK", "last_layer")
 
 
-def backbone(mask_token: bool, layerscale: bool) -> tuple[Row, ...]:
-    return (*dino.BACKBONE, *((MASK_TOKEN,) if mask_token else ()), *(LAYERSCALE if layerscale else ()))
+def shares_last_layer(arrays: Mapping[str, np.ndarray]) -> bool:
+    """Whether patches and CLS share the last layer. Official files then hold it twice, under both names, with equal numbers."""
+    if any("/" in name for name in arrays):
+        return "head/last_layer2/weight_v" not in arrays
+    ends = [(key, key.replace("last_layer.", "last_layer2.")) for key in arrays if "last_layer." in key]
+    return all(np.array_equal(arrays[a], arrays[b]) for a, b in ends if b in arrays)
 
 
-def patch_layer(separate: bool) -> list[Row]:
-    """The last layer for patches. One that is shared with CLS is stored twice, under both names."""
-    return dino.last_layer("last_layer2", "K2", "BOTTLENECK") if separate else SHARED
-
-
-SHARED = dino.last_layer("last_layer2", "K", "BOTTLENECK", path="last_layer")
-
-
-def rows_for_keys(arrays: Mapping[str, np.ndarray]) -> list[Row]:
-    """Whether the last layer is shared, no key tells: it is if both are the same numbers."""
-    found, at = dino.parts_of_keys(arrays)
-    layers, names = ("last_layer", "last_layer2"), ("weight_g", "weight_v")
-    pairs = [[arrays.get(f"{at}{layer}.{name}") for layer in layers] for name in names]
-    separate = not all(np.array_equal(a, b) for a, b in pairs if a is not None and b is not None)
+def rows(arrays: Mapping[str, np.ndarray]) -> list[Row]:
+    parts, prefixed = parts_of(arrays, dino.PARTS, dino.single_part(arrays))
+    mask_token = any(name.endswith(("masked_embed", "backbone/mask_token")) for name in arrays)
+    layerscale = any(name.endswith("gamma_1") for name in arrays)
     tables = {
-        "backbone": backbone(
-            any(key.endswith("masked_embed") for key in arrays), any(key.endswith(".gamma_1") for key in arrays)
-        ),
-        "head": [*dino.head_for_keys(arrays, at), *patch_layer(separate)],
+        "backbone": [*dino.BACKBONE, *([MASK_TOKEN] if mask_token else []), *(LAYERSCALE if layerscale else [])],
+        "head": [*dino.head(arrays), *(SHARED if shares_last_layer(arrays) else SEPARATE)],
     }
-    return parts({part: tables[part] for part in found}, prefixed=bool(at))
-
-
-def rows_for_paths(paths: Iterable[str]) -> list[Row]:
-    found = dino.parts_of_paths(paths)
-    tables = {
-        "backbone": backbone("backbone/mask_token" in paths, "backbone/blocks/gamma_1" in paths),
-        "head": [*dino.head_for_paths(paths), *patch_layer("head/last_layer2/weight_v" in paths)],
-    }
-    return parts({part: tables[part] for part in found}, prefixed=len(found) > 1)
+    return [row for part in parts for row in under(part, tables[part], prefixed)]

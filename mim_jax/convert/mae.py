@@ -2,33 +2,22 @@
 
 from collections.abc import Iterable
 
-from mim_jax.convert.table import EMBEDDING, FC_NORM, LINEAR, NORM, POSITIONS, TRANSPOSED, Row, block_rows, under
+from mim_jax.convert.table import EMBEDDING, FC_NORM, LINEAR, NORM, POSITIONS, Row, block_rows, has, linear, norm, under
 
-DECODER = (
+DECODER = [
     Row("mask_token", "mask_token", (1, 1, "DD")),
     Row("decoder_pos_embed", "pos_embed", (1, "1+N", "DD")),
-    Row("decoder_embed.weight", "embed/kernel", ("DD", "D"), TRANSPOSED),
-    Row("decoder_embed.bias", "embed/bias", ("DD",)),
+    *linear("decoder_embed", "embed", "DD", "D"),
     *block_rows("decoder_blocks", "DD", "DMLP"),
-    Row("decoder_norm.weight", "norm/scale", ("DD",)),
-    Row("decoder_norm.bias", "norm/bias", ("DD",)),
-    Row("decoder_pred.weight", "pred/kernel", ("PIXELS", "DD"), TRANSPOSED),
-    Row("decoder_pred.bias", "pred/bias", ("PIXELS",)),
-)
+    *norm("decoder_norm", "norm", "DD"),
+    *linear("decoder_pred", "pred", "PIXELS", "DD"),
+]
 
 
-def table(decoder: bool, fc_norm: bool, linear: bool) -> list[Row]:
-    """With mean pooling (`fc_norm`) the encoder's own norm is gone."""
-    backbone = (*EMBEDDING, *POSITIONS, *block_rows(), *(() if fc_norm else NORM))
-    head = (*(FC_NORM if fc_norm else ()), *(LINEAR if linear else ()))
-    return [*under("backbone", backbone), *under("decoder", DECODER if decoder else ()), *under("head", head)]
-
-
-def rows_for_keys(keys: Iterable[str]) -> list[Row]:
-    starts = [any(key.startswith(prefix) for key in keys) for prefix in ("decoder_", "fc_norm.", "head.")]
-    return table(*starts)
-
-
-def rows_for_paths(paths: Iterable[str]) -> list[Row]:
-    starts = [any(path.startswith(prefix) for path in paths) for prefix in ("decoder/", "head/fc_norm/", "head/linear/")]
-    return table(*starts)
+def rows(names: Iterable[str]) -> list[Row]:
+    """With mean pooling (`fc_norm`) the encoder has no norm of its own."""
+    fc_norm = has(names, "fc_norm.", "head/fc_norm/")
+    backbone = [*EMBEDDING, POSITIONS, *block_rows(), *([] if fc_norm else NORM)]
+    decoder = DECODER if has(names, "decoder_", "decoder/") else []
+    head = [*(FC_NORM if fc_norm else []), *(LINEAR if has(names, "head.", "head/linear/") else [])]
+    return [*under("backbone", backbone), *under("decoder", decoder), *under("head", head)]

@@ -1,6 +1,6 @@
-"""The rows of a converter's table."""
+"""The rows of a converter's table, and the rows that several families share."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ class Layout(NamedTuple):
 
 SAME = Layout(lambda a: a, lambda a: a)
 TRANSPOSED = Layout(lambda a: a.T, lambda a: a.T)  # linear: (out, in) <-> (in, out)
-ROW = Layout(lambda a: a[None], lambda a: a[0])  # a token that has two axes there: (1, D) <-> (1, 1, D)
+ROW = Layout(lambda a: a[None], lambda a: a[0])  # a token with two axes in the official code: (1, D) <-> (1, 1, D)
 CONV = Layout(lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1))  # (O, I, h, w) <-> (h, w, I, O)
 
 Dim = int | str  # a size, a symbol, or "<factor>*<factor>*...*<symbol>"
@@ -30,67 +30,83 @@ class Row(NamedTuple):
     every: int = 1
 
     def keys(self, blocks: int) -> list[str]:
-        """The official keys, of `blocks` blocks in all where there is one for each block."""
+        """The official keys for a model of `blocks` blocks; a key without "{}" is one key."""
         if "{}" not in self.key:
             return [self.key]
         return [self.key.format(i) for i in range(self.first, blocks, self.every)]
 
 
-def under(part: str, rows: Iterable[Row]) -> list[Row]:
-    """The rows with `part/` before their paths."""
-    return [row._replace(path=f"{part}/{row.path}") for row in rows]
+def has(names: Iterable[str], *starts: str) -> bool:
+    """Whether an official key or a path starts with one of `starts`."""
+    return any(name.startswith(starts) for name in names)
 
 
-def parts(tables: Mapping[str, Iterable[Row]], prefixed: bool) -> list[Row]:
-    """The rows of a model's parts under their paths, the keys of each with `<part>.` before them if `prefixed`.
+def parts_of(names: Iterable[str], parts: Sequence[str], default: str) -> tuple[list[str], bool]:
+    """(the parts that the names belong to, whether official keys begin with the part).
 
-    Batch norm's running figures are no parameters: they become a part `batch_stats`.
+    `names` are official keys or paths. Keys of a single part have no prefix: they belong to `default`.
+    """
+    by_key, by_path = ([part for part in parts if has(names, part + separator)] for separator in "./")
+    return by_key or by_path or [default], bool(by_key) or len(by_path) > 1
+
+
+def under(part: str, rows: Iterable[Row], prefixed: bool = False) -> list[Row]:
+    """The rows with `part/` before their paths and, if `prefixed`, `part.` before their keys.
+
+    The running statistics of batch normalisation keep their paths: they are a part `batch_stats`.
     """
     return [
         row._replace(
             key=f"{part}.{row.key}" if prefixed else row.key,
             path=row.path if row.path.startswith("batch_stats/") else f"{part}/{row.path}",
         )
-        for part, rows in tables.items()
         for row in rows
     ]
 
 
-def block_rows(blocks: str = "blocks", dim: str = "D", mlp: str = "MLP") -> tuple[Row, ...]:
+def weight_and_bias(key: str, path: str, shape: tuple[Dim, ...], layout: Layout = SAME) -> list[Row]:
+    """A weight [out, ...], which changes its layout, and a bias [out]."""
+    return [Row(f"{key}.weight", f"{path}/kernel", shape, layout), Row(f"{key}.bias", f"{path}/bias", shape[:1])]
+
+
+def linear(key: str, path: str, out: Dim, inputs: Dim) -> list[Row]:
+    return weight_and_bias(key, path, (out, inputs), TRANSPOSED)
+
+
+def conv(key: str, path: str, out: Dim, inputs: Dim, size: Dim) -> list[Row]:
+    return weight_and_bias(key, path, (out, inputs, size, size), CONV)
+
+
+def norm(key: str, path: str, dim: Dim = "D") -> list[Row]:
+    return [Row(f"{key}.weight", f"{path}/scale", (dim,)), Row(f"{key}.bias", f"{path}/bias", (dim,))]
+
+
+def block_rows(blocks: str = "blocks", dim: str = "D", mlp: str = "MLP") -> list[Row]:
     """The transformer blocks of timm's ViT, official keys `<blocks>.<number>. ...`, under our path `blocks`."""
-    return (
-        Row(f"{blocks}.{{}}.norm1.weight", "blocks/norm1/scale", (dim,)),
-        Row(f"{blocks}.{{}}.norm1.bias", "blocks/norm1/bias", (dim,)),
-        Row(f"{blocks}.{{}}.attn.qkv.weight", "blocks/qkv/kernel", (f"3*{dim}", dim), TRANSPOSED),
-        Row(f"{blocks}.{{}}.attn.qkv.bias", "blocks/qkv/bias", (f"3*{dim}",)),
-        Row(f"{blocks}.{{}}.attn.proj.weight", "blocks/proj/kernel", (dim, dim), TRANSPOSED),
-        Row(f"{blocks}.{{}}.attn.proj.bias", "blocks/proj/bias", (dim,)),
-        Row(f"{blocks}.{{}}.norm2.weight", "blocks/norm2/scale", (dim,)),
-        Row(f"{blocks}.{{}}.norm2.bias", "blocks/norm2/bias", (dim,)),
-        Row(f"{blocks}.{{}}.mlp.fc1.weight", "blocks/fc1/kernel", (mlp, dim), TRANSPOSED),
-        Row(f"{blocks}.{{}}.mlp.fc1.bias", "blocks/fc1/bias", (mlp,)),
-        Row(f"{blocks}.{{}}.mlp.fc2.weight", "blocks/fc2/kernel", (dim, mlp), TRANSPOSED),
-        Row(f"{blocks}.{{}}.mlp.fc2.bias", "blocks/fc2/bias", (dim,)),
-    )
+    at = f"{blocks}.{{}}"
+    return [
+        *norm(f"{at}.norm1", "blocks/norm1", dim),
+        *linear(f"{at}.attn.qkv", "blocks/qkv", f"3*{dim}", dim),
+        *linear(f"{at}.attn.proj", "blocks/proj", dim, dim),
+        *norm(f"{at}.norm2", "blocks/norm2", dim),
+        *linear(f"{at}.mlp.fc1", "blocks/fc1", mlp, dim),
+        *linear(f"{at}.mlp.fc2", "blocks/fc2", dim, mlp),
+    ]
 
 
-def beit_block_rows(blocks: str = "blocks", layerscale: bool = True) -> tuple[Row, ...]:
-    """Those of BEiT's ViT: queries and values have biases, keys have none, and there may be LayerScale."""
-    return (
+def beit_block_rows(blocks: str = "blocks", layerscale: bool = True) -> list[Row]:
+    """The blocks of BEiT's ViT: queries and values have biases, keys have none; with or without LayerScale."""
+    return [
         *(row for row in block_rows(blocks) if row.path != "blocks/qkv/bias"),
         *(Row(f"{blocks}.{{}}.{name}", f"blocks/{name}", ("D",)) for name in ("gamma_1", "gamma_2") if layerscale),
         *(Row(f"{blocks}.{{}}.attn.{name}", f"blocks/{name}", ("D",)) for name in ("q_bias", "v_bias")),
-    )
+    ]
 
 
-EMBEDDING = (
-    Row("cls_token", "cls_token", (1, 1, "D")),
-    Row("patch_embed.proj.weight", "patch_embed/kernel", ("D", "C", "P", "P"), CONV),
-    Row("patch_embed.proj.bias", "patch_embed/bias", ("D",)),
-)
-POSITIONS = (Row("pos_embed", "pos_embed", (1, "1+N", "D")),)
+EMBEDDING = [Row("cls_token", "cls_token", (1, 1, "D")), *conv("patch_embed.proj", "patch_embed", "D", "C", "P")]
+POSITIONS = Row("pos_embed", "pos_embed", (1, "1+N", "D"))
 MASK_TOKEN = Row("mask_token", "mask_token", (1, 1, "D"))
 SHARED_BIAS = Row("rel_pos_bias.relative_position_bias_table", "relative_position_bias_table", ("TABLE", "HEADS"))
-FC_NORM = (Row("fc_norm.weight", "fc_norm/scale", ("D",)), Row("fc_norm.bias", "fc_norm/bias", ("D",)))
-LINEAR = (Row("head.weight", "linear/kernel", ("CLASSES", "D"), TRANSPOSED), Row("head.bias", "linear/bias", ("CLASSES",)))
-NORM = (Row("norm.weight", "norm/scale", ("D",)), Row("norm.bias", "norm/bias", ("D",)))
+FC_NORM = norm("fc_norm", "fc_norm")
+LINEAR = linear("head", "linear", "CLASSES", "D")
+NORM = norm("norm", "norm")

@@ -1,1 +1,1 @@
-"""Images from disk to the device: sources -> decode -> pipeline on the host, augment on the device."""
+"""Images, from disk to the device: `sources`, `decode` and `pipeline` on the host, `augment` on the device."""

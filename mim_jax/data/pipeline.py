@@ -1,9 +1,8 @@
 """From a source to batches of uint8 images on a canvas, with Grain.
 
-The stream of examples is a pure function of (seed, position): each epoch is a new permutation of the source, epochs
-follow each other without a gap, and batch b holds the positions [b * batch_size, (b + 1) * batch_size). It depends
-neither on the number of processes, threads or workers, nor on where it was entered, so there is nothing to checkpoint.
-Nothing is dropped: a batch may hold the end of one epoch and the beginning of the next.
+The stream of examples is a pure function of (seed, position). Each epoch is a new permutation of the source, and batch b has
+the positions [b * batch_size, (b + 1) * batch_size): a batch may have the end of one epoch and the start of the next. The
+number of processes, threads and workers does not matter, and there is nothing to checkpoint.
 """
 
 import itertools
@@ -42,24 +41,23 @@ def train_batches(
     Args:
       seed: of the order, in [0, 2**32).
       batch_size: global; must be divisible by `process_count`.
-      canvas: side of the square every image is placed on, in pixels; larger images are reduced to fit.
+      canvas: side, in pixels, of the square on which each image is placed; larger images are reduced to fit.
       start: number of the first batch; to resume, the number of steps done.
       workers: processes that decode; 0 decodes in threads of this process.
-      masks: positions int64 [b] in the stream -> masks by name, each bool [b, crops, N]; drawn where the images are decoded.
-      on_bad: called in this process with (row, name) each time a bad image is met; by default, each is logged once.
+      masks: positions int64 [b] in the stream -> masks by name, each bool [b, crops, N]; called where images are decoded.
+      on_bad: called in this process with (row, name) for each bad image; by default, each is logged once.
 
     Yields:
-      "image" uint8 [b, canvas, canvas, 3], the picture at the top left and zeros around it; "size" int32 [b, 2], its
-      height and width; "label" int32 [b], -1 when unknown; "index" int32 [b], the row in the source; and the `masks`.
+      "image" uint8 [b, canvas, canvas, 3], with the image at the top left and zeros around it; "size" int32 [b, 2], its height
+      and width; "label" int32 [b], -1 if unknown; "index" int32 [b], the row in the source; and the `masks`.
 
-    Raises:
-      ValueError: a bad argument (at once), or MAX_SUBSTITUTES bad images in a row (while iterating).
+    Raises ValueError for a bad argument, and while iterating for MAX_SUBSTITUTES bad images in a row.
     """
     if batch_size % process_count:
         raise ValueError(f"The batch size {batch_size} must be divisible by the number of processes {process_count}.")
     rows = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     size = batch_size // process_count
-    blocks = rows.batch(size, drop_remainder=True)  # Of an endless stream: nothing to drop.
+    blocks = rows.batch(size, drop_remainder=True)  # the stream is endless: nothing is dropped
 
     def make(block: int, rows: np.ndarray) -> Batch:
         batch = load(source, rows, canvas)
@@ -73,11 +71,11 @@ def train_batches(
             flags.FLAGS.mark_as_parsed()
         one_at_a_time = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         iterator = one_at_a_time.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return _name_bad(iterator, source, on_bad or log_once())
+    return _report_bad(iterator, source, on_bad or log_once())
 
 
 def choose(source: Sized, count: int, seed: int) -> np.ndarray:
-    """`count` distinct rows of a source chosen by `seed` (all, if it has fewer), int32, in random order."""
+    """`count` distinct random rows of a source (all, if it has fewer), int32."""
     return np.array(list(grain.MapDataset.range(len(source)).seed(seed).shuffle()[:count]), np.int32)
 
 
@@ -91,11 +89,10 @@ def eval_batches(
     process_count: int = 1,
     on_bad: OnBad | None = None,
 ) -> Iterator[Batch]:
-    """The given rows in their order, once: process p decodes its share of each global batch, as in `train_batches`.
+    """The given rows once, in order; process p decodes its share of each global batch, as in `train_batches`.
 
-    Yields:
-      The batch of `train_batches`, and "place" int32 [b], where in `rows` each image is. The last batch is filled up with
-      its last image, so that all have one size.
+    Yields batches as `train_batches`, with "place" int32 [b], the place of each image in `rows`. The last batch is padded with
+    its last image.
     """
     if batch_size % process_count:
         raise ValueError(f"The batch size {batch_size} must be divisible by the number of processes {process_count}.")
@@ -104,19 +101,18 @@ def eval_batches(
     batches = grain.MapDataset.range(len(places)).map(
         lambda number: load(source, rows[places[number]], canvas) | {"place": places[number]}
     )
-    return _name_bad(batches.to_iter_dataset(_read_options(source)), source, on_bad or log_once())
+    return _report_bad(batches.to_iter_dataset(_read_options(source)), source, on_bad or log_once())
 
 
 def load(source: Source, rows: Sequence[int] | np.ndarray, canvas: int) -> Batch:
-    """One batch of the given rows of a source, each bad image replaced by the first good one of its substitutes.
+    """A batch, as of `train_batches`, of the given rows; a bad image is replaced by the first good one of its substitutes.
 
-    Returns:
-      The batch of `train_batches`, and "drawn" int32 [b]: the rows asked for, which differ from "index" where bad.
+    "drawn" int32 [b] are the given rows, "index" those that are used.
     """
     rows = np.asarray(rows, np.int32)
     images = np.zeros((len(rows), canvas, canvas, 3), np.uint8)
     size, label, index = np.zeros((len(rows), 2), np.int32), np.zeros_like(rows), np.zeros_like(rows)
-    if isinstance(source, ArraySource) and max(source.images.shape[1:3]) <= canvas:  # The loop's result, much faster.
+    if isinstance(source, ArraySource) and max(source.images.shape[1:3]) <= canvas:  # as the loop below, much faster
         size[:] = height, width = source.images.shape[1:3]
         images[:, :height, :width] = source.images[rows]
         label[:], index[:] = source.labels[rows], rows
@@ -129,7 +125,7 @@ def load(source: Source, rows: Sequence[int] | np.ndarray, canvas: int) -> Batch
 
 
 def candidates(row: int, length: int) -> Iterator[int]:
-    """The row, then its substitutes in the order they are tried: spread over the source, always the same."""
+    """The row, then its substitutes in the order in which they are tried; a function of the row."""
     yield row
     yield from (int(word) % length for word in np.random.SeedSequence(row).generate_state(MAX_SUBSTITUTES))
 
@@ -144,8 +140,8 @@ def _first_good(source: Source, row: int, canvas: int) -> tuple[int, np.ndarray,
     raise ValueError(f"{MAX_SUBSTITUTES} images in a row are bad in {source.description}. The last: {last}")
 
 
-def _name_bad(batches: Iterator[Batch], source: Source, on_bad: OnBad) -> Iterator[Batch]:
-    """Passes the batches on and names their bad images, here because workers cannot: what they met can be derived."""
+def _report_bad(batches: Iterator[Batch], source: Source, on_bad: OnBad) -> Iterator[Batch]:
+    """The batches without "drawn"; `on_bad` is called for their bad images, in this process and not in the workers."""
     for batch in batches:
         for drawn, used in zip(batch.pop("drawn").tolist(), batch["index"].tolist(), strict=True):
             for row in itertools.takewhile(used.__ne__, candidates(drawn, len(source))):
@@ -154,7 +150,7 @@ def _name_bad(batches: Iterator[Batch], source: Source, on_bad: OnBad) -> Iterat
 
 
 def log_once() -> OnBad:
-    """Logs each bad image the first time that it is met."""
+    """An `on_bad` that logs each bad image once."""
     seen = set()
 
     def log(row: int, name: str) -> None:
@@ -166,6 +162,6 @@ def log_once() -> OnBad:
 
 
 def _read_options(source: Source) -> grain.ReadOptions:
-    # Each thread makes a whole batch. Images in memory are only copied, for which one thread is enough.
+    # each thread makes a whole batch; images in memory are only copied, for which one thread is enough
     threads = 1 if isinstance(source, ArraySource) else min(16, os.cpu_count() or 1)
     return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 1)

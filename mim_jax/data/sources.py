@@ -1,4 +1,4 @@
-"""Where images come from: CIFAR-10, a folder of images, or any TFDS data set. Random access, no TensorFlow."""
+"""Sources of images with random access: CIFAR-10, a folder of images, or a TFDS data set. No TensorFlow."""
 
 import dataclasses
 import os
@@ -15,49 +15,40 @@ SPLITS = ("train", "val", "validation", "test")
 class Example(NamedTuple):
     """One row of a source."""
 
-    image: bytes | np.ndarray  # Encoded bytes, or uint8 [h, w, c].
-    label: int  # -1 when unknown.
+    image: bytes | np.ndarray  # encoded bytes, or uint8 [h, w, c]
+    label: int  # -1 if unknown
 
 
 class Source(Protocol):
-    """Images with random access. `source[i]` may raise OSError; whether the image is sound shows when it is decoded."""
+    """Images with random access. `source[row]` may raise OSError; a broken image is noticed when it is decoded."""
 
     @property
-    def num_classes(self) -> int:
-        """0 when the images have no labels."""
-        ...
+    def num_classes(self) -> int: ...  # 0: the images have no labels
 
     @property
-    def classes(self) -> Sequence[str]:
-        """Names of the labels; empty when they have none."""
+    def classes(self) -> Sequence[str]: ...  # names of the labels, if they have any
 
     @property
-    def description(self) -> str:
-        """Which data this really is, for people."""
-        ...
+    def description(self) -> str: ...  # which data this is, in one line
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> Example: ...
 
-    def name(self, row: int) -> str:
-        """Says which image this is, without reading it: a path, or a place in the data set."""
-        ...
+    def name(self, row: int) -> str: ...  # a path, or a place in the data set; reads nothing
 
 
 def open_source(name: str, data_dir: str | os.PathLike | None = None, split: str = "train") -> Source:
     """Opens a source by name.
 
     Args:
-      name: "cifar10" (fetched on first use), "folder" (of images), or a TFDS data set such as "imagenet2012",
-        "name/config" or "name:1.0.0", prepared beforehand.
-      data_dir: for "cifar10" the cache folder, by default $MIM_JAX_CACHE or else mim_jax in the user's cache; for
-        "folder" the folder; for TFDS the folder of all data sets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      split: "train", "test", ...; TFDS sub-splits such as "train[:90%]" for TFDS only.
+      name: "cifar10" (fetched on first use), "folder", or a prepared TFDS data set such as "imagenet2012", "name/config" or
+        "name:1.0.0".
+      data_dir: for "folder" the folder of images; for "cifar10" the cache, by default $MIM_JAX_CACHE or mim_jax in the user's
+        cache; for TFDS the folder of all data sets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      split: "train", "test", ...; for TFDS also sub-splits such as "train[:90%]".
 
-    Raises:
-      FileNotFoundError: there is no such data, with what to do about it.
-      ValueError: the data has no such split, or no images.
+    Raises FileNotFoundError if there is no such data, and ValueError if it has no such split or no images.
     """
     if name == "cifar10":
         return _open_cifar10(pathlib.Path(data_dir).expanduser() if data_dir else _cache(), split)
@@ -66,7 +57,7 @@ def open_source(name: str, data_dir: str | os.PathLike | None = None, split: str
     return _open_tfds(name, data_dir, split)
 
 
-# Images in memory: CIFAR-10, and whatever arrays a user has.
+# Images in memory: CIFAR-10, or a user's arrays.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,7 +86,7 @@ def _cache() -> pathlib.Path:
 
 
 def _open_cifar10(cache: pathlib.Path, split: str) -> Source:
-    import tensorflow_datasets as tfds  # Half a second that folders of images need not pay.
+    import tensorflow_datasets as tfds  # takes half a second: imported only where it is needed
 
     from mim_jax.data import cifar10
 
@@ -130,9 +121,9 @@ class FolderSource:
     """Image files below a folder, sorted by path."""
 
     root: pathlib.Path
-    files: Sequence[str]  # Relative to the root.
+    files: Sequence[str]  # relative to the root
     labels: np.ndarray  # int32 [N]
-    classes: Sequence[str]  # Names of the labels; empty when there are none.
+    classes: Sequence[str]  # empty: no labels
 
     @property
     def num_classes(self) -> int:
@@ -154,10 +145,10 @@ class FolderSource:
 
 
 def _open_folder(data_dir: str | os.PathLike | None, split: str) -> Source:
-    """Files are found by extension, hidden ones left out. `root/split` is used if the root has folders for splits.
+    """Finds files by extension, without hidden ones, in `root/split` if the root has folders of splits, else in the root.
 
-    If all images lie in two or more sub-folders, these are the classes, labelled in sorted order (over all splits, so
-    that a class missing in one does not shift the labels). Otherwise the images have no labels.
+    If all images are in two or more sub-folders, these are the classes, in sorted order over all splits (so labels agree even
+    if a split lacks a class). Otherwise the images have no labels.
     """
     root = pathlib.Path(data_dir or "").expanduser()
     if not data_dir or not root.is_dir():
@@ -196,9 +187,9 @@ def _image_files(root: pathlib.Path) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TfdsSource:
-    """A prepared TFDS data set with the features "image" and, if it is labelled, "label"."""
+    """A prepared TFDS data set with the features "image" and, if it has labels, "label"."""
 
-    data: Any  # tfds data source: random access to dicts of features.
+    data: Any  # TFDS data source: random access to dicts of features
     dataset: str
     split: str
     classes: Sequence[str]
@@ -233,7 +224,7 @@ def _open_tfds(name: str, data_dir: str | os.PathLike | None, split: str) -> Sou
         f"Prepare it where TensorFlow is installed with `tfds build {name} --data_dir={data_dirs[0]} "
         "--file_format=array_record`, or try `--config=configs/dino.py:demo`, which needs no preparation."
     )
-    try:  # From files only: the way through the data set's code may download.
+    try:  # from files only: the data set's own code might download
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         raise FileNotFoundError(f"There is no TFDS data set {name!r} in {', '.join(data_dirs)}. {how}") from error
@@ -243,7 +234,7 @@ def _open_tfds(name: str, data_dir: str | os.PathLike | None, split: str) -> Sou
     if split.split("[")[0] not in builder.info.splits:
         raise ValueError(f"TFDS {name!r} has the splits {', '.join(builder.info.splits)}, not {split!r}.")
     encoded = isinstance(features["image"], tfds.features.Image)
-    try:  # Bytes as they are: decode.py knows more about broken and unusual images.
+    try:  # undecoded: decode.py handles broken and unusual images
         decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
         data = builder.as_data_source(split, decoders=decoders)
     except NotImplementedError as error:

@@ -1,21 +1,20 @@
-"""Pictures of what goes in and what comes out: crops, reconstructions, attention maps, features, nearest neighbors.
+"""Pictures of crops, reconstructions, attention maps, features and nearest neighbors.
 
-Everything takes numpy uint8 images and gives a `PIL.Image`: tiles on white, captions in the margins.
+All functions take NumPy uint8 images; most return a page, a `PIL.Image` of tiles on white.
 """
 
-import colorsys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 
 PAPER, INK, FAINT = (255, 255, 255), (40, 44, 52), (122, 128, 138)
 RIGHT, WRONG = (38, 150, 90), (214, 69, 65)
 HIDDEN = 128  # level of a masked patch
 GAP = 6  # pixels between tiles
-TILE = 112  # side of a tile, about
+TILE = 112  # approximate side of a tile
 
-# Magma (matplotlib), eight steps; in between is interpolated.
+# matplotlib's Magma, at nine points
 MAGMA = np.array(
     [(0, 0, 4), (28, 16, 68), (79, 18, 123), (129, 37, 129), (181, 54, 122), (229, 80, 100), (251, 135, 97)]
     + [(254, 194, 135), (252, 253, 191)],
@@ -24,14 +23,14 @@ MAGMA = np.array(
 
 
 def colorize(values: np.ndarray) -> np.ndarray:
-    """Values in 0..1, [...], as colors from black over purple to light yellow: uint8 [..., 3]."""
+    """Values in 0..1, [...], as colors from black to light yellow: uint8 [..., 3]."""
     position = np.clip(values, 0, 1) * (len(MAGMA) - 1)
     channels = [np.interp(position, np.arange(len(MAGMA)), MAGMA[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 def enlarge(image: np.ndarray, side: int = TILE) -> Image.Image:
-    """An image [H, W, 3] so that its longer side is about `side`: small ones by whole factors with visible pixels."""
+    """An image [H, W, 3] resized so that its longer side is about `side`; small images by whole factors, with sharp pixels."""
     height, width = image.shape[:2]
     picture = Image.fromarray(np.ascontiguousarray(image))
     if max(height, width) <= side:
@@ -45,12 +44,9 @@ def table(
     captions: Sequence[Sequence[str]] | None = None,
     headings: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Pictures in rows and columns, each centered in its cell, with a heading above each column and captions below.
+    """A page of pictures in rows and columns, with a heading above each column and a caption below each picture.
 
-    Args:
-        rows: pictures, None for an empty cell; rows may differ in length.
-        captions: as `rows`; a caption wider than its cell is cut.
-        headings: one a column.
+    None is an empty cell; rows may differ in length; a caption wider than its cell is truncated.
     """
     text = ImageFont.load_default(size=12)
     line = 17
@@ -86,12 +82,7 @@ def table(
 
 
 def crop_grid(images: Sequence[np.ndarray], crops: Mapping[str, np.ndarray], side: int = TILE) -> Image.Image:
-    """One row for each image: the image as the host decoded it, then all its crops, at their sizes relative to each other.
-
-    Args:
-        images: B valid pictures uint8 [H, W, 3] (the canvas cut to its `size`).
-        crops: by name ("global", "local"), uint8 [B, n, h, w, 3].
-    """
+    """One row for each of B images [H, W, 3]: the image, then its crops, by name, [B, n, h, w, 3], at their relative sizes."""
     largest = max(group.shape[2] for group in crops.values())
     headings = ["image"] + [f"{name} {i + 1}" for name, group in crops.items() for i in range(group.shape[1])]
     rows = []
@@ -103,19 +94,16 @@ def crop_grid(images: Sequence[np.ndarray], crops: Mapping[str, np.ndarray], sid
     return table(rows, headings=headings)
 
 
-def masked_pixels(mask: np.ndarray, side: int) -> np.ndarray:
-    """Masks bool [..., N] of a square grid of patches as bool [..., side, side]."""
-    grid = round(mask.shape[-1] ** 0.5)
-    return mask.reshape(*mask.shape[:-1], grid, grid).repeat(side // grid, axis=-1).repeat(side // grid, axis=-2)
-
-
 def darkened(images: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Images uint8 [..., H, H, 3] with their masked patches, bool [..., N], painted over in gray."""
-    return np.where(masked_pixels(mask, images.shape[-2])[..., None], np.uint8(HIDDEN), images)
+    """Images uint8 [..., H, H, 3] whose masked patches, bool [..., N], are gray."""
+    grid = round(mask.shape[-1] ** 0.5)
+    size = images.shape[-2] // grid
+    pixels = mask.reshape(*mask.shape[:-1], grid, grid).repeat(size, axis=-1).repeat(size, axis=-2)
+    return np.where(pixels[..., None], np.uint8(HIDDEN), images)
 
 
 def reconstructions(columns: Mapping[str, np.ndarray], side: int = TILE) -> Image.Image:
-    """Two images a row, each as several pictures side by side: by heading, uint8 [B, H, W, 3]."""
+    """Each image as several pictures side by side, by heading, [B, H, W, 3]; two images in a row."""
     names = list(columns)
     each = [[enlarge(one, side) for one in tiles] for tiles in zip(*columns.values(), strict=True)]
     rows = [[*each[i], None, *(each[i + 1] if i + 1 < len(each) else ())] for i in range(0, len(each), 2)]
@@ -123,10 +111,10 @@ def reconstructions(columns: Mapping[str, np.ndarray], side: int = TILE) -> Imag
 
 
 def usage(counts: np.ndarray, height: int = 160) -> Image.Image:
-    """How often each code of a codebook is used, int [K], as bars from the most used on; the line is where all are equal."""
+    """How often each code is used, int [K], as bars in descending order; the line marks equal use."""
     share = np.sort(counts)[::-1] / max(counts.sum(), 1)
-    some = share[share > 0]
-    perplexity = np.exp(-np.sum(some * np.log(some)))
+    used = share[share > 0]
+    perplexity = np.exp(-np.sum(used * np.log(used)))
     width = max(1, round(768 / len(share)))
     top = max(share[0], 2 / len(share))
     bars = np.full((height, len(share) * width, 3), PAPER, np.uint8)
@@ -134,20 +122,14 @@ def usage(counts: np.ndarray, height: int = 160) -> Image.Image:
     rows = np.arange(height, 0, -1)[:, None]
     bars[rows <= filled] = colorize(np.array(0.45))
     bars[height - round(height / len(share) / top)] = FAINT
-    words = f"{len(some)} of {len(share)} codes used, perplexity {perplexity:.0f}"
+    words = f"{len(used)} of {len(share)} codes used, perplexity {perplexity:.0f}"
     return table([[Image.fromarray(bars)]], [[words]])
 
 
 def attention_threshold(attention: np.ndarray, keep: float = 0.6) -> np.ndarray:
-    """The patches that together hold the share `keep` of each head's attention, largest first.
+    """The patches with the largest attention [..., N] that together hold the share `keep` of it: bool [..., N].
 
-    DINO, `visualize_attention.py`: values in ascending order; kept from where their sum exceeds 1 - `keep`.
-
-    Args:
-        attention: [..., N], not negative.
-
-    Returns:
-        bool [..., N].
+    Source: DINO, `visualize_attention.py`: in ascending order, those from where the sum exceeds 1 - `keep`.
     """
     order = np.argsort(attention, axis=-1, kind="stable")
     ascending = np.take_along_axis(attention, order, axis=-1)
@@ -160,13 +142,13 @@ def attention_threshold(attention: np.ndarray, keep: float = 0.6) -> np.ndarray:
 def attention_maps(
     attention: np.ndarray, grid: tuple[int, int], images: np.ndarray, keep: float = 0.6, side: int = TILE
 ) -> Image.Image:
-    """Where each head of the CLS token looks: two rows for each image, the heat and the patches that hold most of it.
+    """The attention of CLS to the patches, by head, in two rows for each image: a heat map, and `attention_threshold`.
 
     Args:
-        attention: CLS row of the last block's softmax over the patches, [B, heads, N]. One image: [heads, N].
-        grid: (h, w) of the patches, h * w = N.
-        images: uint8 [B, H, W, 3], or [H, W, 3]: what the encoder saw.
-        keep: share of the attention that the second row shows; the other patches are darkened.
+        attention: [B, heads, N]; or [heads, N] for one image.
+        grid: (rows, columns) of the patches.
+        images: uint8 [B, H, W, 3], or [H, W, 3].
+        keep: share of the attention that the second row shows; other patches are darkened.
     """
     if attention.ndim == 2:
         attention, images = attention[None], images[None]
@@ -191,11 +173,9 @@ def attention_maps(
 
 
 def principal_colors(features: np.ndarray, images: np.ndarray, columns: int = 8, side: int = TILE) -> Image.Image:
-    """What patches are alike: their first three principal components as red, green and blue, on axes that all images share.
+    """The first three principal components of patch features [B, N, D], over all images, as red, green and blue.
 
-    Args:
-        features: patches of square grids, [B, N, D].
-        images: uint8 [B, H, W, 3].
+    Grids are square; images uint8 [B, H, W, 3].
     """
     count, patches, dim = features.shape
     flat = features.reshape(-1, dim).astype(np.float64)
@@ -215,22 +195,20 @@ def principal_colors(features: np.ndarray, images: np.ndarray, columns: int = 8,
 
 
 def mutual_nearest(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of a [N, D] and b [M, D] each of which is the nearest to the other by cosine: (row of a, row of b, cosine), the
-    most alike first."""
+    """Pairs of rows of a [N, D] and b [M, D] that are mutual nearest neighbors by cosine: (rows of a, rows of b, cosines), in
+    descending order."""
     a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
     cosines = a @ b.T
-    there = cosines.argmax(axis=1)
-    rows = np.flatnonzero(cosines.argmax(axis=0)[there] == np.arange(len(a)))
-    rows = rows[np.argsort(-cosines[rows, there[rows]], kind="stable")]
-    return rows, there[rows], cosines[rows, there[rows]]
+    nearest = cosines.argmax(axis=1)
+    rows = np.flatnonzero(cosines.argmax(axis=0)[nearest] == np.arange(len(a)))
+    rows = rows[np.argsort(-cosines[rows, nearest[rows]], kind="stable")]
+    return rows, nearest[rows], cosines[rows, nearest[rows]]
 
 
 def correspondences(features: np.ndarray, views: np.ndarray, count: int = 8, side: int = 2 * TILE) -> Image.Image:
-    """Which patches of two views of an image are alike: lines between the `count` best pairs of `mutual_nearest`.
+    """Two views of each image, uint8 [B, 2, H, W, 3], with lines between the `count` best pairs of `mutual_nearest` patches.
 
-    Args:
-        features: patches of square grids, [B, 2, N, D].
-        views: uint8 [B, 2, H, W, 3].
+    Features [B, 2, N, D] are those of square grids.
     """
     grid = round(features.shape[2] ** 0.5)
     pairs = []
@@ -241,20 +219,15 @@ def correspondences(features: np.ndarray, views: np.ndarray, count: int = 8, sid
         page.paste(tiles[0], (0, 0))
         page.paste(tiles[1], (width + gap, 0))
         draw, patch = ImageDraw.Draw(page), width / grid
-        here, there, _ = mutual_nearest(a, b)
-        for number, (i, j) in enumerate(zip(here[:count], there[:count])):
+        rows_a, rows_b, _ = mutual_nearest(a, b)
+        for number, (i, j) in enumerate(zip(rows_a[:count], rows_b[:count])):
             ends = [((n % grid + 0.5) * patch + left, (n // grid + 0.5) * patch) for n, left in ((i, 0), (j, width + gap))]
-            color = hsv(number / count)
+            color = ImageColor.getrgb(f"hsv({360 * number / count}, 85%, 95%)")
             draw.line(ends, color, width=2)
             for x, y in ends:
                 draw.ellipse((x - 4, y - 4, x + 4, y + 4), color, PAPER)
         pairs.append(page)
     return table([pairs[start : start + 2] for start in range(0, len(pairs), 2)])
-
-
-def hsv(hue: float) -> tuple[int, int, int]:
-    """A bright color, from red at 0 through all hues."""
-    return tuple(round(255 * x) for x in colorsys.hsv_to_rgb(hue, 0.85, 0.95))  # type: ignore[return-value]
 
 
 def neighbors(
@@ -264,13 +237,9 @@ def neighbors(
     found_names: Sequence[Sequence[str]] | None = None,
     side: int = TILE,
 ) -> Image.Image:
-    """One row for each query: the query, then the images nearest to it in the bank, nearest first.
+    """One row for each query image [H, W, 3]: the query, then the images `found` for it, nearest first.
 
-    Args:
-        queries: Q images uint8 [H, W, 3].
-        found: for each, its k nearest.
-        names: class of each query; with `found_names`, neighbors of the same class are framed green, others red.
-        found_names: classes of `found`.
+    With the class `names` of queries and found images, those of the same class are framed green, others red.
     """
     rows, captions = [], []
     for number, (query, nearest) in enumerate(zip(queries, found, strict=True)):

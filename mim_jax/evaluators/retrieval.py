@@ -1,6 +1,6 @@
-"""View retrieval: does a crop find the other crop of its own image? It needs no labels.
+"""View retrieval: how often a crop's nearest neighbor is another crop of the same image.
 
-It is what self-distillation optimizes, so it moves within minutes, long before k-NN accuracy does.
+It needs no labels, and in self-distillation it rises long before k-NN accuracy does.
 """
 
 from functools import partial
@@ -13,17 +13,10 @@ from mim_jax.evaluators.knn import Array, normalize
 
 @partial(jax.jit, static_argnames="chunk")
 def view_retrieval(first: Array, second: Array, chunk: int = 500) -> jax.Array:
-    """Share (0 to 1) of the images whose nearest second view is their own.
+    """Share (0 to 1) of the N images whose first view [N, D] is nearest to their own second view [N, D]; chance is 1 / N.
 
-    Features are standardized (mean 0 and std 1 per dimension, over all views, since what all images share tells none of them
-    apart) and compared by cosine. Chance is 1 / N, so a value means nothing without N.
-
-    Args:
-        first, second: features of two views of the same N images in the same order, [N, D].
-        chunk: first views compared at a time: memory is `chunk * N` floats.
-
-    Returns:
-        float32 scalar. Features that are the same for all images score 1 / N, not 1.
+    Features are standardized over all views and compared by cosine; constant features score 1 / N. `chunk` first views are
+    compared at a time, in `chunk * N` floats.
     """
     both = jnp.concatenate([first, second])
     mean, std = both.mean(axis=0), both.std(axis=0)

@@ -16,6 +16,8 @@ import optax
 
 from mim_jax import optim
 from mim_jax.config import check
+from mim_jax.data.augment import FLIP, Crops, Policy
+from mim_jax.masking import NO_MASKS, Masks
 from mim_jax.models import vit
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT
@@ -197,9 +199,17 @@ def vit_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
     return {name: model[name] for name in names} | {"dtype": jnp.dtype(model.dtype)}
 
 
-def normalization(config: ml_collections.ConfigDict) -> dict[str, tuple[float, ...]]:
-    """`mean` and `std` of the views."""
-    return {"mean": tuple(config.data.mean), "std": tuple(config.data.std)}
+def make_views(config: ml_collections.ConfigDict, *crops: Crops, masks: Masks = NO_MASKS) -> Views:
+    """Views with the normalisation of the config."""
+    return Views(crops, tuple(config.data.mean), tuple(config.data.std), masks)
+
+
+def global_views(config: ml_collections.ConfigDict, masks: Masks = NO_MASKS, policy: Policy = FLIP, **crops: Any) -> Views:
+    """The views of masked image models and tokenizers: global crops of `model.img_size` pixels, by default only flipped."""
+    c = config.crops
+    policies = (policy,) * c.global_crops_number
+    group = Crops("global", config.model.img_size, tuple(c.global_crops_scale), policies, **crops)
+    return make_views(config, group, masks=masks)
 
 
 def make_method(config: ml_collections.ConfigDict) -> Any:

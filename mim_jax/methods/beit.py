@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import ml_collections
 
 from mim_jax import losses
-from mim_jax.data.augment import Crops, Policy, Target
+from mim_jax.data.augment import Policy, Target
 from mim_jax.masking import BlockMask
-from mim_jax.methods.base import BackboneMethod, Images, Params, make_target, normalization, vit_settings
+from mim_jax.methods.base import BackboneMethod, Images, Params, global_views, make_target, vit_settings
 from mim_jax.models.heads import TokenHead
+from mim_jax.models.layers import Initializer
 from mim_jax.models.vit import ViT, masked_first, rescale_residual
 from mim_jax.views import Views
 
@@ -76,9 +77,30 @@ def make(config: ml_collections.ConfigDict) -> Beit:
     return Beit(**parts(config))
 
 
+def one_std(config: ml_collections.ConfigDict) -> Initializer:
+    """A normal distribution cut at one standard deviation, `model.init_std`."""
+    return jax.nn.initializers.truncated_normal(config.model.init_std, lower=-1.0, upper=1.0)
+
+
+def beit_vit(config: ml_collections.ConfigDict, pos: str) -> ViT:
+    """The ViT of BEiT and SimMIM."""
+    init = one_std(config)
+    return ViT(
+        **vit_settings(config.model),
+        pos=pos,
+        mask_token=True,
+        layerscale=config.model.layerscale,
+        k_bias=False,
+        kernel_init=init,
+        patch_init=init,
+        patch_bias_init=jax.nn.initializers.zeros,
+        token_init=init,
+    )
+
+
 def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """What BEiT and BEiT v2 have in common. Raises ValueError if the grid of tokens is not that of the patches."""
-    m, c, dtype = config.model, config.crops, jnp.dtype(config.model.dtype)
+    m, c = config.model, config.crops
     tokenizer, grid = make_target(config, "tokens"), m.img_size // m.patch_size
     if tokenizer.codes != config.head.vocab_size:
         raise ValueError(
@@ -89,32 +111,14 @@ def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
             f"a target of crops.target_size={c.target_size} pixels has {c.target_size / tokenizer.stride:g} tokens a side "
             f"(of {tokenizer.stride} pixels), but the model's image has {m.img_size / m.patch_size:g} patches a side"
         )
-    one_std = jax.nn.initializers.truncated_normal(m.init_std, lower=-1.0, upper=1.0)
     jitter = dict.fromkeys(("brightness", "contrast", "saturation"), c.color_jitter)
     policy = Policy(jitter=1.0, hue=0.0, gray=0.0, blur=0.0, **jitter)
-    group = Crops(
-        "global",
-        m.img_size,
-        tuple(c.global_crops_scale),
-        (policy,) * c.global_crops_number,
-        color_first=True,
-        target=Target(c.target_size, c.target_interpolation),
-    )
+    target = Target(c.target_size, c.target_interpolation)
     masks = BlockMask((grid, grid), config.mask.count, config.mask.smallest, config.mask.exact)
     return dict(
-        backbone=ViT(
-            **vit_settings(m),
-            pos="relative",
-            mask_token=True,
-            layerscale=m.layerscale,
-            k_bias=False,
-            kernel_init=one_std,
-            patch_init=one_std,
-            patch_bias_init=jax.nn.initializers.zeros,
-            token_init=one_std,
-        ),
-        head=TokenHead(config.head.vocab_size, one_std, dtype),
-        views=Views((group,), **normalization(config), masks=masks),
+        backbone=beit_vit(config, "relative"),
+        head=TokenHead(config.head.vocab_size, one_std(config), jnp.dtype(m.dtype)),
+        views=global_views(config, masks, policy, color_first=True, target=target),
         target=tokenizer,
         pictures=("reconstruction", "attention") if "reconstruction" in tokenizer.pictures else ("attention",),
     )

@@ -15,7 +15,7 @@ import ml_collections
 from mim_jax import durations, health, losses, optim
 from mim_jax.data.augment import Crops, Policy
 from mim_jax.masking import NO_MASKS, Masks
-from mim_jax.methods.base import BackboneMethod, Params, normalization, vit_settings
+from mim_jax.methods.base import BackboneMethod, Params, make_views, vit_settings
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.vit import ViT
 from mim_jax.views import Views
@@ -117,4 +117,4 @@ def multi_crop(config: ml_collections.ConfigDict, *policies: Policy, masks: Mask
     if c.local_crops_number:
         local = (Policy(blur=0.5, blur_radius=tuple(c.blur_radius)),) * c.local_crops_number
         crops.append(Crops("local", c.local_crops_size, tuple(c.local_crops_scale), local))
-    return Views(tuple(crops), **normalization(config), masks=masks)
+    return make_views(config, *crops, masks=masks)

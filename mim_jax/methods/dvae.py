@@ -15,11 +15,9 @@ import jax.numpy as jnp
 import ml_collections
 
 from mim_jax import durations, health, losses, optim
-from mim_jax.data.augment import FLIP, Crops
-from mim_jax.methods.base import Params, Tokenizer, normalization
+from mim_jax.methods.base import Params, Tokenizer, global_views
 from mim_jax.models import dvae
 from mim_jax.models.quantizers import gumbel_softmax
-from mim_jax.views import Views
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,14 +97,13 @@ def make(config: ml_collections.ConfigDict) -> Dvae:
         raise ValueError(f'model.arch is {m.arch!r}, but must be "dalle" or "beit"')
     if m.img_size % stride:
         raise ValueError(f"tokens of {stride} pixels do not fill an image of model.img_size={m.img_size}")
-    group = Crops("global", m.img_size, tuple(c.global_crops_scale), (FLIP,) * c.global_crops_number)
     return Dvae(
         encoder=encoder,
         decoder=decoder,
         codes=m.codes,
         stride=stride,
         likelihood=likelihood,
-        views=Views((group,), **normalization(config)),
+        views=global_views(config),
         schedules={
             "temperature": optim.cosine_schedule(1.0, o.temperature, durations.steps(config, "loss.temperature_decay")),
             "kl_weight": optim.cosine_schedule(0.0, o.kl_weight, durations.steps(config, "loss.kl_warmup")),

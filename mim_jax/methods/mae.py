@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from mim_jax import losses
-from mim_jax.data.augment import FLIP, Crops
 from mim_jax.masking import RandomMask
-from mim_jax.methods.base import BackboneMethod, Images, Params, normalization, vit_settings
+from mim_jax.methods.base import BackboneMethod, Images, Params, global_views, vit_settings
 from mim_jax.models.decoders import MaeDecoder
-from mim_jax.models.layers import paste_masked, patchify, unpatchify
+from mim_jax.models.layers import fill_masked, patchify, unpatchify
 from mim_jax.models.vit import ViT
 from mim_jax.views import Views
 
@@ -55,9 +54,8 @@ class Mae(BackboneMethod):
         if self.norm_pix_loss:  # the prediction has no mean and contrast: they are taken from the image
             _, mean, std = losses.normalized_patches(patchify(views["global"], self.backbone.patch_size))
             patches = patches * std + mean
-        images = unpatchify(patches, self.backbone.patch_size)
-        filled = paste_masked(views["global"], images, views["mask"])
-        return {"masked patches predicted": filled, "all patches predicted": images}
+        predicted = unpatchify(patches, self.backbone.patch_size)
+        return {"masked predicted": fill_masked(views["global"], predicted, views["mask"]), "all predicted": predicted}
 
 
 def make(config: ml_collections.ConfigDict) -> Mae:
@@ -66,9 +64,8 @@ def make(config: ml_collections.ConfigDict) -> Mae:
     grid = m.img_size // m.patch_size
     # truncated, in floating point, as the official code does
     masks = RandomMask((grid, grid), grid**2 - int(grid**2 * (1 - config.mask.ratio)))
-    group = Crops("global", m.img_size, tuple(c.global_crops_scale), (FLIP,) * c.global_crops_number)
     return Mae(
-        views=Views((group,), **normalization(config), masks=masks),
+        views=global_views(config, masks),
         backbone=ViT(
             **vit_settings(m),
             pos="sincos",

@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import ml_collections
 
 from mim_jax import losses
-from mim_jax.data.augment import FLIP, Crops
 from mim_jax.masking import RandomMask
-from mim_jax.methods.base import BackboneMethod, Images, Params, normalization, vit_settings
+from mim_jax.methods.base import BackboneMethod, Images, Params, global_views
+from mim_jax.methods.beit import beit_vit
 from mim_jax.models.decoders import PixelHead
-from mim_jax.models.layers import paste_masked, patchify, unpatchify
+from mim_jax.models.layers import fill_masked, patchify, unpatchify
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT, rescale_residual
-from mim_jax.views import Views
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,9 +55,8 @@ class SimMim(BackboneMethod):
 
     def reconstruction(self, params: Params, extra: Params, target: Params, views: Params) -> Images:
         _, mean, std = self.normalized(views["global"])
-        images = self.predict(params, views) * std + mean
-        filled = paste_masked(views["global"], images, views["mask"])
-        return {"masked patches predicted": filled, "all patches predicted": images}
+        predicted = self.predict(params, views) * std + mean
+        return {"masked predicted": fill_masked(views["global"], predicted, views["mask"]), "all predicted": predicted}
 
 
 def make(config: ml_collections.ConfigDict) -> SimMim:
@@ -67,22 +65,9 @@ def make(config: ml_collections.ConfigDict) -> SimMim:
         if len(m.depths) != len(m.heads):
             raise ValueError(f"model.depths={m.depths} and model.heads={m.heads} must have one number for each stage")
         settings = {name: m[name] for name in ("patch_size", "img_size", "dim", "mlp_ratio", "drop_path_rate", "unroll")}
-        backbone: ViT | Swin = Swin(
-            depths=tuple(m.depths), heads=tuple(m.heads), window=m.window, dtype=dtype, **settings
-        )
+        backbone: ViT | Swin = Swin(depths=tuple(m.depths), heads=tuple(m.heads), window=m.window, dtype=dtype, **settings)
     elif m.arch == "vit":
-        one_std = jax.nn.initializers.truncated_normal(m.init_std, lower=-1.0, upper=1.0)
-        backbone = ViT(
-            **vit_settings(m),
-            pos=m.pos,
-            mask_token=True,
-            layerscale=m.layerscale,
-            k_bias=False,
-            kernel_init=one_std,
-            patch_init=one_std,
-            patch_bias_init=jax.nn.initializers.zeros,
-            token_init=one_std,
-        )
+        backbone = beit_vit(config, m.pos)
     else:
         raise ValueError(f'model.arch is {m.arch!r}, but must be "vit" or "swin"')
     size, square = m.img_size, config.mask.mask_patch_size
@@ -94,12 +79,10 @@ def make(config: ml_collections.ConfigDict) -> SimMim:
     window = config.loss.norm_target_window
     if window and (window % 2 == 0 or window < 3):
         raise ValueError(f"loss.norm_target_window is {window}, but must be 0 or an odd number of pixels, 3 at least")
-    policies = (FLIP,) * config.crops.global_crops_number
-    group = Crops("global", size, tuple(config.crops.global_crops_scale), policies, interpolation="bilinear")
     grid, count = size // m.patch_size, math.ceil((size // square) ** 2 * config.mask.ratio)
     masks = RandomMask((grid, grid), count, square // m.patch_size)
     return SimMim(
-        views=Views((group,), **normalization(config), masks=masks),
+        views=global_views(config, masks, interpolation="bilinear"),
         backbone=backbone,
         decoder=PixelHead(backbone.stride**2 * 3, dtype),
         norm_target_window=window,

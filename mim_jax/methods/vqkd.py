@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import ml_collections
 
 from mim_jax import health, losses
-from mim_jax.data.augment import FLIP, Crops, Target
-from mim_jax.methods.base import Params, Tokenizer, make_target, normalization, patch_features, vit_settings
+from mim_jax.data.augment import Target
+from mim_jax.methods.base import Params, Tokenizer, global_views, make_target, patch_features, vit_settings
 from mim_jax.models.layers import dense, param_dtype
 from mim_jax.models.quantizers import NormEmaQuantizer, State, cosine_kmeans, unit
 from mim_jax.models.vit import ViT, features, rescale_residual
-from mim_jax.views import Views
 
 
 class TaskLayer(nn.Module):
@@ -101,13 +100,6 @@ def make(config: ml_collections.ConfigDict) -> VqKd:
     grid, dtype = m.img_size // m.patch_size, jnp.dtype(m.dtype)
     settings = vit_settings(m) | {"drop_path_rate": 0.0, "k_bias": False}
     decoder = settings | {"patch_size": 1, "img_size": grid, "depth": m.decoder_depth}
-    group = Crops(
-        "global",
-        m.img_size,
-        tuple(config.crops.global_crops_scale),
-        (FLIP,) * config.crops.global_crops_number,
-        target=Target(grid * teacher.stride),
-    )
     return VqKd(
         encoder=ViT(**settings),
         encode_task=TaskLayer(q.dim, dtype),
@@ -116,7 +108,7 @@ def make(config: ml_collections.ConfigDict) -> VqKd:
         quantizer=NormEmaQuantizer(q.codes, q.dim, q.decay, q.beta),
         decoder=ViT(**decoder),
         decode_task=TaskLayer(teacher.dim, dtype),
-        views=Views((group,), **normalization(config)),
+        views=global_views(config, target=Target(grid * teacher.stride)),
         target=teacher,
         kmeans_init=q.kmeans_init,
     )

@@ -12,12 +12,10 @@ import jax.numpy as jnp
 import ml_collections
 
 from mim_jax import health
-from mim_jax.data.augment import FLIP, Crops
-from mim_jax.methods.base import Params, Tokenizer, normalization
+from mim_jax.methods.base import Params, Tokenizer, global_views
 from mim_jax.models.layers import param_dtype
 from mim_jax.models.quantizers import EmaQuantizer
 from mim_jax.models.vqvae import VqVaeDecoder, VqVaeEncoder
-from mim_jax.views import Views
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,12 +69,11 @@ def make(config: ml_collections.ConfigDict) -> VqVae:
     sizes = dict(hidden=m.hidden, layers=m.layers, blocks=m.blocks, dtype=dtype)
     if m.img_size % 2**m.layers:
         raise ValueError(f"model.img_size={m.img_size} cannot be halved model.layers={m.layers} times")
-    group = Crops("global", m.img_size, tuple(c.global_crops_scale), (FLIP,) * c.global_crops_number)
     return VqVae(
         encoder=VqVaeEncoder(q.dim, **sizes),
         codes=q.codes,
         stride=2**m.layers,
         quantizer=EmaQuantizer(q.codes, q.dim, q.decay, commitment=q.commitment, threshold=q.threshold),
         decoder=VqVaeDecoder(**sizes),
-        views=Views((group,), **normalization(config)),
+        views=global_views(config),
     )

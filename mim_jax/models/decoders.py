@@ -1,4 +1,4 @@
-"""What turns an encoder's tokens back into pixels."""
+"""Decoders: from an encoder's tokens to pixels."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from mim_jax.sharding import pin_batch
 
 
 class MaeDecoder(nn.Module):
-    """MAE's light decoder: the visible tokens, mask tokens in the other places, a few blocks, one vector for each patch.
+    """MAE's decoder: visible tokens, with mask tokens in place of masked patches, go through a few blocks and a linear layer.
 
-    Source: MAE (He et al. 2022), section 3. Positions are a parameter that gets no gradient, as the encoder's.
+    Source: MAE (He et al. 2022), section 3. Positions are a parameter without gradient, as in the encoder.
     """
 
-    out_dim: int  # values of a patch
-    grid: int  # patches a side
+    out_dim: int  # number of values in a patch
+    grid: int  # patches per side
     dim: int = 512
     depth: int = 8
     heads: int = 16
@@ -32,27 +32,19 @@ class MaeDecoder(nn.Module):
     def __call__(self, cls: jax.Array, patch: jax.Array, mask: jax.Array) -> jax.Array:
         """cls [B, n, D], patch [B, n, visible, D] in the order of the image, mask bool [B, n, N] -> [B, n, N, out_dim]."""
         dtype, (batch, n, count) = param_dtype(self.dtype), mask.shape
-        table = lambda _: jnp.asarray(sincos_positions(self.dim, self.grid, self.grid), dtype)  # noqa: E731
-        positions = jax.lax.stop_gradient(self.param("pos_embed", table)).astype(self.dtype)
+        positions = self.param("pos_embed", lambda _: jnp.asarray(sincos_positions(self.dim, self.grid, self.grid), dtype))
+        positions = jax.lax.stop_gradient(positions).astype(self.dtype)
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim), dtype)
 
         x = jnp.concatenate([cls[:, :, None], patch], axis=2)
         x = dense(self.dim, self.dtype, self.kernel_init, name="embed")(x.reshape(-1, x.shape[-1]))
         x = pin_batch(x.reshape(batch, n, -1, self.dim))
-        place = jnp.argsort(visible_first(mask), axis=-1)[..., None]  # of each patch among the visible, then the masked
+        place = jnp.argsort(visible_first(mask), axis=-1)[..., None]  # the inverse of that order
         tokens = jnp.take_along_axis(x[:, :, 1:], jnp.minimum(place, x.shape[2] - 2), axis=2)
         tokens = jnp.where(mask[..., None], mask_token.astype(self.dtype), tokens)
         x = jnp.concatenate([x[:, :, :1], tokens], axis=2) + positions
-        blocks = stack(
-            self.depth,
-            self.unroll,
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
-            layout=((n, 1 + count),),
-            stochastic=False,
-            kernel_init=self.kernel_init,
-            dtype=self.dtype,
-        )
+        settings = dict(heads=self.heads, mlp_ratio=self.mlp_ratio, kernel_init=self.kernel_init, dtype=self.dtype)
+        blocks = stack(self.depth, self.unroll, layout=((n, 1 + count),), stochastic=False, **settings)
         x, _ = blocks(x.reshape(batch, -1, self.dim), jnp.zeros(self.depth), (None,))
         x = layer_norm(self.dtype, name="norm")(x.reshape(batch, n, 1 + count, self.dim)[:, :, 1:])
         x = dense(self.out_dim, self.dtype, self.kernel_init, name="pred")(x.reshape(-1, self.dim))
@@ -60,9 +52,9 @@ class MaeDecoder(nn.Module):
 
 
 class PixelHead(nn.Module):
-    """SimMIM's decoder: one linear layer from each patch token to its pixels, [B, n, N, D] -> [B, n, N, out_dim].
+    """SimMIM's decoder: a linear layer from each patch token to its pixels, [B, n, N, D] -> [B, n, N, out_dim].
 
-    Source: SimMIM (Xie et al. 2022), section 3.4. First values are those of a PyTorch convolution.
+    Source: SimMIM (Xie et al. 2022), section 3.4. Initialised as a PyTorch convolution.
     """
 
     out_dim: int
@@ -71,6 +63,5 @@ class PixelHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype, fan_in = param_dtype(self.dtype), x.shape[-1]
-        inits = dict(kernel_init=TORCH_UNIFORM, bias_init=torch_bias(fan_in))
-        head = nn.Dense(self.out_dim, dtype=self.dtype, param_dtype=dtype, name="linear", **inits)
+        head = dense(self.out_dim, self.dtype, TORCH_UNIFORM, "linear", bias_init=torch_bias(fan_in))
         return pin_batch(head(x.reshape(-1, fan_in)).reshape(*x.shape[:3], -1).astype(dtype))

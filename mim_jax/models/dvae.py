@@ -1,6 +1,7 @@
-"""Discrete VAEs: images to logits over a vocabulary and back. The tokens of an image are the argmax of its logits.
+"""Discrete VAEs: DALL-E's, and the small one of BEiT's code.
 
-Encoders map [B, H, W, 3] to logits [B, h, w, K]; decoders map one-hot vectors or relaxed samples [B, h, w, K] to pixels.
+Encoders map images [B, H, W, 3] to logits [B, h, w, K] over a vocabulary, whose argmax are the image's tokens; decoders map
+one-hot vectors or relaxed samples [B, h, w, K] to pixels.
 """
 
 from typing import Any
@@ -18,28 +19,28 @@ FAN_IN_NORMAL = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
 
 
 def map_pixels(images: jax.Array) -> jax.Array:
-    """[0, 1] -> [0.1, 0.9], where the logit-Laplace distribution is tame (DALL-E, appendix A.3)."""
+    """[0, 1] -> [0.1, 0.9], as the logit-Laplace distribution needs it (DALL-E, appendix A.3)."""
     return (1 - 2 * LOGIT_LAPLACE_EPS) * images + LOGIT_LAPLACE_EPS
 
 
 def unmap_pixels(pixels: jax.Array) -> jax.Array:
-    """The inverse of `map_pixels`, cut to [0, 1]."""
+    """The inverse of `map_pixels`, clipped to [0, 1]."""
     return jnp.clip((pixels - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS), 0, 1)
 
 
 def dalle_pixels(stats: jax.Array) -> jax.Array:
-    """What DALL-E's decoder paints: its output [B, H, W, 6] -> images [B, H, W, 3] in [0, 1]."""
+    """The images of DALL-E's decoder: its output [B, H, W, 6] -> [B, H, W, 3] in [0, 1]."""
     return unmap_pixels(jax.nn.sigmoid(stats[..., :3]))
 
 
 def conv(features: int, size: int, dtype: Any, name: str) -> nn.Conv:
-    """A convolution that keeps the image's size, as DALL-E begins it."""
+    """A convolution that keeps the image's size, with DALL-E's initialisation."""
     how = dict(dtype=dtype, param_dtype=param_dtype(dtype), conv_general_dilated=convolve)
     return nn.Conv(features, (size, size), padding=(size - 1) // 2, kernel_init=FAN_IN_NORMAL, name=name, **how)
 
 
 class DalleBlock(nn.Module):
-    """Four convolutions, ReLU before each, beside a path that is the identity where the width stays."""
+    """A residual block: four convolutions, ReLU before each; where the width changes, the skip path is a 1 x 1 convolution."""
 
     features: int
     kernels: Kernels
@@ -56,7 +57,7 @@ class DalleBlock(nn.Module):
 
 
 def dalle_group(x: jax.Array, number: int, blocks: int, features: int, kernels: Kernels, dtype: Any) -> jax.Array:
-    """One of the four groups of blocks of the module that is being called."""
+    """One of a network's four groups of blocks; to be called inside its `__call__`."""
     gain = (4 * blocks) ** -2
     for b in range(1, blocks + 1):
         x = DalleBlock(features, kernels, gain, dtype, name=f"group_{number}_block_{b}")(x)
@@ -98,14 +99,14 @@ class DalleDecoder(nn.Module):
 
 
 def torch_conv(features: int, size: int, dtype: Any, name: str, fan_in: int, stride: int = 1) -> nn.Conv:
-    """A convolution, padded so that a size is divided by the stride, as PyTorch begins it."""
+    """A convolution with PyTorch's initialisation, padded so that the image's size is divided by the stride."""
     inits = dict(kernel_init=TORCH_UNIFORM, bias_init=torch_bias(fan_in * size**2))
     how = dict(dtype=dtype, param_dtype=param_dtype(dtype), conv_general_dilated=convolve)
     return nn.Conv(features, (size, size), stride, padding=(size - stride) // 2, name=name, **inits, **how)
 
 
 class TransposedConv(nn.Module):
-    """A transposed convolution, 4 x 4, to twice the side, as PyTorch begins it: [B, H, W, I] -> [B, 2 * H, 2 * W, features]."""
+    """A 4 x 4 transposed convolution with PyTorch's initialisation: [B, H, W, I] -> [B, 2 * H, 2 * W, features]."""
 
     features: int
     dtype: Any
@@ -120,23 +121,22 @@ class TransposedConv(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3 x 3 convolutions and one of 1 x 1, ReLU between them, added to the input."""
+    """A residual block: convolutions of these sizes, ReLU between them and, if `relu_first`, before the first."""
 
     dtype: Any
+    sizes: tuple[int, ...] = (3, 3, 1)
+    relu_first: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         y, width = x, x.shape[-1]
-        for i, size in enumerate((3, 3, 1), 1):
-            y = torch_conv(width, size, self.dtype, f"conv_{i}", width)(nn.relu(y) if i > 1 else y)
+        for i, size in enumerate(self.sizes, 1):
+            y = torch_conv(width, size, self.dtype, f"conv_{i}", width)(nn.relu(y) if i > 1 or self.relu_first else y)
         return x + y
 
 
 class DvaeEncoder(nn.Module):
-    """The encoder of the small discrete VAE that BEiT's code trains: [B, H, W, 3] -> logits [B, h, w, codes].
-
-    Each of the `layers` halves the image's side.
-    """
+    """The encoder of BEiT's small discrete VAE: [B, H, W, 3] -> logits [B, h, w, codes]; each layer halves the side."""
 
     codes: int = 8192
     hidden: int = 256
@@ -153,10 +153,7 @@ class DvaeEncoder(nn.Module):
 
 
 class DvaeDecoder(nn.Module):
-    """Its decoder: the sum of the codes of each sample, then images of twice the side for each of the `layers`.
-
-    [B, h, w, codes] -> [B, H, W, 3].
-    """
+    """Its decoder: [B, h, w, codes] -> [B, H, W, 3]; after a product with the codebook, each layer doubles the side."""
 
     codebook_dim: int = 512
     hidden: int = 256

@@ -1,4 +1,4 @@
-"""The projection heads that the losses see."""
+"""Heads: from the backbone's tokens to the scores that the losses compare."""
 
 import functools
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from mim_jax.sharding import pin_batch
 
 
 class BatchNorm(nn.Module):
-    """PyTorch's BatchNorm1d on [N, D]: normalises by the batch and keeps running figures (unbiased variance) beside."""
+    """PyTorch's BatchNorm1d on [N, D], with running mean and unbiased variance in the collection `batch_stats`."""
 
     momentum: float = 0.1
     eps: float = 1e-5
@@ -42,13 +42,10 @@ class BatchNorm(nn.Module):
 
 
 class WeightNormDense(nn.Module):
-    """A linear map [N, I] -> [N, O] without bias whose columns are weight_g * v / |v| (Salimans & Kingma 2016).
-
-    Initial g is 1 and v is PyTorch's default for a linear layer, uniform within 1 / sqrt(I).
-    """
+    """A linear map [N, I] -> [N, O] without bias whose columns are weight_g * v / |v| (Salimans & Kingma 2016)."""
 
     features: int
-    train_norm: bool  # False: no gradient reaches weight_g
+    train_norm: bool  # False: weight_g gets no gradient
     dtype: Any
 
     @nn.compact
@@ -64,11 +61,9 @@ class WeightNormDense(nn.Module):
 class DinoHead(nn.Module):
     """An MLP to a small bottleneck, L2 normalisation, and weight-normalised prototypes: [..., D] -> [..., out_dim].
 
-    Source: DINO (Caron et al. 2021), appendix C. `nlayers=1` is a single linear layer; `use_bn` puts batch
-    normalisation (collection `batch_stats`) before each GELU. Logits are float32 (float64 where `dtype` is).
-
-    iBOT (Zhou et al. 2021, section 3.2) sends patches through the same head: give them beside CLS, and the logits of both
-    come back. With a `patch_out_dim` they have a last layer of their own, `last_layer2`, of so many prototypes.
+    Source: DINO (Caron et al. 2021), appendix C; iBOT (Zhou et al. 2021), section 3.2, for patches. `use_bn` puts batch
+    normalisation before each GELU. With a `patch_out_dim`, patches have a last layer of their own, `last_layer2`, with this
+    number of prototypes. Logits are float32 (float64 where `dtype` is).
     """
 
     out_dim: int
@@ -85,9 +80,8 @@ class DinoHead(nn.Module):
     def __call__(
         self, cls: jax.Array, patch: jax.Array | None = None, train: bool = False
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
-        """cls [..., D] -> [..., out_dim]. With patch [B, M, D], cls is [B, n, D]: a pair, the second [B, M, out_dim] (or
-        `patch_out_dim`)."""
-        # side by side along the axis that is not sharded
+        """cls [..., D] -> [..., out_dim]; or cls [B, n, D] and patch [B, M, D] -> both logits, those of patches
+        [B, M, patch_out_dim or out_dim]."""
         x = cls if patch is None else jnp.concatenate([cls, patch], axis=1)
         shape, dtype = x.shape[:-1], param_dtype(self.dtype)
         x = x.reshape(-1, x.shape[-1])
@@ -110,7 +104,7 @@ class DinoHead(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """A linear map from tokens to scores over a vocabulary, [..., D] -> [..., vocab_size], float32 at least (BEiT)."""
+    """BEiT's head: a linear map from tokens to scores over a vocabulary, [..., D] -> [..., vocab_size], at least float32."""
 
     vocab_size: int
     kernel_init: Initializer = nn.initializers.normal(0.02)
@@ -123,14 +117,10 @@ class TokenHead(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Features [B, D] -> class scores [B, num_classes], after a normalisation of the features or none.
-
-    `norm`: "layer" is MAE's fine-tuning after mean pooling (`fc_norm`), "batch" its linear probe (batch normalisation
-    without scale and bias, eps 1e-6), "" none.
-    """
+    """Features [B, D] -> class scores [B, num_classes]."""
 
     num_classes: int
-    norm: str = ""
+    norm: str = ""  # "layer": MAE's fine-tuning after mean pooling; "batch": its linear probe, without scale and bias; "": none
     init_std: float = 2e-5
     dtype: Any = jnp.float32
 

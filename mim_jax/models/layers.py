@@ -1,7 +1,7 @@
-"""The layers of a transformer.
+"""Layers that the models share.
 
-Dense layers are given flat tokens [N, D], not [B, T, D]: XLA's CPU backend contracts one axis faster than two in the weight
-gradient, and to other backends it is the same.
+Dense layers are given flat tokens [N, D], not [B, T, D]: in the weight gradient, XLA's CPU backend contracts one axis faster
+than two, and other backends are as fast.
 """
 
 import math
@@ -14,13 +14,13 @@ import jax.numpy as jnp
 
 
 def param_dtype(dtype: Any) -> Any:
-    """Parameters, norms and losses are float32 whatever computes between them, and float64 when all is float64."""
+    """The dtype of parameters, norms and losses: float32, or float64 where the computation has it."""
     return jnp.promote_types(jnp.float32, dtype)
 
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, x * Phi(x) (Hendrycks & Gimpel 2016); keeps Phi for the backward pass."""
+    """The exact GELU, x * Phi(x) (Hendrycks & Gimpel 2016); Phi is stored for the backward pass."""
     return _gelu_fwd(x)[0]
 
 
@@ -43,21 +43,18 @@ Initializer = Callable[..., jax.Array]
 
 
 def torch_bias(fan_in: int) -> Initializer:
-    """PyTorch's default bias, uniform within 1 / sqrt(fan_in)."""
+    """PyTorch's default for biases, uniform within 1 / sqrt(fan_in)."""
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
 
-def dense(
-    features: int, dtype: Any, kernel_init: Initializer, name: str | None = None, use_bias: bool = True
-) -> nn.Dense:
-    """A linear layer for flat tokens, [N, I] -> [N, features], biases 0 at first."""
-    return nn.Dense(
-        features, dtype=dtype, param_dtype=param_dtype(dtype), kernel_init=kernel_init, use_bias=use_bias, name=name
-    )
+def dense(features: int, dtype: Any, kernel_init: Initializer, name: str | None = None, **options: Any) -> nn.Dense:
+    """A linear layer for flat tokens, [N, I] -> [N, features]; `options` are those of `flax.linen.Dense`."""
+    types = dict(dtype=dtype, param_dtype=param_dtype(dtype))
+    return nn.Dense(features, kernel_init=kernel_init, name=name, **types, **options)
 
 
 def patchify(images: jax.Array, size: int) -> jax.Array:
-    """[..., H, W, C] -> [..., N, size * size * C]: patches row-major, in each (row, column, channel). MAE's order."""
+    """[..., H, W, C] -> [..., N, size * size * C]; patches are row-major, their values in the order (row, column, channel)."""
     *batch, height, width, channels = images.shape
     rows, columns = height // size, width // size
     patches = images.reshape(*batch, rows, size, columns, size, channels)
@@ -65,7 +62,7 @@ def patchify(images: jax.Array, size: int) -> jax.Array:
 
 
 def unpatchify(patches: jax.Array, size: int, grid: tuple[int, int] | None = None) -> jax.Array:
-    """The inverse of `patchify`: [..., N, size * size * C] -> [..., H, W, C]; `grid` (rows, columns), by default square."""
+    """The inverse of `patchify`: [..., N, size * size * C] -> [..., H, W, C]; `grid` is (rows, columns), by default square."""
     *batch, count, _ = patches.shape
     rows, columns = grid or (math.isqrt(count), math.isqrt(count))
     images = jnp.moveaxis(patches.reshape(*batch, rows, columns, size, size, -1), -4, -3)
@@ -73,10 +70,10 @@ def unpatchify(patches: jax.Array, size: int, grid: tuple[int, int] | None = Non
 
 
 def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **rest: Any) -> jax.Array:
-    """`jax.lax.conv_general_dilated` without dilation, x [B, H, W, I], kernel [h, w, I, O]: what `flax.linen.Conv` calls.
+    """`jax.lax.conv_general_dilated` without dilation, as `flax.linen.Conv` calls it: x [B, H, W, I], kernel [h, w, I, O].
 
-    On a CPU it is one product with all shifted images side by side: XLA has slow loops there for the gradients of
-    convolutions with a stride, and is no faster for the others.
+    On a CPU it is one matrix product with the concatenated shifted images: XLA's gradients of convolutions with a stride are
+    slow there, and the others are no faster.
     """
     if jax.default_backend() != "cpu":
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **rest)
@@ -91,7 +88,7 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **rest
 def convolve_to_twice(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`jax.lax.conv_transpose` with stride 2: x [B, H, W, I], kernel [4, 4, I, O] -> [B, 2 * H, 2 * W, O].
 
-    On a CPU, for the same reason, one product, whose results are added where they overlap.
+    On a CPU, for the same reason, it is one product, whose results are added where they overlap.
     """
     if jax.default_backend() != "cpu":
         return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME")
@@ -100,7 +97,7 @@ def convolve_to_twice(x: jax.Array, kernel: jax.Array) -> jax.Array:
     y = flat.reshape(batch, rows, columns, 4, 4, -1)
 
     def doubled(y: jax.Array, axis: int, taps: int) -> jax.Array:
-        """Pixel 2 * i is tap 2 of place i and tap 0 of the one before, pixel 2 * i + 1 tap 1 and tap 3 of the one after."""
+        """Pixel 2 * i is tap 2 of input i plus tap 0 of i - 1; pixel 2 * i + 1 is tap 1 of input i plus tap 3 of i + 1."""
         one, two, three, four = (jnp.take(y, k, axis=taps) for k in range(4))
 
         def shifted(z: jax.Array, by: int) -> jax.Array:
@@ -112,22 +109,22 @@ def convolve_to_twice(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return doubled(doubled(y, 1, 3), 2, 3)
 
 
-def paste_masked(images: jax.Array, painted: jax.Array, mask: jax.Array) -> jax.Array:
-    """Images [..., H, W, C] with the masked patches, bool [..., N] and square, taken from `painted`, of the same shape."""
+def fill_masked(images: jax.Array, filling: jax.Array, mask: jax.Array) -> jax.Array:
+    """`images` with the masked patches of `filling`, both [..., H, W, C]; mask bool [..., N] of square patches."""
     height, width = images.shape[-3:-1]
     size = math.isqrt(height * width // mask.shape[-1])
     patches = mask.reshape(*mask.shape[:-1], height // size, width // size)
     pixels = jnp.repeat(jnp.repeat(patches, size, -2), size, -1)
-    return jnp.where(pixels[..., None], painted, images)
+    return jnp.where(pixels[..., None], filling, images)
 
 
 def layer_norm(dtype: Any, name: str | None = None, eps: float = 1e-6) -> nn.LayerNorm:
-    """Layer normalisation, by default with the ViTs' eps, statistics in float32 at least; the output has `dtype`."""
+    """Layer normalisation, by default with the eps of ViTs; its statistics are at least float32, its output has `dtype`."""
     return nn.LayerNorm(eps, dtype=dtype, param_dtype=param_dtype(dtype), use_fast_variance=False, name=name)
 
 
 def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """softmax(q k^T / sqrt(d) + bias) in float32 at least: [..., T, d] -> [..., T, T]."""
+    """softmax(q k^T / sqrt(d) + bias), at least float32: [..., T, d] -> [..., T, T]."""
     dtype = param_dtype(q.dtype)
     logits = jnp.einsum("...td,...sd->...ts", q, k, preferred_element_type=dtype) * q.shape[-1] ** -0.5
     return jax.nn.softmax(logits if bias is None else logits + bias.astype(dtype))
@@ -136,8 +133,8 @@ def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array | None = None)
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """Softmax attention, q, k, v [B, T, H, d] -> [B, T, H, d]; `bias` [1 or B, H, T, T] is added to the logits.
 
-    On a GPU in half precision cuDNN's fused kernel, which in training refuses odd T (in the newest jax only with a bias):
-    one zero token is added, hidden from the softmax, and dropped again. Elsewhere the plain product over [B * H, T, d].
+    On a GPU in half precision it is cuDNN's fused kernel. In training this refuses odd T (in the newest jax only with a bias),
+    so a zero token is added, which the softmax ignores. Elsewhere it is the plain product over [B * H, T, d].
     """
     batch, length, heads, depth = q.shape
     if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):

@@ -1,4 +1,4 @@
-"""Where a patch is: fixed sine-cosine tables, learned tables at another resolution, and relative position biases."""
+"""Positions of patches: sine-cosine tables, learned tables at another resolution, and relative position biases."""
 
 import functools
 import math
@@ -10,29 +10,25 @@ import scipy.interpolate  # type: ignore[import-untyped]
 
 
 def sincos_positions(dim: int, rows: int, columns: int) -> np.ndarray:
-    """MAE's fixed table, float64 [1, 1 + rows * columns, dim], patches row-major, the first row (CLS) zero.
+    """MAE's fixed table, float64 [1, 1 + rows * columns, dim]: zeros for CLS, then the patches row-major.
 
-    The first half of the channels tells the column, the second the row; each is all sines, then all cosines, of the
-    place times 10000 ** (-i / (dim / 4)). (MAE, `pos_embed.py`; MoCo v3 has the halves the other way round.) Raises
-    ValueError if 4 does not divide `dim`.
+    The first half of the channels encodes the column, the second the row; each half is sines, then cosines, of the coordinate
+    times 10000 ** (-i / (dim / 4)). Source: MAE, `pos_embed.py` (MoCo v3 has the row first). Raises ValueError if 4 does not
+    divide `dim`.
     """
     if dim % 4:
         raise ValueError(f"a width of {dim} cannot have sine-cosine positions: it must be a multiple of 4")
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
-
-    def waves(places: np.ndarray) -> np.ndarray:
-        angles = places.reshape(-1, 1) * frequencies
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-
-    row, column = np.mgrid[:rows, :columns].astype(float)
-    return np.concatenate([np.zeros((1, dim)), np.concatenate([waves(column), waves(row)], axis=1)])[None]
+    row, column = np.mgrid[:rows, :columns].reshape(2, -1, 1) * frequencies
+    patches = np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=1)
+    return np.concatenate([np.zeros((1, dim)), patches])[None]
 
 
 def interpolation_weights(size: int, to: int, offset: float = 0.1) -> np.ndarray:
-    """[to, size] weights of torch's bicubic interpolation (a = -0.75, clamped borders, no antialiasing) by a factor.
+    """Weights [to, size] of PyTorch's bicubic interpolation (a = -0.75, clamped borders, no antialiasing).
 
-    DINO's code resizes positions by the factor (to + 0.1) / size and torch maps coordinates with that very factor:
-    source = (target + 0.5) / factor - 0.5 (recipe sheet 1.1). MAE's gives the size itself: `offset` 0.
+    DINO's code passes the scale factor (to + 0.1) / size, by which PyTorch then maps the coordinates; MAE's passes the size,
+    which is `offset` 0.
     """
     source = (np.arange(to) + 0.5) * size / (to + offset) - 0.5
     first = np.floor(source).astype(int) - 1
@@ -48,9 +44,9 @@ def interpolation_weights(size: int, to: int, offset: float = 0.1) -> np.ndarray
 def interpolate_positions(
     pos_embed: jax.Array, rows: int, columns: int, offset: float = 0.1, antialias: bool = False
 ) -> jax.Array:
-    """Positions [1, 1 + N, D] of a square grid for a grid of rows x columns: [1, 1 + rows * columns, D]. CLS is kept.
+    """Positions [1, 1 + N, D] of a square grid -> [1, 1 + rows * columns, D]; that of CLS does not change.
 
-    `antialias`: with an antialiased cubic (a = -0.5), as DINOv2 does with registers; else see `interpolation_weights`.
+    `antialias`: by an antialiased cubic (a = -0.5), as DINOv2 with registers; else see `interpolation_weights`.
     """
     size = round((pos_embed.shape[1] - 1) ** 0.5)
     if rows == columns == size:
@@ -65,10 +61,10 @@ def interpolate_positions(
 
 
 def relative_position_index(rows: int, columns: int, cls: bool) -> np.ndarray:
-    """Which row of the bias table is for which pair of tokens, int [T, T], query by key, patches row-major.
+    """The row of the bias table for each pair of tokens, int [T, T], query by key, patches row-major.
 
-    Two patches: (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1, d being query minus key (Swin, section 3.2).
-    With `cls`, token 0 is CLS, and three more rows are for CLS to patch, patch to CLS, and CLS to itself (BEiT).
+    For patches: (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1, where d is query minus key (Swin, section 3.2). With
+    `cls`, token 0 is CLS, and the last three rows are for CLS to patch, patch to CLS, and CLS to itself (BEiT).
     """
     y, x = (axis.reshape(-1) for axis in np.mgrid[:rows, :columns])
     patches = (y[:, None] - y + rows - 1) * (2 * columns - 1) + x[:, None] - x + columns - 1
@@ -81,17 +77,16 @@ def relative_position_index(rows: int, columns: int, cls: bool) -> np.ndarray:
 
 
 def relative_bias(table: jax.Array, grid: int, to: tuple[int, int]) -> jax.Array:
-    """The bias [heads, 1 + N, 1 + N] of CLS and a grid `to` of patches, from the table [rows, heads] of a square grid."""
+    """The bias [heads, 1 + N, 1 + N] of CLS and the patches of the grid `to`, from the table [rows, heads] of a square grid."""
     table = interpolate_bias_table(table, (grid, grid), to, cls=True)
     return jnp.moveaxis(table[relative_position_index(*to, cls=True)], -1, 0)
 
 
 def progression(size: int, to: int) -> tuple[float, np.ndarray]:
-    """(ratio, places): a table's side `size` stretched over a side `to` so that its middle keeps its resolution.
+    """(ratio, places): the places of a table's `size` rows on a side of `to` rows, dense in the middle.
 
-    Places are 0, +-1, +-(1 + q), +-(1 + q + q**2), ...: the ratio q is the one whose last place falls on the end of the
-    larger side, found by bisection between 1.01 and 1.5 as in the official code (BEiT, fine-tuning); where that one lies
-    beyond, the bound is taken.
+    Places are 0, +-1, +-(1 + q), +-(1 + q + q**2), ...; the ratio q is the one for which the last place is the end of the
+    side `to`, found by bisection between 1.01 and 1.5. Source: BEiT's fine-tuning code.
     """
     low, high, ratio = 1.01, 1.5, 0.0
     while high - low > 1e-6:
@@ -105,16 +100,16 @@ def progression(size: int, to: int) -> tuple[float, np.ndarray]:
 
 
 def spline_weights(size: int, to: int) -> np.ndarray:
-    """[to, size] weights of the cubic spline through a table's side at the places of `progression`; ends are clamped."""
+    """Weights [to, size] of the cubic spline through the places of `progression`; clamped beyond the ends."""
     _, places = progression(size, to)
     wanted = np.clip(np.arange(to) - to // 2, places[0], places[-1])
     return scipy.interpolate.make_interp_spline(places, np.eye(size), k=min(3, size - 1))(wanted)
 
 
 def interpolate_bias_table(table: jax.Array, grid: tuple[int, int], to: tuple[int, int], cls: bool) -> jax.Array:
-    """A relative position bias table [rows, heads] of a grid of patches for another grid; rows of CLS are copied.
+    """A relative position bias table [rows, heads] of one grid of patches -> that of another; rows of CLS are copied.
 
-    Source: BEiT's and SimMIM's fine-tuning code (recipe sheet 7.4).
+    Source: the fine-tuning code of BEiT and SimMIM.
     """
     if grid == to:
         return table
@@ -128,14 +123,14 @@ def interpolate_bias_table(table: jax.Array, grid: tuple[int, int], to: tuple[in
     return jnp.concatenate([patches, table[-3:]]) if cls else patches
 
 
-LEARNED = r"(pos_embed|relative_position_bias_table)$"  # paths of the tables that `fit_positions` takes
+LEARNED = r"(pos_embed|relative_position_bias_table)$"  # paths of the tables that `fit_positions` can interpolate
 
 
 def fit_positions(name: str, table: jax.Array, shape: tuple[int, ...], antialias: bool = False) -> jax.Array:
-    """A table of another grid of patches for the grid that one of `shape` is for; both grids are square.
+    """A learned table of a square grid of patches, interpolated to the `shape` of a table of another square grid.
 
-    `name` "pos_embed" are [1, 1 + N, D], see `interpolate_positions`; "relative_position_bias_table" are [rows, heads], or
-    [blocks, rows, heads], with rows for CLS (ViT) or without (Swin), see `interpolate_bias_table`.
+    `name`: "pos_embed", a table [1, 1 + N, D], or "relative_position_bias_table", [rows, heads] or [blocks, rows, heads], with
+    rows for CLS (ViT) or without (Swin).
     """
     if name == "pos_embed":
         side = math.isqrt(shape[1])

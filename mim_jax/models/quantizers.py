@@ -1,8 +1,8 @@
-"""Vector quantisers: which code stands for a vector, and how the codes learn.
+"""Vector quantisers: each vector is replaced by a code of a codebook, and the codes follow the vectors.
 
-The quantisers of a codebook are called with `(state, z)` and give `(Quantized, new state)`; the state is a dict with the
-codebook [K, D] and what is counted beside it. The output and the loss are those of the codebook that came in. All figures
-are sums over the global batch; as products with one-hot vectors they are the same numbers in every run.
+A quantiser is called with `(state, z)` and returns `(Quantized, new state)`. The state is a dict with the codebook [K, D] and
+its statistics. Output and loss are those of the old codebook. Statistics are sums over the global batch, computed as products
+with one-hot vectors, so that they are reproducible.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ State = dict[str, jax.Array]
 
 
 class Quantized(NamedTuple):
-    z: jax.Array  # [..., D] the codes; their gradient goes to the vectors that they stand for
+    z: jax.Array  # [..., D] the codes, with the gradient of the vectors (straight-through)
     indices: jax.Array  # [...] int32
     loss: jax.Array  # scalar
 
 
 def nearest(z: jax.Array, codebook: jax.Array) -> jax.Array:
-    """The code of the smallest Euclidean distance, the first of equals: [..., D], [K, D] -> int32 [...]."""
+    """The index of the code at the smallest Euclidean distance, the first of equals: [..., D], [K, D] -> int32 [...]."""
     products = jnp.einsum("...d,kd->...k", z, codebook, precision="highest")
     return jnp.argmin(jnp.sum(codebook**2, axis=-1) - 2 * products, axis=-1).astype(jnp.int32)
 
@@ -34,19 +34,19 @@ def straight_through(z: jax.Array, codes: jax.Array) -> jax.Array:
 
 
 def members(z: jax.Array, indices: jax.Array, codes: int) -> tuple[jax.Array, jax.Array]:
-    """How many vectors z [..., D] chose each code, [K], and their sums, [K, D]; without gradient."""
+    """The number of vectors z [..., D] assigned to each code, [K], and their sum, [K, D]; without gradient."""
     one_hot = jax.nn.one_hot(indices.reshape(-1), codes, dtype=z.dtype)
     vectors = jax.lax.stop_gradient(z).reshape(-1, z.shape[-1])
     return one_hot.sum(0), jnp.einsum("nk,nd->kd", one_hot, vectors, precision="highest")
 
 
 def unit(x: jax.Array, eps: float = 1e-12) -> jax.Array:
-    """Vectors [..., D] scaled to length 1, those shorter than `eps` divided by it."""
+    """Vectors [..., D] scaled to length 1; those shorter than `eps` are divided by `eps`."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), eps**2))
 
 
 def unit_means(counts: jax.Array, sums: jax.Array, empty: jax.Array) -> jax.Array:
-    """The means of the members, scaled to length 1, and `empty` [K, D] where there are none."""
+    """The means of the codes' members, scaled to length 1; `empty` [K, D] for codes without members."""
     means = unit(sums / jnp.maximum(counts, 1)[:, None])
     return jnp.where(counts[:, None] > 0, means, empty)
 
@@ -56,10 +56,10 @@ def moving_average(old: jax.Array, new: jax.Array, decay: float) -> jax.Array:
 
 
 def cosine_kmeans(samples: jax.Array, means: jax.Array, steps: int = 10) -> tuple[jax.Array, jax.Array]:
-    """(means [K, D] of length 1, members of each [K]) of unit vectors [N, D], from the first means given.
+    """Spherical k-means of unit vectors [N, D] from initial means [K, D]: (unit means [K, D], members of each [K]).
 
-    A mean without members stays where it was. The members are those of the last step, before its means moved (BEiT v2's
-    first codebook, from the first batch).
+    A mean without members does not move. Members are counted before the last update. Source: BEiT v2, which initialises its
+    codebook so.
     """
 
     def step(_: int, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -75,7 +75,7 @@ def cosine_kmeans(samples: jax.Array, means: jax.Array, steps: int = 10) -> tupl
 class EmaQuantizer:
     """VQ-VAE's quantiser whose codes are moving averages of their members (van den Oord et al. 2017, appendix A.1).
 
-    As in lucidrains' vector-quantize-pytorch, counts start at one and are smoothed by `eps` for the division.
+    Counts start at one and are smoothed by `eps`, as in lucidrains' vector-quantize-pytorch.
     """
 
     codes: int
@@ -83,7 +83,7 @@ class EmaQuantizer:
     decay: float = 0.8
     eps: float = 1e-5
     commitment: float = 1.0
-    threshold: float = 0.0  # codes with fewer members, on the moving average, are dead
+    threshold: float = 0.0  # a code is dead if the moving average of its members is smaller
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> State:
         bound = (6 / (self.codes * self.dim)) ** 0.5
@@ -91,7 +91,7 @@ class EmaQuantizer:
         return {"codebook": codebook, "cluster_size": jnp.ones(self.codes, dtype), "embed_avg": jnp.array(codebook)}
 
     def __call__(self, state: State, z: jax.Array, train: bool = False) -> tuple[Quantized, State]:
-        """z [..., D]; the state is a new one in training only."""
+        """z [..., D]; the state changes in training only."""
         z = z.astype(state["codebook"].dtype)
         indices = nearest(z, state["codebook"])
         codes = state["codebook"][indices]
@@ -105,7 +105,7 @@ class EmaQuantizer:
         return out, {"codebook": embed_avg / smoothed[:, None], "cluster_size": size, "embed_avg": embed_avg}
 
     def replace_dead(self, state: State, vectors: jax.Array) -> State:
-        """Each dead code begins anew as its row of `vectors` [K, D] (vectors of the batch), with `threshold` members."""
+        """Dead codes are replaced by their rows of `vectors` [K, D], vectors of the batch, with `threshold` members."""
         dead = state["cluster_size"] < self.threshold
         vectors = jax.lax.stop_gradient(vectors).astype(state["codebook"].dtype)
         return {
@@ -117,10 +117,10 @@ class EmaQuantizer:
 
 @dataclasses.dataclass(frozen=True)
 class NormEmaQuantizer:
-    """BEiT v2's quantiser (Peng et al. 2022): unit codes, the nearest by cosine, moved towards their members.
+    """BEiT v2's quantiser (Peng et al. 2022): unit codes, the nearest by cosine.
 
-    The mean of the batch's members is scaled to length 1, averaged with the code, and scaled again; a code without members
-    stays. `cluster_size` only tells how much each code is used: it moves outside training too.
+    A code moves towards the mean of its members in the batch, which is scaled to length 1; a code without members does not
+    move. `cluster_size` is only a statistic, and is updated outside training, too.
     """
 
     codes: int
@@ -133,7 +133,7 @@ class NormEmaQuantizer:
         return {"codebook": codebook, "cluster_size": jnp.zeros(self.codes, dtype)}
 
     def __call__(self, state: State, z: jax.Array, train: bool = False) -> tuple[Quantized, State]:
-        """z [..., D] of any length. The straight-through gradient is that of z scaled to length 1."""
+        """z [..., D], of any length; it is scaled to length 1 first."""
         codebook = state["codebook"]
         z = unit(z.astype(codebook.dtype))
         indices = nearest(z, codebook)

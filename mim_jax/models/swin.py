@@ -1,4 +1,4 @@
-"""The Swin transformer (Liu et al. 2021, arXiv:2103.14030), as SimMIM trains it: masked patches become a token."""
+"""The Swin transformer (Liu et al. 2021, arXiv:2103.14030), with SimMIM's mask token."""
 
 import functools
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ EPS = 1e-5  # of all norms
 
 
 def windows(x: jax.Array, size: int) -> jax.Array:
-    """[B, H, W, C] -> [B, H / size * W / size, size * size, C], windows and what is in them row-major."""
+    """[B, H, W, C] -> [B, H / size * W / size, size * size, C]; windows and their pixels are row-major."""
     b, height, width, c = x.shape
     x = x.reshape(b, height // size, size, width // size, size, c)
     return x.swapaxes(2, 3).reshape(b, -1, size * size, c)
@@ -33,8 +33,8 @@ def unwindowed(x: jax.Array, size: int, height: int) -> jax.Array:
 
 
 def shift_mask(height: int, width: int, size: int, shift: int) -> np.ndarray:
-    """What is added to the logits of shifted windows, [windows, T, T]: -100 between tokens that were no neighbours before
-    the map was rolled (Swin, section 3.2)."""
+    """The mask of shifted windows, [windows, T, T], added to the attention's logits: -100 between tokens that are in one window
+    only because the map was rolled (Swin, section 3.2)."""
 
     def regions(length: int) -> np.ndarray:
         return np.searchsorted([length - size, length - shift], np.arange(length), side="right")
@@ -54,12 +54,8 @@ class SwinBlock(Block):
     def attend(self, qkv: jax.Array, layout: Layout, biases: Sequence[jax.Array | None]) -> jax.Array:
         batch, tokens, _ = qkv.shape
         width, size = tokens // self.height, self.window
-        table = self.param(
-            "relative_position_bias_table",
-            nn.initializers.normal(0.02),
-            ((2 * size - 1) ** 2, self.heads),
-            param_dtype(self.dtype),
-        )
+        shape, init = ((2 * size - 1) ** 2, self.heads), nn.initializers.normal(0.02)
+        table = self.param("relative_position_bias_table", init, shape, param_dtype(self.dtype))
         bias = jnp.moveaxis(table[relative_position_index(size, size, cls=False)], -1, 0)[None]
         qkv = qkv.reshape(batch, self.height, width, -1)
         if self.shift:
@@ -77,9 +73,9 @@ class SwinBlock(Block):
 
 
 class Pair(nn.Module):
-    """A block with windows and one with shifted windows: x [B, T, C], rates [2]."""
+    """A block with plain windows and one with shifted windows: x [B, T, C], rates [2]."""
 
-    block: Any  # a SwinBlock without shift and name
+    block: Any  # partial SwinBlock, without shift and name
     shift: int
 
     @nn.compact
@@ -89,9 +85,9 @@ class Pair(nn.Module):
 
 
 class Stage(nn.Module):
-    """Pairs of blocks on a map [B, H, W, C], and then, if `merge`, 2 x 2 patches made one: [B, H / 2, W / 2, 2 * C].
+    """Pairs of blocks on a map [B, H, W, C]; then, if `merge`, 2 x 2 patches are merged: [B, H / 2, W / 2, 2 * C].
 
-    Raises ValueError for a map that windows do not divide, and for an odd number of blocks.
+    Raises ValueError for a map that the windows do not divide, and for an odd number of blocks.
     """
 
     block: Any
@@ -109,15 +105,11 @@ class Stage(nn.Module):
             raise ValueError(f"a stage has pairs of blocks, with plain and with shifted windows, and cannot have {len(rates)}")
         layout = ((1, height * width),)
         block = functools.partial(self.block, layout=layout, norm_eps=EPS, height=height, window=size)
-        pairs = nn.scan(
-            Pair,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "drop_path": True},
-            length=len(rates) // 2,
-            unroll=self.unroll,
-        )(block, size // 2 if min(height, width) > size else 0, name="blocks")
+        rngs, count = {"params": True, "drop_path": True}, len(rates) // 2
+        pairs = nn.scan(Pair, variable_axes={"params": 0}, split_rngs=rngs, length=count, unroll=self.unroll)
+        shift = size // 2 if min(height, width) > size else 0
         x = pin_batch(x.reshape(batch, height * width, dim))
-        x, _ = pairs(x, jnp.asarray(rates, jnp.float32).reshape(-1, 2))
+        x, _ = pairs(block, shift, name="blocks")(x, jnp.asarray(rates, jnp.float32).reshape(-1, 2))
         x = x.reshape(batch, height, width, dim)
         if not self.merge:
             return x
@@ -129,16 +121,15 @@ class Stage(nn.Module):
 
 
 class Swin(nn.Module):
-    """crops: one resolution, [[B, n, H, W, C]] -> [{"cls": [B, n, D], "patch": [B, n, N, D]}], called as `ViT`.
+    """Called as `ViT`, with one resolution: [[B, n, H, W, C]] -> [{"cls": [B, n, D], "patch": [B, n, N, D]}].
 
-    `dim` is the width of the first stage; each later stage has twice the width of and half the rows and columns of the one
-    before it. There is no CLS token: "cls" is the mean of the patches, which are those of the last stage. Masks are those
-    of the first stage's patches. The blocks of a stage are stacked in pairs.
+    Patches are those of the last stage; "cls" is their mean. Masks are for the patches of the first stage. The parameters of
+    a stage's blocks are stacked in pairs.
     """
 
     patch_size: int
     img_size: int
-    dim: int
+    dim: int  # width of the first stage; each stage doubles it and halves the rows and columns
     depths: Sequence[int]
     heads: Sequence[int]
     window: int
@@ -150,7 +141,7 @@ class Swin(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels that a patch of the last stage stands for, a side."""
+        """Side, in pixels, of the square that a patch of the last stage stands for."""
         return self.patch_size * 2 ** (len(self.depths) - 1)
 
     @nn.compact

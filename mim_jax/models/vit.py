@@ -1,7 +1,7 @@
 """The vision transformer (Dosovitskiy et al. 2021) as the self-supervised methods use it.
 
-It takes crops of several resolutions at once: all tokens of an image lie side by side, [B, G * n + L * m, D], for the
-layers that treat tokens one by one; attention runs once per resolution. Blocks are stacked along a leading depth axis.
+It takes crops of several resolutions at once. All tokens of an image are concatenated, [B, G * n + L * m, D]; attention runs
+once per resolution. The parameters of the blocks are stacked along a leading depth axis.
 """
 
 import functools
@@ -26,19 +26,15 @@ from mim_jax.models.layers import (
     patchify,
     torch_bias,
 )
-from mim_jax.models.positions import (
-    interpolate_positions,
-    relative_bias,
-    sincos_positions,
-)
+from mim_jax.models.positions import interpolate_positions, relative_bias, sincos_positions
 from mim_jax.sharding import pin_batch
 
 Layout = tuple[tuple[int, int], ...]  # (crops, tokens per crop) of each resolution
-Branch = Callable[[jax.Array, Layout], jax.Array]  # tokens [B, T, D] -> what is added to them
+Branch = Callable[[jax.Array, Layout], jax.Array]  # tokens [B, T, D] -> the residual that is added to them
 
 
 def drop_path(x: jax.Array, rate: jax.Array, layout: Layout, key: jax.Array) -> jax.Array:
-    """Stochastic depth (Huang et al. 2016): zero x [B, T, D] for whole crops, the survivors divided by 1 - rate."""
+    """Stochastic depth (Huang et al. 2016): zeros x [B, T, D] for whole crops, divides the others by 1 - rate."""
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], sum(crops for crops, _ in layout)))
     repeats = np.concatenate([np.full(crops, tokens) for crops, tokens in layout])
     scale = jnp.repeat(keep / (1 - rate), repeats, axis=1, total_repeat_length=x.shape[1])
@@ -46,18 +42,16 @@ def drop_path(x: jax.Array, rate: jax.Array, layout: Layout, key: jax.Array) -> 
 
 
 def kept_rows(rows: int, rate: float) -> tuple[int, float]:
-    """(rows that a branch is computed for, factor of what it adds to them) when so many may be dropped (DINOv2)."""
+    """(number of rows that a branch is computed for, factor of its residual) at a drop rate (DINOv2)."""
     kept = max(int(rows * (1 - rate)), 1)
     return kept, rows / kept
 
 
-def add_to_kept_rows(
-    x: jax.Array, branch: Branch, layout: Layout, group_size: int, rate: float, key: jax.Array
-) -> jax.Array:
-    """Stochastic depth on an exact number of rows, the branch computed for these alone: x [B, T, D] -> [B, T, D].
+def add_to_kept_rows(x: jax.Array, branch: Branch, layout: Layout, group_size: int, rate: float, key: jax.Array) -> jax.Array:
+    """Stochastic depth with an exact number of kept rows; the branch is computed for them alone: x [B, T, D] -> [B, T, D].
 
-    Of each resolution's crops in a group of `group_size` images, rows here, `kept_rows` are drawn; what the branch makes of
-    them is added to them, scaled, and the others stay as they are (DINOv2, section 5; there a group is the batch of a GPU).
+    A row is a crop. For each resolution and each group of `group_size` images, `kept_rows` rows are drawn; the branch's scaled
+    residual is added to them, and the others are not changed. Source: DINOv2, section 5, where a group is the batch of a GPU.
     """
     batch, _, dim = x.shape
     groups, start = batch // group_size, 0
@@ -81,18 +75,12 @@ def add_to_kept_rows(
 
 
 def split_heads(qkv: jax.Array, heads: int) -> jax.Array:
-    """[B, T, 3 * D] -> [3, B, T, H, d]; queries, keys and values in this order, each head-contiguous."""
+    """[B, T, 3 * D] -> [3, B, T, H, d]: queries, keys and values."""
     return jnp.moveaxis(qkv.reshape(*qkv.shape[:2], 3, heads, -1), 2, 0)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
-
-    `layerscale` (0: none) is the first value of the factors gamma on both branches (Touvron et al. 2021, CaiT). Without
-    `k_bias`, queries and values have a bias of their own and keys have none (BEiT). With `bias_grid` (0: none) the block has
-    a table of relative position biases of its own, for a square grid of this side; `grids` are those of the layout's crops.
-    `ffn` "swiglu" is w3(silu(a) * b), (a, b) = w12(x), of two thirds of the width, to the next multiple of 8 (DINOv2).
-    """
+    """A pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     heads: int
     mlp_ratio: float
@@ -100,18 +88,16 @@ class Block(nn.Module):
     stochastic: bool  # whether stochastic depth is on
     kernel_init: Initializer
     dtype: Any
-    layerscale: float = 0.0
-    k_bias: bool = True
+    layerscale: float = 0.0  # initial value of the factors on both branches (CaiT, Touvron et al. 2021); 0: no factors
+    k_bias: bool = True  # False: only queries and values have a bias (BEiT)
     norm_eps: float = 1e-6
-    ffn: str = "mlp"
-    bias_grid: int = 0
-    grids: tuple[tuple[int, int], ...] = ()
+    ffn: str = "mlp"  # or "swiglu": w3(silu(a) * b), (a, b) = w12(x) (DINOv2)
+    bias_grid: int = 0  # side of the grid of the block's own table of relative position biases; 0: no table
+    grids: tuple[tuple[int, int], ...] = ()  # of the layout's crops, for that table
     kept: tuple[int, float] | None = None  # (group_size, rate) of `add_to_kept_rows`
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, drop_path_rate: jax.Array, biases: Sequence[jax.Array | None]
-    ) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, drop_path_rate: jax.Array, biases: Sequence[jax.Array | None]) -> tuple[jax.Array, None]:
         """x [B, T, D]; `biases`: for each resolution of the layout, [heads, tokens, tokens] or None."""
         if self.bias_grid:
             table = bias_table(self, self.bias_grid, self.heads, self.dtype)
@@ -153,10 +139,10 @@ class Block(nn.Module):
         return self.scaled(y, x.shape, "gamma_2")
 
     def linear(self, features: int, name: str, use_bias: bool = True) -> nn.Dense:
-        return dense(features, self.dtype, self.kernel_init, name, use_bias)
+        return dense(features, self.dtype, self.kernel_init, name, use_bias=use_bias)
 
     def scaled(self, y: jax.Array, shape: tuple[int, ...], name: str) -> jax.Array:
-        """What a branch adds, [B, T, D], times its LayerScale if there is one."""
+        """A branch's residual in this shape, times its LayerScale if there is one."""
         y = pin_batch(y.reshape(shape))
         if self.layerscale:
             gamma = self.param(name, nn.initializers.constant(self.layerscale), shape[-1:], param_dtype(self.dtype))
@@ -164,7 +150,7 @@ class Block(nn.Module):
         return y
 
     def attend(self, qkv: jax.Array, layout: Layout, biases: Sequence[jax.Array | None]) -> jax.Array:
-        """qkv [B, T, 3 * D] -> [B, T, D], each crop attending to itself alone."""
+        """qkv [B, T, 3 * D] -> [B, T, D]; each crop attends to its own tokens."""
         out, start = [], 0
         for (crops, tokens), bias in zip(layout, biases):
             part = qkv[:, start : start + crops * tokens].reshape(-1, tokens, qkv.shape[-1])
@@ -178,12 +164,12 @@ class Block(nn.Module):
 
 
 def swiglu_width(hidden: int) -> int:
-    """Of the two halves of a SwiGLU layer in the place of an MLP of this hidden width."""
+    """Width of a SwiGLU layer: two thirds of the MLP's hidden width, rounded up to a multiple of 8."""
     return (int(2 / 3 * hidden) + 7) // 8 * 8
 
 
 def bias_table(module: nn.Module, grid: int, heads: int, dtype: Any) -> jax.Array:
-    """The parameter `relative_position_bias_table` of the module that is being called."""
+    """The module's parameter `relative_position_bias_table`; to be called inside its `__call__`."""
     shape = (2 * grid - 1) ** 2 + 3, heads
     return module.param("relative_position_bias_table", nn.initializers.zeros, shape, param_dtype(dtype))
 
@@ -201,33 +187,29 @@ def stack(depth: int, unroll: int, **block: Any) -> nn.Module:
 
 
 def is_stacked(path: str) -> bool:
-    """Whether the parameter at this slash-joined path has a leading depth axis: one tensor a block, as the papers count."""
+    """Whether the parameter at this slash-joined path has a leading depth axis."""
     return re.search("(^|/)blocks/", path) is not None
 
 
 def rescale_residual(blocks: dict[str, Any], before: int = 0) -> dict[str, Any]:
-    """Stacked blocks with what each adds to the tokens divided by sqrt(2 * layer), counted from `before` + 1 (BEiT's first
-    values)."""
-    depth = len(blocks["proj"]["kernel"])
-    scale = (2.0 * (before + np.arange(1, depth + 1))[:, None, None]) ** -0.5
-    rescaled = {
-        name: blocks[name] | {"kernel": (blocks[name]["kernel"] * scale).astype(blocks[name]["kernel"].dtype)}
-        for name in ("proj", "fc2")
-    }
-    return blocks | rescaled
+    """BEiT's initialisation: the last kernel of both branches divided by sqrt(2 * layer); layers count from `before` + 1."""
+    kernels = {name: blocks[name]["kernel"] for name in ("proj", "fc2")}
+    layers = before + np.arange(1, len(kernels["proj"]) + 1)[:, None, None]
+    scaled = {name: (kernel * (2.0 * layers) ** -0.5).astype(kernel.dtype) for name, kernel in kernels.items()}
+    return blocks | {name: blocks[name] | {"kernel": kernel} for name, kernel in scaled.items()}
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each mapped linearly: [N, H, W, C] -> [N, H // p, W // p, dim]; a remainder is cut off.
+    """A linear map of non-overlapping patches: [N, H, W, C] -> [N, H // p, W // p, dim]; a remainder is cut off.
 
-    `kernel_init` sees the weights as a matrix [p * p * C, dim].
+    `kernel_init` is given the shape of a matrix, [p * p * C, dim].
     """
 
     patch_size: int
     dim: int
     kernel_init: Initializer
     dtype: Any
-    bias_init: Initializer | None = None  # None: a PyTorch convolution's, uniform within 1 / sqrt(C * p^2)
+    bias_init: Initializer | None = None  # None: PyTorch's for a convolution
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -246,25 +228,26 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """crops: a sequence of [B, n, H, W, C], one for each resolution -> for each {"cls": [B, n, D], "patch": [B, n, N, D]},
-    and "registers" [B, n, R, D] where there are some.
+    """Maps crops, a sequence with one array [B, n, H, W, C] for each resolution, to a list with one dict for each:
+    {"cls": [B, n, D], "patch": [B, n, N, D]}, and "registers" [B, n, R, D] if there are any.
 
-    The outputs are those of the last block after the final norm, if there is one. H and W need not be `img_size`:
-    positions are interpolated. `dtype` is that of the computation; parameters are float32 (float64 where `dtype` is).
+    The outputs are those of the last block after the final norm, if there is one. Positions are interpolated where H and W
+    are not `img_size`. Computes in `dtype`; parameters are float32 (float64 where `dtype` is).
 
     Attributes:
-        drop_path_rate: of stochastic depth: of the last block, from 0 in the first; or of all with a `drop_path_group`, of so
-            many images, in which an exact number of crops is dropped, see `add_to_kept_rows`.
-        pos: "learned" or "sincos" tables added to the tokens (the second is a parameter, too, that gets no gradient), or a
-            bias on the attention of every block, "relative": one for all, "relative_each": one for each (BEiT, SimMIM;
-            before and in fine-tuning).
-        mask_token: whether masked patches are replaced by a learned token; if not, they are dropped.
+        drop_path_rate: of stochastic depth in the last block; it grows linearly from 0 in the first.
+        drop_path_group: if given, all blocks have this rate, and an exact number of crops is dropped in each group of this many
+            images, see `add_to_kept_rows`.
+        pos: "learned": a table added to the tokens; "sincos": a fixed table (a parameter without gradient); "relative": a
+            bias on the attention, shared by all blocks (pre-training of BEiT and SimMIM); "relative_each": a bias for each
+            block (their fine-tuning).
+        mask_token: True: a learned token replaces masked patches; False: masked patches are dropped.
         layerscale, k_bias, ffn: see `Block`.
-        registers: tokens between CLS and the patches, without positions (Darcet et al. 2024).
-        antialias: how learned positions are interpolated: with an antialiased cubic (DINOv2 with registers) or as DINO does.
-        kernel_init, patch_init, patch_bias_init, token_init: first values of linear layers, of the patch embedding, and of
-            CLS and mask token.
-        unroll: blocks that an iteration of the loop over them holds.
+        registers: number of tokens between CLS and the patches, without positions (Darcet et al. 2024).
+        antialias: interpolate learned positions with an antialiased cubic (DINOv2 with registers) rather than as DINO does.
+        kernel_init, patch_init, patch_bias_init, token_init: initializers of the linear layers, of the patch embedding, and of
+            CLS, registers and mask token.
+        unroll: blocks per iteration of the loop over the blocks.
     """
 
     patch_size: int
@@ -293,32 +276,26 @@ class ViT(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels that a patch token stands for, a side."""
+        """Side, in pixels, of the square that a patch token stands for."""
         return self.patch_size
 
     def block(self, layout: Layout, stochastic: bool, grids: tuple[tuple[int, int], ...] = ()) -> dict[str, Any]:
-        """The settings of a block; `grids` are for blocks with biases of their own."""
+        """The settings of a block; `grids` are used by blocks with biases of their own."""
         own = self.pos == "relative_each"
-        return dict(
+        shared = ("heads", "mlp_ratio", "kernel_init", "dtype", "layerscale", "k_bias", "ffn")
+        return {name: getattr(self, name) for name in shared} | dict(
             bias_grid=self.img_size // self.patch_size if own else 0,
             grids=grids if own else (),
-            heads=self.heads,
-            mlp_ratio=self.mlp_ratio,
             layout=layout,
             stochastic=stochastic,
-            kernel_init=self.kernel_init,
-            dtype=self.dtype,
-            layerscale=self.layerscale,
-            k_bias=self.k_bias,
-            ffn=self.ffn,
             kept=(self.drop_path_group, self.drop_path_rate) if self.drop_path_group else None,
         )
 
     def lr_scales(self, params: dict[str, Any], decay: float, patch_embed: float) -> dict[str, Any]:
-        """Factors of the learning rates under layer-wise decay (BEiT, MAE): decay ** (depth + 1 - layer).
+        """Learning-rate factors of layer-wise decay (BEiT, MAE): decay ** (depth + 1 - layer), [depth, 1, ...] for the blocks.
 
-        Layer 0 is what comes before the blocks, block k is layer k + 1 (stacked blocks: [depth, 1, ...]), what comes after is
-        layer depth + 1. `patch_embed` is a further factor for the patch embedding (DINOv2).
+        The embedding is layer 0, block k is layer k + 1, and the final norm is layer depth + 1. `patch_embed` is a further
+        factor for the patch embedding (DINOv2).
         """
         before = {"patch_embed", "cls_token", "mask_token", "register_tokens", "pos_embed"}
         blocks = decay ** (self.depth - np.arange(self.depth))
@@ -339,8 +316,8 @@ class ViT(nn.Module):
         masks: Sequence[jax.Array | None] | None = None,
         visible: int = 0,
     ) -> list[dict[str, jax.Array]]:
-        """`masks`: for each resolution bool [B, n, N] (True: masked) or None. `visible`: patches that each mask leaves;
-        needed where masked ones are dropped, "patch" then is [B, n, visible, D], in the order of the image."""
+        """`masks`: for each resolution bool [B, n, N] (True: masked) or None. `visible`: the number of visible patches of each
+        crop, needed where masked patches are dropped; "patch" is then [B, n, visible, D], in the order of the image."""
         dtype, grid = param_dtype(self.dtype), self.img_size // self.patch_size
         cls_token = self.param("cls_token", self.token_init, (1, 1, self.dim), dtype)
         patch_embed = PatchEmbed(
@@ -353,15 +330,15 @@ class ViT(nn.Module):
         if self.pos == "learned":
             pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), (1, 1 + grid**2, self.dim), dtype)
         elif self.pos == "sincos":
-            waves = lambda _: jnp.asarray(sincos_positions(self.dim, grid, grid), dtype)  # noqa: E731
-            pos_embed = jax.lax.stop_gradient(self.param("pos_embed", waves))
+            pos_embed = self.param("pos_embed", lambda _: jnp.asarray(sincos_positions(self.dim, grid, grid), dtype))
+            pos_embed = jax.lax.stop_gradient(pos_embed)
         elif self.pos == "relative":
             table = bias_table(self, grid, self.heads, self.dtype)
         elif self.pos != "relative_each":
             raise ValueError(f'pos is {self.pos!r}, but must be "learned", "sincos", "relative" or "relative_each"')
 
         def embed(images: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-            """Tokens [B, n * T, D] and their bias."""
+            """Tokens [B, n * T, D] and the relative position bias, if any."""
             batch, n = images.shape[:2]
             patches = patch_embed(images.reshape(batch * n, *images.shape[2:]))
             rows, columns = patches.shape[1:3]
@@ -372,7 +349,7 @@ class ViT(nn.Module):
             if self.pos == "relative":
                 bias = relative_bias(table, grid, (rows, columns))
             elif self.pos != "relative_each":
-                offset = 0.1 if self.pos == "learned" and not self.antialias else 0.0  # DINO's and MAE's ways
+                offset = 0.1 if self.pos == "learned" and not self.antialias else 0.0  # as in DINO, as in MAE
                 positions = interpolate_positions(pos_embed, rows, columns, offset, self.antialias).astype(self.dtype)
                 patches, cls = patches + positions[:, 1:], cls + positions[:, :1]
             if mask is not None and not self.mask_token:
@@ -403,27 +380,27 @@ class ViT(nn.Module):
 
 
 def visible_first(mask: jax.Array) -> jax.Array:
-    """The order [..., N] in which a mask's visible patches come first, then the masked, each as they lie in the image."""
+    """Indices [..., N] of the visible patches, then of the masked ones, both in the order of the image."""
     return jnp.argsort(mask, axis=-1, stable=True)
 
 
 def features(backbone: Any, params: Any, images: jax.Array) -> dict[str, jax.Array]:
-    """What a ViT or Swin makes of whole images [B, H, W, C]: {"cls": [B, D], "patch": [B, N, D]}."""
+    """The outputs of a ViT or Swin for unmasked images [B, H, W, C]: {"cls": [B, D], "patch": [B, N, D]}."""
     (out,) = backbone.apply({"params": params}, [images[:, None]])
     return {name: tokens[:, 0] for name, tokens in out.items()}
 
 
-def seen(vit: ViT, params: Any, images: jax.Array) -> tuple[jax.Array, Any]:
-    """(the tokens that enter each block and leave the last, before the final norm, [depth + 1, B, 1 + N, D]; the biases of
-    the blocks' attention, as they are called with them)"""
+def hidden_states(vit: ViT, params: Any, images: jax.Array) -> tuple[jax.Array, Any]:
+    """(the inputs of all blocks and the output of the last, before the final norm, [depth + 1, B, 1 + N, D]; the `biases`
+    that the blocks are called with)"""
     _, variables = vit.apply({"params": params}, [images[:, None]], mutable="intermediates")
-    kept = variables["intermediates"]
-    return jnp.concatenate([kept["tokens"][0][None], kept["blocks"]["tokens"][0]]), kept["biases"][0]
+    sown = variables["intermediates"]
+    return jnp.concatenate([sown["tokens"][0][None], sown["blocks"]["tokens"][0]]), sown["biases"][0]
 
 
 def masked_first(mask: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """(the places [..., count] of a mask's masked patches, in the order of the image; bool [..., count], False for those
-    that had to be added where fewer are masked)"""
+    """(indices [..., count] of the masked patches, in the order of the image; bool [..., count]: padding entries, where fewer
+    patches are masked, are False)"""
     places = jnp.argsort(~mask, axis=-1, stable=True)[..., :count]
     return places, jnp.take_along_axis(mask, places, axis=-1)
 
@@ -431,12 +408,12 @@ def masked_first(mask: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 def intermediate_layers(vit: ViT, params: Any, images: jax.Array, n: int = 1) -> jax.Array:
     """The outputs of the last `n` blocks after the final norm, oldest first: [n, B, 1 + N, D]."""
     norm = layer_norm(param_dtype(vit.dtype))
-    return norm.apply({"params": params["norm"]}, seen(vit, params, images)[0][-n:])
+    return norm.apply({"params": params["norm"]}, hidden_states(vit, params, images)[0][-n:])
 
 
 def last_attention(vit: ViT, params: Any, images: jax.Array) -> jax.Array:
-    """The attention of the last block, from each token (row) to each: [B, heads, 1 + N, 1 + N]."""
-    tokens, biases = seen(vit, params, images)
+    """The attention weights of the last block, query by key: [B, heads, 1 + N, 1 + N]."""
+    tokens, biases = hidden_states(vit, params, images)
     grid = images.shape[1] // vit.patch_size, images.shape[2] // vit.patch_size
     block = Block(**vit.block(((1, tokens.shape[2]),), stochastic=False, grids=(grid,)))
     last = jax.tree.map(lambda p: p[-1], params["blocks"])
