@@ -323,15 +323,20 @@ def copied(folder: Path) -> None:
 
 
 def failure(folder: Path, *tests: str) -> str | None:
-    """The first of these tests that fails in the tree at `folder`. Raises RuntimeError if pytest could not run them."""
+    """The first of these tests that fails in the tree at `folder`, with its error unless that is of an assertion.
+
+    Raises RuntimeError if pytest could not run them.
+    """
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
     command += [f"tests/{name}" for name in dict.fromkeys(tests)]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise RuntimeError(f"pytest ends with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
-    found = re.search(r"^(?:FAILED|ERROR) tests/(.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
-    return found[1] if found else None
+    found = re.search(r"^(?:FAILED|ERROR) tests/(.*?)(?: - (\w*).*)?$", done.stdout, re.MULTILINE)
+    if not found:
+        return None
+    return found[1] if found[2] in ("AssertionError", "assert", None) else f"{found[1]} ({found[2]})"
 
 
 def mutated(text: str, mutation: Mutation) -> str:
