@@ -390,6 +390,17 @@ def test_what_happens_to_a_crop_is_drawn_independently():
     assert np.abs(counts / count - 1 / 16).max() < 4 * math.sqrt(1 / 16 / count)
 
 
+def test_the_radius_of_a_blur_has_a_draw_of_its_own(monkeypatch):
+    """It is uniform in the range, whatever number decided that the crop is blurred; it is 0 where it is not."""
+    monkeypatch.setattr(A, "gaussian_blur", lambda image, radius, max_radius: radii.append(float(radius)) or image)
+    policy, radii = A.Policy(flip=0, jitter=0, gray=0, blur=0.5, blur_radius=(0.5, 2.5)), []
+    group = A.Crops("view", 2, (1.0, 1.0), (policy,))
+    for happens, radius in ((0.1, 0.75), (0.4, 0.75), (0.4, 0.0), (0.6, 0.75)):
+        draws = jnp.full(A.BOX_DRAWS + A.JITTER_DRAWS + A.OTHER_DRAWS, 0.5).at[-3:-1].set(jnp.array([happens, radius]))
+        A.random_view((jnp.zeros((2, 2)),) * 3, jnp.array([2, 2]), draws, policy, group)
+    assert radii == [2.0, 2.0, 0.5, 0.0]
+
+
 def test_a_policy_that_asks_for_nothing_resizes_only():
     image = smooth(24, 24)
     views = run(batch_of([image], 32), one_crop(NOTHING, size=24), jax.random.key(0), MEAN, STD)

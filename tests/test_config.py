@@ -215,6 +215,13 @@ def test_patches_of_14_do_not_fill_96_pixels():
         configs.check(config)
 
 
+def test_the_heads_of_each_stage_of_a_swin_divide_its_width():
+    """Which doubles from stage to stage: 16 heads divide the 16 channels of the second."""
+    config = load_config(f"{TINY}:simmim_swin")
+    config.model.heads = (8, 16)
+    configs.check(config)
+
+
 def test_batches_are_divided_by_the_devices():
     config = load_config(TINY)
     config.data.batch_size = 12

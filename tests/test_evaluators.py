@@ -278,6 +278,15 @@ def test_images_without_labels_measure_views_and_health_only():
     }
 
 
+def test_knn_asks_20_neighbors_at_the_temperature_of_dino(monkeypatch):
+    """As the published scores do; or all of a smaller bank."""
+    asked = []
+    monkeypatch.setattr("mim_jax.evaluators.knn_accuracy", lambda *args: (asked.append(args[4:]), (0.0, 0.0))[1])
+    for bank in (50, 9):
+        evaluation(bank=bank).scores(SEES)
+    assert asked == [(3, 20, 0.07), (3, 9, 0.07)]
+
+
 def test_patch_tokens():
     assert evaluation(tokens="patch").scores(BLIND)["eval/knn"] == 1
 

@@ -9,7 +9,7 @@ import pytest
 from arrays import channels_last, double, follow_four_steps, official, prefixed, relative_error
 
 import mim_jax
-from mim_jax import convert
+from mim_jax import convert, losses
 from mim_jax.methods import base
 from mim_jax.models.heads import Classifier
 from mim_jax.models.positions import relative_position_index
@@ -89,6 +89,15 @@ def check_gradients(grads, arrays, family="beit"):
         assert relative_error(grads[key], want) < 1e-10, key
 
 
+def test_an_image_with_more_masked_patches_weighs_more():
+    """The mean is over all masked patches of the batch: here one of the first image and three of the second."""
+    logits, targets = np.random.default_rng(0).normal(size=(2, 4, 5)), np.array([[1, 0, 0, 0], [2, 3, 4, 0]])
+    weight = np.array([[1, 0, 0, 0], [1, 1, 1, 0]], bool)
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    want = -np.mean([log_probs[0, 0, 1], log_probs[1, 0, 2], log_probs[1, 1, 3], log_probs[1, 2, 4]])
+    np.testing.assert_allclose(losses.masked_cross_entropy(jnp.asarray(logits), targets, weight), want, rtol=1e-5)
+
+
 def test_forward_float32(golden, config_of):
     arrays, meta = golden("beit_mim")
     method = mim_jax.make_method(config_of(meta, dtype="float32"))
@@ -162,6 +171,19 @@ def test_round_trip(golden, name):
     assert back.keys() == weights.keys()
     for key, got in back.items():
         np.testing.assert_array_equal(got, weights[key], err_msg=key)
+
+
+def test_first_values_of_the_second_prediction():
+    """PyTorch's, what the blocks add being divided as in those that they stand for: the ones after the early blocks."""
+    config = mim_jax.load_config("tests/tiny.py:beit2")
+    config.model.update(dim=64, depth=4, early_layers=3, head_layers=2)
+    method = mim_jax.make_method(config)
+    blocks = jax.jit(method.init)(jax.random.key(0))[0]["cls_layers"]["blocks"]
+    for name, fan_in in (("proj", 64), ("fc2", 256), ("qkv", 64), ("fc1", 64)):
+        for i, kernel in enumerate(blocks[name]["kernel"]):
+            divided = (2 * (3 + 1 + i)) ** 0.5 if name in ("proj", "fc2") else 1
+            bound = fan_in**-0.5 / divided
+            assert 0.98 * bound < np.abs(kernel).max() <= 1.0001 * bound, (name, i)
 
 
 def test_four_training_steps(golden, config_of, x64):

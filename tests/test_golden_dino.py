@@ -10,6 +10,7 @@ from arrays import channels_last, follow_four_steps_with_a_teacher, prefixed, re
 
 import mim_jax
 from mim_jax import convert, losses, optim
+from mim_jax.methods.dino import SelfDistillation
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.positions import interpolate_positions
 from mim_jax.models.vit import ViT, intermediate_layers, last_attention
@@ -145,6 +146,31 @@ def test_loss_three_steps_with_centers(golden, x64):
         assert grad.shape == (batch, crops, 64) and relative_error(grad, want) < 1e-12
         center = losses.update_center(center, teacher_logits, meta["center_momentum"])
         np.testing.assert_allclose(center, arrays[f"center_{step + 1}"], atol=1e-14)
+
+
+def test_targets_and_center_have_no_gradient():
+    logits = jax.random.normal(jax.random.key(0), (4, 2, 8))
+
+    def value(logits):
+        targets = losses.dino_teacher(logits, jnp.zeros((1, 8)), 0.1), losses.sinkhorn_knopp(logits, 0.1)
+        center = losses.update_center(jnp.zeros((1, 8)), logits, 0.9)
+        return sum(jnp.sum(x**2) for x in (*targets, center))
+
+    assert not np.any(jax.grad(value)(logits))
+
+
+@pytest.mark.parametrize("crops", [2, 3, 5])
+def test_no_crop_is_compared_with_itself(crops):
+    """Two global crops and local ones. Each student's crop is sure of a prototype of its own: that of its number."""
+    sure = np.eye(8)[:crops]
+    log_probs = jnp.asarray(np.log(0.98 * sure + 0.02 / 8))[None]
+    pairs = -np.asarray(log_probs)[0]  # of teacher's crop sure of prototype g and the student's crop: [crops, 8]
+    targets = jnp.asarray(sure[:2])[None]
+    want = np.mean([pairs[v, g] for g in range(2) for v in range(crops) if v != g])
+    np.testing.assert_allclose(losses.dino_loss(log_probs, targets), want, rtol=1e-6)
+    # the figures compare each target with the student's other global crop
+    figures = SelfDistillation.figures(None, log_probs, targets, None)
+    np.testing.assert_allclose(figures["health/kl"], (pairs[0, 1] + pairs[1, 0]) / 2, rtol=1e-5)
 
 
 def test_schedules(golden, x64):

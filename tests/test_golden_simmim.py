@@ -249,6 +249,10 @@ def test_schedules(golden, kind, x64):
     want, config = arrays[f"simmim/{kind}"], schedule_config(kind)
     got = [optim.learning_rate(config)(jnp.int32(step)) for step in range(50)]
     np.testing.assert_allclose(got, want, rtol=1e-12)
+    # all of it is scaled with the batch, what it begins and ends with too
+    config.data.update(batch_size=1024, num_examples=1024 * 5)
+    got = [optim.learning_rate(config)(jnp.int32(step)) for step in range(50)]
+    np.testing.assert_allclose(got, 2 * want, rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["simmim_vit_train_steps"])

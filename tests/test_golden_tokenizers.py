@@ -5,6 +5,7 @@ microsoft/unilm at 768a3c8 (beit, beit2), CompVis/taming-transformers at 3ba01b2
 """
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,17 @@ def test_cosine_kmeans(golden, x64):
     means, counts = jax.jit(cosine_kmeans)(samples, samples[arrays["kmeans/init_indices"]])
     np.testing.assert_allclose(means, arrays["kmeans/means"], atol=1e-13)
     np.testing.assert_array_equal(counts, arrays["kmeans/bins"])
+
+
+def test_a_code_without_members_stays_where_it_was():
+    samples, codebook = jnp.tile(jnp.array([[0.6, 0.8]]), (5, 1)), jnp.array([[0.0, 1.0], [1.0, 0.0], [-1.0, 0.0]])
+    means, counts = cosine_kmeans(samples, codebook)
+    np.testing.assert_allclose(means, [[0.6, 0.8], [1, 0], [-1, 0]], atol=1e-6)
+    np.testing.assert_array_equal(counts, [5, 0, 0])
+    state = {"codebook": codebook, "cluster_size": jnp.ones(3)}
+    _, new = NormEmaQuantizer(codes=3, dim=2, decay=0.5)(state, samples, train=True)
+    np.testing.assert_allclose(new["codebook"][1:], codebook[1:], atol=1e-6)
+    np.testing.assert_allclose(new["cluster_size"], [3, 0.5, 0.5])
 
 
 def test_gumbel_softmax(golden, x64):
@@ -264,6 +276,97 @@ def test_discrete_vae_as_a_method(golden, monkeypatch, x64):
         assert relative_error(official(grads, "dvae")[key], want) < 1e-6, key
     tokens = method.tokens(params, views["global"][:, 0])
     np.testing.assert_array_equal(tokens, arrays["out/codebook_indices"].reshape(len(tokens), -1))
+
+
+class Given:
+    """In the place of a network: it gives the same output for whatever it sees, and keeps that."""
+
+    def __init__(self, output):
+        self.output, self.seen = output, []
+
+    def apply(self, variables, x):
+        self.seen.append(x)
+        return self.output
+
+
+def test_vqvae_weighs_the_error_of_values_from_minus_1_to_1():
+    """Both networks see and paint such values, and the squared error is theirs: four times that of values in 0..1."""
+    rng = np.random.default_rng(0)
+    images, painted = rng.uniform(size=(2, 1, 4, 4, 3)), rng.uniform(-1, 1, (2, 4, 4, 3))
+    z, codebook = rng.normal(size=(2, 2, 2, 3)), rng.normal(size=(5, 3)).astype(np.float32)
+    config = mim_jax.load_config("tests/tiny.py:vqvae")
+    quantizer = EmaQuantizer(codes=5, dim=3, commitment=0.25)
+    encoder, decoder = Given(z), Given(painted)
+    method = dataclasses.replace(mim_jax.make_method(config), encoder=encoder, decoder=decoder, quantizer=quantizer, codes=5)
+    extra = {"quantizer": {"codebook": codebook, "cluster_size": np.ones(5, np.float32), "embed_avg": codebook}}
+    none = {"encoder": {}, "decoder": {}}
+    loss, (_, figures) = method.loss(none, {}, {}, extra, {"global": jnp.asarray(images)}, jax.random.key(0), jnp.int32(0))
+    squares = np.square(z[..., None, :] - codebook).sum(-1)
+    error, commitment = np.mean((painted - (2 * images[:, 0] - 1)) ** 2), 0.25 * squares.min(-1).mean() / 3
+    np.testing.assert_allclose(loss, error + commitment, rtol=1e-5)
+    np.testing.assert_allclose([figures["train/mse"], figures["train/commitment"]], [error / 4, commitment], rtol=1e-5)
+    np.testing.assert_allclose(encoder.seen[0], 2 * images[:, 0] - 1, atol=1e-6)
+    np.testing.assert_allclose(decoder.seen[0], codebook[squares.argmin(-1)], atol=1e-6)
+
+
+def test_codes_that_begin_anew_count_as_many_members_as_the_threshold():
+    quantizer = EmaQuantizer(codes=3, dim=2, threshold=0.5)
+    state = {"codebook": np.ones((3, 2)), "cluster_size": np.array([0.4, 0.5, 2.0]), "embed_avg": np.ones((3, 2))}
+    state = jax.tree.map(jnp.float32, state)
+    new = quantizer.replace_dead(state, jnp.full((3, 2), 7.0))
+    np.testing.assert_array_equal(new["codebook"][:, 0], [7, 1, 1])
+    np.testing.assert_array_equal(new["cluster_size"], [0.5, 0.5, 2])
+    np.testing.assert_array_equal(new["embed_avg"][:, 0], [3.5, 1, 1])  # the mean of its members is the vector
+
+
+def test_what_follows_the_step_in_the_discrete_vae():
+    """A temperature that falls, a divergence that is not there at first, and the average of all weights, of one momentum."""
+    config = mim_jax.load_config("dvae:demo")
+    config.loss.update(temperature=0.25, temperature_decay="1200 steps", kl_weight=0.02, kl_warmup="500 steps")
+    config.optim.momentum_teacher = 0.99
+    method = mim_jax.make_method(config)
+    steps = (0, 250, 500, 600, 1200, 1499)
+    follows = {name: [float(schedule(step)) for step in steps] for name, schedule in method.schedules.items()}
+    quarter = 0.25 + 0.375 * (1 + np.cos(np.pi * np.array([0, 250, 500, 600, 1200, 1200]) / 1200))
+    np.testing.assert_allclose(follows["temperature"], quarter, rtol=1e-5)
+    np.testing.assert_allclose(follows["kl_weight"], [0, 0.01, 0.02, 0.02, 0.02, 0.02], atol=1e-8)
+    np.testing.assert_allclose(follows["momentum_teacher"], 0.99, rtol=1e-6)
+    assert set(method.teacher_parts) == set(jax.eval_shape(method.init, jax.random.key(0))[0])
+
+
+def test_vqkd_begins_with_the_kmeans_of_its_first_batch(monkeypatch):
+    """Of its vectors' directions: their lengths do not count. No later batch is clustered."""
+    monkeypatch.setattr("jax.random.randint", lambda key, shape, low, high: jnp.arange(low, high)[: shape[0]])
+    config = mim_jax.load_config("tests/tiny.py:vqkd")
+    config.quantizer.update(codes=3, dim=3, decay=0.9)
+    method = mim_jax.make_method(config)
+    rng = np.random.default_rng(0)
+    vectors = np.linalg.qr(rng.normal(size=(3, 3)))[0][[0, 1, 2] * 8] + 0.1 * rng.normal(size=(24, 3))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    z = jnp.asarray(vectors * rng.uniform(1, 9, (24, 1)), jnp.float32).reshape(2, 1, 12, 3)
+    teacher = types.SimpleNamespace(features=lambda parts, images: {"patch": jnp.ones((2, 12, 5))})
+    given = {"encode": lambda *_: z, "rebuild": lambda *_: jnp.ones((2, 1, 12, 5)), "target": teacher}
+    for name, value in given.items():
+        object.__setattr__(method, name, value)
+    state = {"codebook": np.eye(3, dtype=np.float32), "cluster_size": np.zeros(3, np.float32)}
+
+    def after(step):
+        views = dict.fromkeys(("global", "target"), z)
+        _, (extra, figures) = method.loss({}, {}, {}, {"quantizer": state}, views, jax.random.key(0), jnp.int32(step))
+        return extra["quantizer"], figures["train/commitment"]
+
+    new, commitment = after(0)
+    means = np.stack([vectors[i::3].mean(0) for i in range(3)])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    np.testing.assert_allclose(new["codebook"], means, atol=1e-5)
+    np.testing.assert_allclose(new["cluster_size"], 8)  # the members in the k-means, averaged with those of the batch
+    np.testing.assert_allclose(commitment, np.mean((vectors - means[np.arange(24) % 3]) ** 2), rtol=1e-4)
+    object.__setattr__(method, "kmeans_init", False)
+    without = after(0)
+    object.__setattr__(method, "kmeans_init", True)
+    for new, commitment in (without, after(1)):
+        assert commitment > 0.01 and np.linalg.norm(new["codebook"] - state["codebook"], axis=1).max() < 0.2
+        assert new["cluster_size"].sum() == pytest.approx(2.4)
 
 
 FAMILIES = {"dvae_dalle": "dalle", "dvae_gumbel": "dvae"}

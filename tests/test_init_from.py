@@ -73,12 +73,13 @@ def test_swin_with_a_larger_window(tmp_path):
 
 @pytest.fixture(scope="module")
 def dino(tmp_path_factory):
-    """(workdir, method, state) of a DINO run whose student and teacher differ."""
+    """(workdir, method, state) of a DINO run whose student and teacher differ, and whose center is not the first one."""
     workdir, config = tmp_path_factory.mktemp("dino"), mim_jax.load_config("tests/tiny.py:dino")
     config.data.num_examples, config.model.patch_size = 64, 4
     method = make_method(config)
     state = first_state(method, config)
-    state = dataclasses.replace(state, teacher=jax.tree.map(lambda x: x + 1, state.teacher))
+    teacher, extra = (jax.tree.map(lambda x: x + 1, tree) for tree in (state.teacher, state.extra))
+    state = dataclasses.replace(state, teacher=teacher, extra=extra)
     checkpoints = Checkpoints(workdir, config)
     checkpoints.save(5, state)
     checkpoints.wait()
@@ -114,6 +115,15 @@ def test_another_head_stays_new(dino, capsys):
         assert same(now["backbone"], then["backbone"]) and same(now["head"], new["head"])
     assert same(state.extra, fresh.extra)
     assert "new: head (head/last_layer/weight_g: (1, 32) -> (1, 48)), extra" in capsys.readouterr().err
+
+
+def test_only_the_parts_that_are_named_are_taken(dino):
+    """The center belongs to the head: it stays new with it."""
+    fresh, state = begun(dino, "dino", SMALL | {"init_parts": ("backbone",)})
+    for section in ("params", "teacher"):
+        now, then, new = (getattr(s, section) for s in (state, dino[2], fresh))
+        assert same(now["backbone"], then["backbone"]) and same(now["head"], new["head"])
+    assert same(state.extra, fresh.extra) and not same(state.extra, dino[2].extra)
 
 
 def test_a_method_without_a_teacher_begins_with_the_teacher(dino, capsys):

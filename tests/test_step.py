@@ -7,13 +7,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
 import mim_jax
 from mim_jax import TrainState, durations, health
+from mim_jax.data.augment import Crops, Policy
+from mim_jax.masking import Masks
+from mim_jax.methods.base import Method
 from mim_jax.methods.dino import Dino
 from mim_jax.models.vit import ViT, drop_path
+from mim_jax.state import create
+from mim_jax.views import Views
 
 BATCH = 8
 
@@ -152,40 +158,77 @@ def test_many_steps_are_one_trace(tiny, compilations):
     assert int(metrics["step"]) == durations.total_steps(tiny.config) + 2
 
 
-def test_views_are_mixed_before_the_loss_and_the_state_is_changed_after_the_update(tiny):
-    """A method that shows the loss other images, and refreshes a second teacher every three steps."""
+# What the step gives to a method, of one that only takes notes
 
-    class Mixed(Dino):
-        def mix(self, views, key):
-            order = jax.random.permutation(key, len(views["global"]))
-            return views | {"global": views["global"] + views["global"][order]}
 
-        def after_update(self, state):
-            fresh = state.step % 3 == 0
-            second = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), state.params, state.extra["second"])
-            return state.replace(extra=state.extra | {"second": second})
+class KeptKey(Masks):
+    """The key that masks are drawn with, as the mask."""
 
-        def loss(self, params, teacher, target, extra, views, key, step):
-            loss, (new, figures) = super().loss(params, teacher, target, extra, views, key, step)
-            return loss, (new | {"second": extra["second"]}, figures)
+    def draw(self, key, index, crops):
+        return {"mask": jax.random.key_data(key)}
 
-        def init(self, key):
-            params, extra = super().init(key)
-            return params, extra | {"second": jax.tree.map(jnp.zeros_like, params)}
 
-    fields = {field.name: getattr(tiny.method, field.name) for field in dataclasses.fields(tiny.method)}
-    method = Mixed(**fields)
-    state, _ = mim_jax.init_state(method, tiny.config)
-    train_step, seconds = mim_jax.make_train_step(method, tiny.config), []
-    _, plain = tiny.train_step(tiny.start(), {}, views())
-    for step in range(4):
-        state, metrics = train_step(state, {}, views())
-        seconds.append(jax.device_get((state.params, state.extra["second"])))
-        if not step:
-            assert metrics["train/loss"] != plain["train/loss"]
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(seconds[1][1]))
-    for params, second in ((seconds[2][0], seconds[2][1]), (seconds[2][0], seconds[3][1])):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), params, second)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Notes(Method):
+    """Two parts of one weight each, with gradients 2 and 3 at every step; `extra` is what the loss was given."""
+
+    teacher_parts: tuple[str, ...] = ("first", "second")
+
+    def init(self, key):
+        nothing = jnp.zeros(2, jnp.uint32)
+        keys = dict.fromkeys(("augment", "mask", "mix", "loss"), nothing)
+        return {"first": jnp.float32(1), "second": jnp.float32(10)}, keys | {"step": jnp.int32(-1), "after": jnp.int32(-1)}
+
+    def mix(self, views, key):
+        return views | {"mix": jax.random.key_data(key)}
+
+    def loss(self, params, teacher, target, extra, views, key, step):
+        keys = {name: views[name] for name in ("augment", "mask", "mix")} | {"loss": jax.random.key_data(key)}
+        return 2 * params["first"] + 3 * params["second"], (extra | keys | {"step": step}, {})
+
+    def after_update(self, state):
+        return state.replace(extra=state.extra | {"after": state.step})
+
+
+@pytest.fixture
+def noted(monkeypatch) -> list[TrainState]:
+    """The states of four steps of gradient descent at the rate 0.1 * (step + 1), the teacher's momentum being step / 4."""
+    monkeypatch.setattr("mim_jax.views.augment", lambda batch, crops, key, *_: {"augment": jax.random.key_data(key)})
+
+    def update(grads, state, params, *, step):
+        return jax.tree.map(lambda g: -0.1 * (step + 1) * g, grads), step
+
+    method = Notes(
+        views=Views((Crops("global", 4, (1.0, 1.0), (Policy(),)),), (0.0,) * 3, (1.0,) * 3, KeptKey()),
+        schedules={"momentum_teacher": lambda step: step / 4},
+        optimizer=optax.GradientTransformationExtraArgs(lambda params: jnp.int32(-1), update),
+    )
+    config = ConfigDict({"seed": 5, "mesh": {"rules": ()}})
+    train_step, states = mim_jax.make_train_step(method, config), [create(method, config)]
+    batch = {"image": np.zeros((1, 4, 4, 3), np.uint8), "index": np.zeros(1, np.int32)}
+    for _ in range(4):
+        state, _ = train_step(jax.tree.map(jnp.copy, states[-1]), {}, batch)
+        states.append(state)
+    return jax.device_get(states)
+
+
+def test_each_use_of_randomness_has_a_key_of_its_own_at_each_step(noted):
+    keys = [tuple(state.extra[name]) for state in noted[1:] for name in ("augment", "mask", "mix", "loss")]
+    assert len(set(keys)) == 16
+
+
+def test_all_of_a_step_follows_the_step_before_it(noted):
+    """Schedules, loss and optimizer read the number of finished steps; what comes after the update sees the new one."""
+    for step, state in enumerate(noted[1:]):
+        assert (state.extra["step"], state.opt_state, state.step, state.extra["after"]) == (step, step, step + 1, step + 1)
+
+
+def test_the_teacher_follows_the_student_after_its_update(noted):
+    for step, (old, new) in enumerate(zip(noted, noted[1:])):
+        for part, gradient in (("first", 2), ("second", 3)):
+            np.testing.assert_allclose(new.params[part], old.params[part] - 0.1 * (step + 1) * gradient, rtol=1e-6)
+            want = step / 4 * old.teacher[part] + (1 - step / 4) * new.params[part]
+            np.testing.assert_allclose(new.teacher[part], want, rtol=1e-6)
 
 
 # Collapses
@@ -256,6 +299,20 @@ def test_stochastic_depth_is_for_training_only():
     first, again, other = (np.asarray(run(True, jax.random.key(seed))) for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - off).max() > 0.1 and np.abs(first - other).max() > 0.1
+
+
+def test_each_block_drops_crops_of_its_own():
+    """A draw that all blocks shared would drop a crop in every block after the first that drops it."""
+    images = jax.random.normal(jax.random.key(0), (64, 1, 4, 4, 3))
+    vit = ViT(patch_size=4, img_size=4, dim=4, depth=6, heads=1, drop_path_rate=0.9)
+    params = jax.jit(vit.init)(jax.random.key(0), [images])["params"]
+    rngs = {"drop_path": jax.random.key(1)}
+    run = jax.jit(lambda p: vit.apply({"params": p}, [images], True, rngs=rngs, mutable="intermediates"))
+    kept = run(params)[1]["intermediates"]
+    tokens = np.concatenate([kept["tokens"][0][None], kept["blocks"]["tokens"][0]])
+    dropped = (tokens[1:] == tokens[:-1]).all((2, 3))  # [blocks, images]: of both branches
+    assert not dropped[0].any() and dropped[-1].mean() > 0.6
+    assert 0.1 < (dropped[3] & ~dropped[4]).sum() / dropped[3].sum()
 
 
 def test_the_first_block_is_never_dropped():

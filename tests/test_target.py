@@ -15,10 +15,11 @@ from PIL import Image
 
 import mim_jax
 from mim_jax import convert, sharding, train
-from mim_jax.checkpoint import SavedRun
+from mim_jax.checkpoint import Checkpoints, SavedRun
 from mim_jax.config import resolve_target
 from mim_jax.learned import abstract_target, load_target
-from mim_jax.state import first_state
+from mim_jax.methods import base
+from mim_jax.state import TrainState, first_state
 
 
 @pytest.fixture
@@ -76,6 +77,29 @@ def test_a_frozen_target_is_cut_over_the_devices(config):
     kernel = target["backbone"]["blocks"]["fc1"]["kernel"]
     assert kernel.sharding.shard_shape(kernel.shape)[-1] == kernel.shape[-1] // 8
     assert target["backbone"]["pos_embed"].sharding.is_fully_replicated
+
+
+def test_the_target_is_the_teacher_of_its_run_and_what_else_the_run_has(config, tmp_path):
+    """Parts that have no average are the parameters, or what was learned without a gradient."""
+    config.target.workdir = str(tmp_path)
+    sections = {name: {"w": jnp.full(2, i, jnp.float32)} for i, name in enumerate(("student", "teacher", "head", "extra"))}
+    params = {"backbone": sections["student"], "head": sections["head"]}
+    extra = {"quantizer": sections["extra"]}
+    state = TrainState(jnp.int32(7), params, {"backbone": sections["teacher"]}, jnp.zeros(()), extra)
+    checkpoints = Checkpoints(tmp_path, config)
+    checkpoints.save(7, state)
+    checkpoints.wait()
+    network = SimpleNamespace(init_parts=lambda key: {part: {"w": jnp.zeros(2)} for part in (*params, *extra)})
+    found = load_target(SimpleNamespace(target=network), config)
+    assert same(found, {"backbone": sections["teacher"], "head": sections["head"], "quantizer": sections["extra"]})
+
+
+def test_a_frozen_encoder_normalizes_images_as_in_its_training(monkeypatch):
+    monkeypatch.setattr(base.vit, "features", lambda backbone, params, images: {"patch": images, "params": params})
+    encoder = base.Encoder(backbone=None, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.2))
+    found = encoder.features({"backbone": "weights"}, jnp.full((1, 2, 2, 3), 0.6))
+    np.testing.assert_allclose(found["patch"][0, 0, 0], [1, 1.6, 1.5], rtol=1e-5)
+    assert found["params"] == "weights"
 
 
 class Colors:
