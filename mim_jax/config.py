@@ -176,10 +176,10 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise wrong(key, f"must be a multiple of the {mesh.size} devices")
 
 
-def leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of everything in a config, the keys of sections joined by dots."""
+def leaves(config: ml_collections.ConfigDict | dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything in a config, or in what JSON has made of one; the keys of sections joined by dots."""
     for key, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
+        if isinstance(value, (ml_collections.ConfigDict, dict)):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
@@ -226,8 +226,7 @@ def skeleton() -> ml_collections.ConfigDict:
     config.model.dtype = "bfloat16"
     config.model.unroll = 1  # blocks a loop iteration holds: larger compiles longer
 
-    config.crops = ml_collections.ConfigDict()
-    config.crops.global_crops_number = 1
+    config.crops = {"global_crops_number": 1}
 
     config.optim = ml_collections.ConfigDict()
     config.optim.name = "adamw"
@@ -259,9 +258,7 @@ def skeleton() -> ml_collections.ConfigDict:
     config.eval.tokens = "cls"  # or "patch": the mean of the patch tokens
     config.eval.standardize = False  # for the k-NN: each feature less its mean over its std on the bank
 
-    config.checkpoint = ml_collections.ConfigDict()
-    config.checkpoint.every = "1 epoch"
-    config.checkpoint.keep = 2
+    config.checkpoint = {"every": "1 epoch", "keep": 2}
 
     config.log_every = "50 steps"
     config.max_skipped = 20  # stop after so many steps in a row whose loss or gradient is not finite
@@ -302,9 +299,6 @@ def hours_on_cifar10(config: ml_collections.ConfigDict, total: str) -> None:
 
 def learns_from(config: ml_collections.ConfigDict, path: str, family: str) -> None:
     """Adds the section of the frozen network, a tokenizer or teacher, that the targets come from."""
-    config.target = ml_collections.ConfigDict()
-    config.target.config = path
-    config.target.network = ml_collections.ConfigDict()  # filled in when the config is loaded
+    config.target = {"config": path, "network": {}, "family": family}  # network: filled in when the config is loaded
     config.target.workdir = placeholder(str)
     config.target.weights = placeholder(str)
-    config.target.family = family
