@@ -54,7 +54,6 @@ class Evaluation:
 
     Args:
         config: reads `eval`, `seed`, `data.canvas` and `model.img_size`.
-        method: the `Method` that is trained.
         source: images that k-NN and probe learn from; `eval.bank` of them are chosen by the seed.
         held_out: images on which everything is measured; `eval.test` of them. If it is the same split as `source`, the
             split is divided: at most a fifth is measured on, and these images are not in the bank.

@@ -24,13 +24,7 @@ def normalize(x: Array, eps: float = 1e-12) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("num_classes", "k", "chunk"))
 def knn_scores(
-    bank_features: Array,
-    bank_labels: Array,
-    features: Array,
-    num_classes: int,
-    k: int = 20,
-    temperature: float = 0.07,
-    chunk: int = 500,
+    bank_features: Array, bank_labels: Array, features: Array, num_classes: int, k: int, temperature: float, chunk: int = 500
 ) -> jax.Array:
     """The votes [M, num_classes], not normalized, of the `k` nearest of bank_features [N, D] for each of features [M, D].
 

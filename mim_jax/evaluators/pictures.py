@@ -144,11 +144,8 @@ def attention_maps(
 ) -> Image.Image:
     """The attention of CLS to the patches, by head, in two rows for each image: a heat map, and `attention_threshold`.
 
-    Args:
-        attention: [B, heads, N]; or [heads, N] for one image.
-        grid: (rows, columns) of the patches.
-        images: uint8 [B, H, W, 3], or [H, W, 3].
-        keep: share of the attention that the second row shows; other patches are darkened.
+    The attention is [B, heads, N], on a `grid` of (rows, columns) of patches, and images are uint8 [B, H, W, 3]; those of one
+    image need no B. `keep` is the share of the attention that the second row shows; other patches are darkened.
     """
     if attention.ndim == 2:
         attention, images = attention[None], images[None]
