@@ -187,12 +187,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
     A key that `old` lacks, because a newer version added it, has its default there: that of the skeleton of all configs, or
     else that of the recipe `new["recipe"]`.
     """
-    recipe = new.get("recipe")
     old, new = dict(leaves(old)), dict(leaves(new))
     if new.keys() - old.keys():
         defaults = dict(leaves(as_dict(configs.skeleton())))
         with contextlib.suppress(OSError, ValueError):  # the file may have gone
-            defaults = dict(leaves(as_dict(configs.load_config(recipe or "")))) | defaults
+            defaults = dict(leaves(as_dict(configs.load_config(new.get("recipe") or "")))) | defaults
         old = {key: defaults[key] for key in new if key in defaults} | old
     return [
         (key, old.get(key), new.get(key))

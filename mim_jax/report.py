@@ -49,11 +49,7 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
     ),
 }
 
-BASELINES: Mapping[str, str] = {
-    "_baseline_whitened": "whitened pixels",
-    "_baseline_pixels": "pixels",
-    "_baseline_untrained": "untrained",
-}
+BASELINES: Mapping[str, str] = {"whitened": "whitened pixels", "pixels": "pixels", "untrained": "untrained"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +187,7 @@ def relation(value: float, baseline: float) -> str:
 
 
 def _baselines(tags: Sequence[str], latest: Mapping[str, Any]) -> dict[str, float]:
-    found = {name: latest.get(tag + suffix) for tag in tags for suffix, name in BASELINES.items()}
+    found = {name: latest.get(f"{tag}_baseline_{key}") for tag in tags for key, name in BASELINES.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

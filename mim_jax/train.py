@@ -45,17 +45,19 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
         stack.enter_context(jax.set_mesh(sharding.make_mesh(config.mesh.data, config.mesh.fsdp)))
         resolve_target(config)
         make_method(config)  # bad values are refused before any data is opened
-        source, held_out = open_data(config)
+        data = config.data
+        source, held_out = (sources.open_source(data.name, data.dir, split) for split in (data.split, data.eval_split))
+        data.num_examples = len(source)  # for its steps per epoch
         method = make_method(config)
         if (unfinished := train_target(config)) is not None:
             return unfinished
 
-        total, batch_size = total_steps(config), config.data.batch_size
+        total = total_steps(config)
         evaluate_every, save_every = interval(config, "eval.every"), interval(config, "checkpoint.every")
         checkpoints = stack.enter_context(Checkpoints(workdir, config))
         stopping = stack.enter_context(preemption(checkpoints))
         state, target, record = start(method, config, checkpoints)
-        log = stack.enter_context(Journal(workdir, total, batch_size, resume_step=record.get("step")))
+        log = stack.enter_context(Journal(workdir, total, data.batch_size, resume_step=record.get("step")))
         log.save("config.json", config.to_json_best_effort(indent=2).encode())
         log.print(f"{config.method} on {source.description}; {checkpoint.devices()}")
 
@@ -75,7 +77,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
             if bad_images[name] == 1:
                 log.print(f"bad image, replaced by another one: {name}")
 
-        settings = {key: config.data[key] for key in ("batch_size", "canvas", "workers")}
+        settings = {key: data[key] for key in ("batch_size", "canvas", "workers")}
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
         masks = method.views.host_masks(config.seed)
         batches = pipeline.train_batches(
@@ -108,14 +110,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
         elif verdict := write_report(workdir, config, evaluation, step):
             log.print(f"{scores(journal.latest(workdir))}{verdict}\nreport: {workdir / report.FILE}")
         return state
-
-
-def open_data(config: ml_collections.ConfigDict) -> tuple[sources.Source, sources.Source]:
-    """(training images, held-out images); puts the number of the first into the config, for its steps per epoch."""
-    data = config.data
-    source = sources.open_source(data.name, data.dir, data.split)
-    data.num_examples = len(source)
-    return source, sources.open_source(data.name, data.dir, data.eval_split)
 
 
 def train_target(config: ml_collections.ConfigDict) -> TrainState | None:
