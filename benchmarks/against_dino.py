@@ -55,15 +55,11 @@ class Official:
         student = (self.forward(self.student, groups) / 0.1).chunk(n)
         logits = self.forward(self.teacher, groups[:1])
         teacher = torch.softmax((logits - self.center) / 0.04, dim=-1).detach().chunk(n_global)
-        loss, terms = 0.0, 0
-        for i, q in enumerate(teacher):
-            for v, s in enumerate(student):
-                if v != i:
-                    loss = loss + torch.sum(-q * torch.log_softmax(s, dim=-1), dim=-1).mean()
-                    terms += 1
+        pairs = [(q, s) for i, q in enumerate(teacher) for v, s in enumerate(student) if v != i]
+        loss = sum(torch.sum(-q * torch.log_softmax(s, dim=-1), dim=-1).mean() for q, s in pairs) / len(pairs)
         self.center = 0.9 * self.center + 0.1 * logits.mean(0, keepdim=True)
         self.optimizer.zero_grad()
-        (loss / terms).backward()
+        loss.backward()
         for p in self.student.parameters():
             if p.grad is not None:
                 coefficient = 3.0 / (p.grad.norm() + 1e-6)
@@ -73,7 +69,7 @@ class Official:
         with torch.no_grad():
             for s, t in zip(self.student.parameters(), self.teacher.parameters()):
                 t.mul_(0.98).add_(s, alpha=0.02)
-        return float(loss) / terms
+        return float(loss)
 
 
 def main(_: list[str]) -> None:

@@ -7,6 +7,7 @@ the number of images. On a CPU the peak includes the arrays of host and device.
 """
 
 import dataclasses
+import functools
 import resource
 import time
 from collections.abc import Sequence
@@ -67,16 +68,13 @@ def main(_: list[str]) -> None:
             sources = (Noise(split, CANVAS.value, BANK.value) for split in ("train", "test"))
             evaluation = Evaluation(config, method, *sources)
             print("{:,} + {:,} images".format(*evaluation.sizes), flush=True)
-            report("baselines", lambda: evaluation.baselines(state))  # noqa: B023
-            report("scores", lambda: evaluation.scores(state))  # noqa: B023
-            report("neighbors", lambda: dict(evaluation.pictures(state, {})))  # noqa: B023
-
-
-def report(name, function) -> None:
-    start = time.perf_counter()
-    function()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"  {name:<10} {time.perf_counter() - start:7.1f} s, peak {peak:.2f} GiB", flush=True)
+            neighbors = functools.partial(evaluation.pictures, target={})
+            measures = {"baselines": evaluation.baselines, "scores": evaluation.scores, "neighbors": neighbors}
+            for name, measure in measures.items():
+                start = time.perf_counter()
+                dict(measure(state))  # pictures are drawn when they are asked for
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+                print(f"  {name:<10} {time.perf_counter() - start:7.1f} s, peak {peak:.2f} GiB", flush=True)
 
 
 if __name__ == "__main__":

@@ -133,10 +133,7 @@ def variant(kind: type | None = None, **backbone: Any) -> Callable:
 
 PLAIN = {
     "mae": {"with mask tokens in the encoder": variant(MaskTokensInEncoder, mask_token=True)},
-    "dinov2": {
-        "with heads on all patches": variant(HeadsOnAllPatches),
-        "with all rows computed": variant(drop_path_group=0),
-    },
+    "dinov2": {"with heads on all patches": variant(HeadsOnAllPatches), "with all rows computed": variant(drop_path_group=0)},
 }
 
 

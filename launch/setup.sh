@@ -43,11 +43,9 @@ make_venv() { # VENV INTERPRETER
 }
 
 install() { # INTERPRETER TARGET
-  if have_uv; then
-    uv pip install --quiet --python "$1" --editable "$2"
-  else
-    "$1" -m pip install --quiet --disable-pip-version-check --editable "$2"
-  fi
+  local pip=("$1" -m pip install --disable-pip-version-check)
+  if have_uv; then pip=(uv pip install --python "$1"); fi
+  "${pip[@]}" --quiet --editable "$2"
 }
 
 setup() { # EXTRAS

@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 import mim_jax
 from mim_jax import config as configs
 from mim_jax import durations
+from mim_jax.config import leaves
 
 # Keys that may change when a run is continued: the numbers of the training do not depend on them (`total` is printed).
 MAY_CHANGE = re.compile(
@@ -75,8 +76,8 @@ class SavedRun:
             raise OSError(f"the checkpoint of step {self.step} in {self.folder} cannot be read: {brief(error)}") from error
 
 
-class Checkpoints:
-    """The checkpoints that a run writes to `workdir/checkpoints`. A context manager.
+class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
+    """The checkpoints that a run writes to `workdir/checkpoints`.
 
     Raises OSError, naming the folder, when it cannot be written or has no room for another checkpoint.
     """
@@ -89,9 +90,6 @@ class Checkpoints:
             self.manager = ocp.CheckpointManager(self.folder, options=options, item_names=("state", "record"))
         except OSError as error:
             raise OSError(error.errno, f"cannot keep checkpoints: {error.strerror}", str(self.folder)) from error
-
-    def __enter__(self) -> "Checkpoints":
-        return self
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(Exception):  # after `wait` nothing can fail; without it, an earlier error is on its way
@@ -189,12 +187,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
     A key that `old` lacks, because a newer version added it, has its default there: that of the skeleton of all configs, or
     else that of the recipe `new["recipe"]`.
     """
-    recipe = new.get("recipe")
-    old, new = flatten(old), flatten(new)
+    old, new = dict(leaves(old)), dict(leaves(new))
     if new.keys() - old.keys():
-        defaults = flatten(as_dict(configs.skeleton()))
+        defaults = dict(leaves(as_dict(configs.skeleton())))
         with contextlib.suppress(OSError, ValueError):  # the file may have gone
-            defaults = flatten(as_dict(configs.load_config(recipe or ""))) | defaults
+            defaults = dict(leaves(as_dict(configs.load_config(new.get("recipe") or "")))) | defaults
         old = {key: defaults[key] for key in new if key in defaults} | old
     return [
         (key, old.get(key), new.get(key))
@@ -250,11 +247,3 @@ def brief(error: Exception) -> str:
 def as_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """As JSON has it: tuples are lists."""
     return json.loads(config.to_json_best_effort())
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"section.key": value}"""
-    out: dict[str, Any] = {}
-    for name, value in config.items():
-        out |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return out

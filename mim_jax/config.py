@@ -176,10 +176,10 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise wrong(key, f"must be a multiple of the {mesh.size} devices")
 
 
-def leaves(config: ml_collections.ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(key, value) of everything in a config, the keys of sections joined by dots."""
+def leaves(config: ml_collections.ConfigDict | dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything in a config, or in what JSON has made of one; the keys of sections joined by dots."""
     for key, value in config.items():
-        if isinstance(value, ml_collections.ConfigDict):
+        if isinstance(value, (ml_collections.ConfigDict, dict)):
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
@@ -206,8 +206,9 @@ def skeleton() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.total = placeholder(str)  # this and all durations: "3500 steps", "800 epochs" or "1_000_000 examples"
+    for section in ("data", "model", "crops", "optim", "eval", "checkpoint", "mesh"):
+        config[section] = {}
 
-    config.data = ml_collections.ConfigDict()
     config.data.name = "imagenet2012"  # "cifar10", "folder", or any data set that TFDS has prepared
     config.data.dir = placeholder(str)  # TFDS directory, or the folder
     config.data.split = "train"
@@ -219,17 +220,14 @@ def skeleton() -> ml_collections.ConfigDict:
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
 
-    config.model = ml_collections.ConfigDict()
     config.model.img_size = 224
     config.model.mlp_ratio = 4.0
     config.model.drop_path_rate = 0.0
     config.model.dtype = "bfloat16"
     config.model.unroll = 1  # blocks a loop iteration holds: larger compiles longer
 
-    config.crops = ml_collections.ConfigDict()
     config.crops.global_crops_number = 1
 
-    config.optim = ml_collections.ConfigDict()
     config.optim.name = "adamw"
     config.optim.schedule = "dino"  # of the learning rate: see mim_jax/optim.py
     config.optim.lr_batch_size = 256  # the batch size that lr refers to; 0: lr is not scaled
@@ -249,7 +247,6 @@ def skeleton() -> ml_collections.ConfigDict:
     config.optim.freeze_last_layer = "0 steps"
     config.optim.freeze_last_layer_by = "update"  # or "lr": only the rate is 0, Adam's averages move
 
-    config.eval = ml_collections.ConfigDict()
     config.eval.every = "10 epochs"  # or "never"
     config.eval.bank = 50_000  # images in the k-NN bank, of the training split
     config.eval.test = 10_000
@@ -259,14 +256,11 @@ def skeleton() -> ml_collections.ConfigDict:
     config.eval.tokens = "cls"  # or "patch": the mean of the patch tokens
     config.eval.standardize = False  # for the k-NN: each feature less its mean over its std on the bank
 
-    config.checkpoint = ml_collections.ConfigDict()
     config.checkpoint.every = "1 epoch"
     config.checkpoint.keep = 2
-
     config.log_every = "50 steps"
     config.max_skipped = 20  # stop after so many steps in a row whose loss or gradient is not finite
 
-    config.mesh = ml_collections.ConfigDict()
     config.mesh.data = -1
     config.mesh.fsdp = 1
     config.mesh.rules = (  # the first regex found in an array's path says which of its axes are cut, and how
@@ -293,8 +287,7 @@ def hours_on_cifar10(config: ml_collections.ConfigDict, total: str) -> None:
     """Turns the demo of DINO or a method that follows it into a longer run of a wider network."""
     config.total = total
     config.model.update(dim=128, heads=4, init_std=0.09)
-    config.optim.update(lr=6e-3, warmup="500 steps", weight_decay_end=0.4)
-    config.optim.update(freeze_last_layer="500 steps", momentum_teacher=0.99)
+    config.optim.update(lr=6e-3, warmup="500 steps", freeze_last_layer="500 steps", weight_decay_end=0.4, momentum_teacher=0.99)
     config.eval.update(every="2500 steps", test=10_000, img_size=64)
     config.checkpoint.every = "2500 steps"
     config.log_every = "100 steps"
@@ -302,9 +295,6 @@ def hours_on_cifar10(config: ml_collections.ConfigDict, total: str) -> None:
 
 def learns_from(config: ml_collections.ConfigDict, path: str, family: str) -> None:
     """Adds the section of the frozen network, a tokenizer or teacher, that the targets come from."""
-    config.target = ml_collections.ConfigDict()
-    config.target.config = path
-    config.target.network = ml_collections.ConfigDict()  # filled in when the config is loaded
+    config.target = {"config": path, "network": {}, "family": family}  # network: filled in when the config is loaded
     config.target.workdir = placeholder(str)
     config.target.weights = placeholder(str)
-    config.target.family = family

@@ -73,8 +73,7 @@ def step_flops(config: ml_collections.ConfigDict, make: Callable[[ml_collections
         config.model.unroll = 1000
     method = make(config)
     args = abstract_state(method, config), abstract_target(method, config), abstract_batch(method, config)
-    lowered = make_train_step(method, config).lower(*args)
-    cost: Any = lowered.cost_analysis()
+    cost: Any = make_train_step(method, config).lower(*args).cost_analysis()
     return cost["flops"]
 
 

@@ -34,7 +34,7 @@ SHOWN: Mapping[str, Callable[[float], str]] = {
 }
 
 
-class Journal:
+class Journal(contextlib.AbstractContextManager["Journal"]):
     """Writes a run's figures to `workdir/metrics.jsonl` and `workdir/tensorboard`, and its progress to standard error.
 
     metrics.jsonl has one JSON object a line: `step`, and tags as keys. A value that is not finite is written as null (JSON
@@ -82,8 +82,7 @@ class Journal:
             self._event(0 if resume_step is None else resume_step + 1, session_log=start)
         if self._file.isatty() or hasattr(builtins, "__IPYTHON__"):
             layout = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
-            bar = dict(total=total_steps, initial=self.step, file=self._file, dynamic_ncols=True, bar_format=layout)
-            self._bar = tqdm(**bar)
+            self._bar = tqdm(total=total_steps, initial=self.step, file=self._file, dynamic_ncols=True, bar_format=layout)
 
     def write(self, step: int, figures: Mapping[str, Any]) -> None:
         """Appends one line. `figures`: tag -> number or array of one element."""
@@ -100,13 +99,12 @@ class Journal:
         """Shows a picture in TensorBoard and keeps the latest as `workdir/pictures/{tag}.png`, for the report."""
         if not self._active:
             return
-        encoded = io.BytesIO()
-        picture.save(encoded, format="PNG")
-        self.save(f"pictures/{tag}.png", encoded.getvalue())
+        file = io.BytesIO()
+        picture.save(file, format="PNG")
+        png, (width, height) = file.getvalue(), picture.size
+        self.save(f"pictures/{tag}.png", png)
+        image = summary_pb2.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
         with named_errors(self.path):
-            image = summary_pb2.Summary.Image(
-                height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue()
-            )
             self._event(step, summary=summary_pb2.Summary(value=[summary_pb2.Summary.Value(tag=tag, image=image)]))
 
     def save(self, name: str, content: bytes) -> None:
@@ -164,9 +162,6 @@ class Journal:
             with named_errors(self.path):
                 self._lines.close()
                 self._events.close()
-
-    def __enter__(self) -> "Journal":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

@@ -49,11 +49,7 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
     ),
 }
 
-BASELINES: Mapping[str, str] = {
-    "_baseline_whitened": "whitened pixels",
-    "_baseline_pixels": "pixels",
-    "_baseline_untrained": "untrained",
-}
+BASELINES: Mapping[str, str] = {"whitened": "whitened pixels", "pixels": "pixels", "untrained": "untrained"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,28 +121,11 @@ CHARTS = (
 )
 
 
-def write_report(
-    workdir: str | os.PathLike,
-    *,
-    title: str,
-    config: str,
-    verdict: Verdict,
-    facts: Mapping[str, str],
-) -> Path:
-    """Writes `workdir/report.html` atomically, from the figures and pictures that the run has logged so far.
+def write_report(workdir: str | os.PathLike, *, title: str, config: str, verdict: Verdict, facts: Mapping[str, str]) -> Path:
+    """Writes `workdir/report.html` atomically, from `metrics.jsonl` and `pictures/*.png` there, and returns its path.
 
-    Args:
-        workdir: holds `metrics.jsonl` and `pictures/*.png`.
-        title: of the page.
-        config: as text.
-        verdict: of `health.verdict`.
-        facts: name -> text, shown at the end: data, steps, device, versions.
-
-    Returns:
-        The path of the report.
-
-    Raises:
-        OSError: if it cannot be written; names the path.
+    `facts`, name -> text, are shown at the end: data, steps, device, versions. Raises OSError, naming the path, if it cannot
+    be written.
     """
     workdir = Path(workdir)
     history = journal.read(workdir)
@@ -156,7 +135,8 @@ def write_report(
     drawn = {tag for chart in CHARTS for tag in chart.series} | {"step"}
     others = sorted(tag for tag in latest if tag not in drawn and "_baseline_" not in tag)
     more = "".join(_chart(Chart(tag, "", {tag: tag}), history, latest) for tag in others)
-    pictures = "".join(_picture(path) for path in _in_order(workdir / "pictures"))
+    files = {path.stem: path for path in sorted((workdir / "pictures").glob("*.png"))}
+    pictures = "".join(_picture(files[name]) for name in {**CAPTIONS, **files} if name in files)
     page = PAGE.format(
         title=escape(title),
         step=f"{latest.get('step', 0):,}",
@@ -164,12 +144,10 @@ def write_report(
         status=escape(verdict.status),
         mood={"healthy": "good", "too early": "calm"}.get(verdict.status, "bad"),
         sentence=escape(verdict.sentence),
-        scores=f'<section class="scores">{scores}</section>' if scores else "",
-        charts=f'<h2>Curves <small>over training steps</small></h2><section class="charts">{charts}</section>'
-        if charts
-        else "",
-        more=f'<details><summary>All other metrics</summary><section class="charts">{more}</section></details>' if more else "",
-        pictures=f"<h2>Pictures</h2>{pictures}" if pictures else "",
+        scores=scores,
+        charts=charts and f'<h2>Curves <small>over training steps</small></h2><section class="charts">{charts}</section>',
+        more=more and f'<details><summary>All other metrics</summary><section class="charts">{more}</section></details>',
+        pictures=pictures and f"<h2>Pictures</h2>{pictures}",
         facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()),
         config=escape(config),
     )
@@ -209,7 +187,7 @@ def relation(value: float, baseline: float) -> str:
 
 
 def _baselines(tags: Sequence[str], latest: Mapping[str, Any]) -> dict[str, float]:
-    found = {name: latest.get(tag + suffix) for tag in tags for suffix, name in BASELINES.items()}
+    found = {name: latest.get(f"{tag}_baseline_{key}") for tag in tags for key, name in BASELINES.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -242,14 +220,12 @@ def _chart(chart: Chart, history: Sequence[Mapping[str, Any]], latest: Mapping[s
     if not curves:
         return ""
     baselines = _baselines(list(chart.series), latest)
+    lines = [(f"c{i}", name, points[-1][1]) for i, (name, points) in enumerate(curves.items())]
+    lines += [(f"baseline f{i}", name, value) for i, (name, value) in enumerate(baselines.items())]
     legend = "".join(
-        f'<li><svg width="18" height="8"><line class="c{i}" x2="18" y1="4" y2="4"/></svg>{escape(name)}'
-        f" <b>{number(points[-1][1])}</b></li>"
-        for i, (name, points) in enumerate(curves.items())
-    ) + "".join(
-        f'<li><svg width="18" height="8"><line class="baseline f{i}" x2="18" y1="4" y2="4"/></svg>{escape(name)}'
+        f'<li><svg width="18" height="8"><line class="{kind}" x2="18" y1="4" y2="4"/></svg>{escape(name)}'
         f" <b>{number(value)}</b></li>"
-        for i, (name, value) in enumerate(baselines.items())
+        for kind, name, value in lines
     )
     return (
         f'<figure class="chart"><h3>{escape(chart.title)}</h3><ul class="legend">{legend}</ul>'
@@ -291,11 +267,6 @@ def _plot(chart: Chart, curves: Sequence[Sequence[tuple[float, float]]], baselin
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.title)}">{"".join(parts)}</svg>'
 
 
-def _in_order(folder: Path) -> list[Path]:
-    known = list(CAPTIONS)
-    return sorted(folder.glob("*.png"), key=lambda path: (known.index(path.stem) if path.stem in known else len(known), path))
-
-
 def _picture(path: Path) -> str:
     heading, caption = CAPTIONS.get(path.stem, (path.stem, ""))
     data = base64.b64encode(path.read_bytes()).decode()
@@ -316,7 +287,7 @@ PAGE = """<!doctype html>
 <body>
 <header><h1>{title}</h1><p class="step">step {step}</p></header>
 <p class="verdict {mood}"><strong>{status}</strong><span>{sentence}</span></p>
-{scores}
+<section class="scores">{scores}</section>
 {charts}
 {more}
 {pictures}
@@ -329,29 +300,29 @@ PAGE = """<!doctype html>
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1c2128; --faint: #667080; --line: #e3e6ea;
-  --c0: #3b6fd4; --c1: #d9792b; --c2: #2f9e73; --good: #1f8a5b; --calm: #667080; --bad: #c93c37; }
+  --c0: #3b6fd4; --c1: #d9792b; --good: #1f8a5b; --bad: #c93c37; }
 @media (prefers-color-scheme: dark) { :root { --page: #14171c; --card: #1c2027; --ink: #e4e8ee; --faint: #939dab;
-  --line: #2d333c; --c0: #7aa5f7; --c1: #eda35e; --c2: #5cc79c; --good: #4cc38a; --calm: #939dab; --bad: #f0716b; } }
+  --line: #2d333c; --c0: #7aa5f7; --c1: #eda35e; --good: #4cc38a; --bad: #f0716b; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 1120px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", sans-serif;
   font-variant-numeric: tabular-nums; }
 header { display: flex; align-items: baseline; justify-content: space-between; gap: 1rem; flex-wrap: wrap; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0; font-weight: 650; letter-spacing: -.01em; }
+h1, h3, figure, .step { margin: 0; }
+h1 { font-size: 1.6rem; line-height: 1.2; font-weight: 650; letter-spacing: -.01em; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .8rem; font-weight: 620; }
-small { font-size: .85rem; font-weight: 400; color: var(--faint); margin-left: .4rem; }
-h3 { font-size: .95rem; margin: 0; font-weight: 600; }
-.step, figcaption, dt, .legend { color: var(--faint); }
-.step { margin: 0; }
+h3 { font-size: .95rem; font-weight: 600; }
+small { font-size: .85rem; font-weight: 400; margin-left: .4rem; }
+small, .step, figcaption, dt, .legend, summary { color: var(--faint); }
 .verdict { display: flex; flex-wrap: wrap; gap: .2rem .9rem; align-items: baseline; margin: 1.2rem 0; padding: .8rem 1.1rem;
   background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--mood); border-radius: 8px; }
 .verdict strong { color: var(--mood); white-space: nowrap; } .verdict span { flex: 1 1 18rem; }
-.good { --mood: var(--good); } .calm { --mood: var(--calm); } .bad { --mood: var(--bad); }
+.good { --mood: var(--good); } .calm { --mood: var(--faint); } .bad { --mood: var(--bad); }
 .scores, .charts { display: grid; gap: 1rem; }
 .scores { grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
-.score, .chart, .picture, dl, pre { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
-.score { padding: 1rem 1.1rem; }
+.score, .chart, .picture, dl, pre { padding: 1rem 1.1rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: 10px; }
 .score .value { font-size: 2.1rem; line-height: 1.15; font-weight: 640; margin: .25rem 0 .6rem; letter-spacing: -.02em; }
 .score ul, .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
 .score ul { margin: .65rem 0 0; font-size: .85rem; }
@@ -360,31 +331,28 @@ h3 { font-size: .95rem; margin: 0; font-weight: 600; }
 .bar { position: relative; height: 8px; border-radius: 4px; background: var(--line); }
 .bar span { display: block; height: 100%; border-radius: 4px; background: var(--c0); }
 .bar i { position: absolute; top: -4px; bottom: -4px; width: 2px; margin-left: -1px; background: var(--ink); opacity: .65; }
-figure { margin: 0; }
-.chart { padding: 1rem 1.1rem .9rem; min-width: 0; }
+.chart { min-width: 0; }
 .legend { margin: .3rem 0 .4rem; font-size: .82rem; }
-.legend svg { width: 18px; height: 8px; margin-right: .4rem; overflow: visible; }
+.legend svg { margin-right: .4rem; }
 .legend b { font-weight: 600; color: var(--ink); }
 .chart > svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--faint); font-size: 11px; }
-.grid { stroke: var(--line); stroke-width: 1; }
+.grid { stroke: var(--line); }
 polyline { fill: none; stroke-linejoin: round; stroke-linecap: round; }
-.c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); }
-.c0, .c1, .c2 { stroke: var(--c); stroke-width: 2; }
-circle { fill: var(--c); stroke: none !important; }
+.c0 { --c: var(--c0); } .c1 { --c: var(--c1); }
+line, polyline { stroke: var(--c); stroke-width: 2; } circle { fill: var(--c); }
 .baseline { stroke: var(--faint); stroke-width: 1.5; stroke-dasharray: 7 4; }
 .f1 { stroke-dasharray: 2 3; } .f2 { stroke-dasharray: 9 3 2 3; }
 figcaption { font-size: .82rem; margin-top: .5rem; max-width: 75ch; }
-.picture { padding: 1rem 1.1rem; margin-bottom: 1rem; }
+.picture { margin-bottom: 1rem; }
 .picture div { margin-top: .7rem; padding: .3rem; border-radius: 6px; background: #fff; overflow-x: auto; width: fit-content;
   max-width: 100%; }
 img { display: block; max-width: 100%; height: auto; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.5rem; padding: 1rem 1.1rem; margin: 0 0 1rem;
-  font-size: .9rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .35rem 1.5rem; margin: 0 0 1rem; font-size: .9rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
 details { margin-top: 1rem; } details .charts { margin-top: .8rem; }
-summary { cursor: pointer; color: var(--faint); font-size: .9rem; }
-pre { padding: 1rem 1.1rem; font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; overflow-x: auto; }
+summary { cursor: pointer; font-size: .9rem; }
+pre { font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; overflow-x: auto; }
 @media (max-width: 600px) { .chart > svg { overflow: visible; } .chart > svg text { font-size: 16px; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
 @media print { body { max-width: none; } .chart, .picture, .score { break-inside: avoid; } }

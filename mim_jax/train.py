@@ -45,17 +45,19 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
         stack.enter_context(jax.set_mesh(sharding.make_mesh(config.mesh.data, config.mesh.fsdp)))
         resolve_target(config)
         make_method(config)  # bad values are refused before any data is opened
-        source, held_out = open_data(config)
+        data = config.data
+        source, held_out = (sources.open_source(data.name, data.dir, split) for split in (data.split, data.eval_split))
+        data.num_examples = len(source)  # for its steps per epoch
         method = make_method(config)
         if (unfinished := train_target(config)) is not None:
             return unfinished
 
-        total, batch_size = total_steps(config), config.data.batch_size
+        total = total_steps(config)
         evaluate_every, save_every = interval(config, "eval.every"), interval(config, "checkpoint.every")
         checkpoints = stack.enter_context(Checkpoints(workdir, config))
         stopping = stack.enter_context(preemption(checkpoints))
         state, target, record = start(method, config, checkpoints)
-        log = stack.enter_context(Journal(workdir, total, batch_size, resume_step=record.get("step")))
+        log = stack.enter_context(Journal(workdir, total, data.batch_size, resume_step=record.get("step")))
         log.save("config.json", config.to_json_best_effort(indent=2).encode())
         log.print(f"{config.method} on {source.description}; {checkpoint.devices()}")
 
@@ -75,17 +77,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
             if bad_images[name] == 1:
                 log.print(f"bad image, replaced by another one: {name}")
 
+        settings = {key: data[key] for key in ("batch_size", "canvas", "workers")}
+        processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
+        masks = method.views.host_masks(config.seed)
         batches = pipeline.train_batches(
-            source,
-            seed=config.seed,
-            batch_size=batch_size,
-            canvas=config.data.canvas,
-            start=step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=config.data.workers,
-            masks=method.views.host_masks(config.seed),
-            on_bad=on_bad,
+            source, seed=config.seed, start=step, masks=masks, on_bad=on_bad, **settings, **processes
         )
         train_step = make_train_step(method, config)
         steps = StepLog(config, log, checkpoints, record.get("skipped", 0))
@@ -100,7 +96,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
                     log.show(figures)
                     for name, picture in evaluation.pictures(state, target):
                         log.picture(step, name, picture)
-                    write_report(workdir, config, method, source, evaluation, step)
+                    write_report(workdir, config, evaluation, step)
             if save_every and step % save_every == 0:
                 steps.flush()
                 with log.paused():
@@ -111,17 +107,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
 
         if step < total:
             log.print(f"stopped after step {step} of {total}; the same command goes on from there")
-        elif verdict := write_report(workdir, config, method, source, evaluation, step):
+        elif verdict := write_report(workdir, config, evaluation, step):
             log.print(f"{scores(journal.latest(workdir))}{verdict}\nreport: {workdir / report.FILE}")
         return state
-
-
-def open_data(config: ml_collections.ConfigDict) -> tuple[sources.Source, sources.Source]:
-    """(training images, held-out images); puts the number of the first into the config, for its steps per epoch."""
-    data = config.data
-    source = sources.open_source(data.name, data.dir, data.split)
-    data.num_examples = len(source)
-    return source, sources.open_source(data.name, data.dir, data.eval_split)
 
 
 def train_target(config: ml_collections.ConfigDict) -> TrainState | None:
@@ -214,24 +202,17 @@ class StepLog:
             )
 
 
-def write_report(
-    workdir: Path,
-    config: ml_collections.ConfigDict,
-    method: Method,
-    source: sources.Source,
-    evaluation: Evaluation,
-    step: int,
-) -> health.Verdict | None:
+def write_report(workdir: Path, config: ml_collections.ConfigDict, evaluation: Evaluation, step: int) -> health.Verdict | None:
     """Writes report.html from what has been logged so far, and returns the verdict; the first process only."""
     if jax.process_index() != 0:
         return None
     figures, total = journal.latest(workdir), total_steps(config)
     judged = {tag: value for tag, value in figures.items() if tag.split("/")[0] in ("health", "train", "eval")}
     prototypes = config.get("head", {}).get("out_dim")
-    verdict = health.verdict(judged, prototypes, step / total, getattr(method, "codes", None))
+    verdict = health.verdict(judged, prototypes, step / total, getattr(evaluation.method, "codes", None))
     bank, test = evaluation.sizes
     facts = {
-        "data": source.description,
+        "data": evaluation.source.description,
         "evaluated on": f"bank of {bank:,}, {test:,} held-out images",
         "steps": f"{step:,} of {total:,}, batch {config.data.batch_size}",
         "unreadable images": f"{figures.get('data/bad_images') or 0:,.0f}",

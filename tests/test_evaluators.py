@@ -67,7 +67,7 @@ def test_knn_scores_are_weighted_votes_whatever_the_scale_and_the_chunk(golden_k
 
 def test_knn_refuses_more_neighbors_than_there_are():
     with pytest.raises(ValueError, match="k = 20 .* bank of 5"):
-        knn_scores(jnp.ones((5, 2)), jnp.zeros(5, int), jnp.ones((1, 2)), 2)
+        knn_scores(jnp.ones((5, 2)), jnp.zeros(5, int), jnp.ones((1, 2)), 2, 20, 0.07)
 
 
 def test_pixel_features_ignore_the_level_of_each_channel():
@@ -525,7 +525,7 @@ def test_evaluation_of_a_large_vit_at_518_px_takes_less_than_2_gib_of_a_device_b
 def test_comparing_60_000_features_takes_less_than_2_gib_of_a_device(width):
     bank, test = (jax.ShapeDtypeStruct((count, width), jnp.float32) for count in (50_000, 10_000))
     labels = jax.ShapeDtypeStruct((50_000,), jnp.int32)
-    assert device_bytes(knn_scores.lower(bank, labels, test, 1000)) < 1.75 * 2**30
+    assert device_bytes(knn_scores.lower(bank, labels, test, 1000, 20, 0.07)) < 1.75 * 2**30
     assert device_bytes(view_retrieval.lower(test, test)) < 2**30
     assert width > 2048 or device_bytes(jax.jit(health.rank_me).lower(test)) < 2**30
 

@@ -27,6 +27,7 @@ from PIL import Image
 
 from mim_jax import checkpoint, journal, load_config, main, state, step, train
 from mim_jax.checkpoint import Checkpoints, SavedRun, differences
+from mim_jax.config import leaves
 from mim_jax.data import pipeline, sources
 from mim_jax.journal import Journal
 from mim_jax.methods.base import make_method
@@ -209,7 +210,7 @@ def patched():
 
     def training(config):
         """What of the config the step is made of."""
-        keys = checkpoint.flatten(checkpoint.as_dict(config))
+        keys = dict(leaves(checkpoint.as_dict(config)))
         return str({key: value for key, value in keys.items() if key == "total" or not checkpoint.MAY_CHANGE.fullmatch(key)})
 
     def make_train_step(method, config):
@@ -256,8 +257,8 @@ def whole(images, patched, tmp_path_factory) -> Path:
 class StubEvaluation:
     sizes = (1, 1)
 
-    def __init__(self, *args):
-        pass
+    def __init__(self, config, method, source, held_out):
+        self.method, self.source = method, source
 
     def baselines(self, state):
         return {"eval/view_retrieval_baseline_untrained": 0.0}

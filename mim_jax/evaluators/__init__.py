@@ -31,6 +31,7 @@ from mim_jax.state import TrainState
 BASELINE_SIZE = 32  # side at which plain pixels are measured, at most: PCA needs the square of the number of values
 PIXELS = 2**20  # a device encodes at most so many at a time, or one image
 DETAILED = 256  # side of the crops up to which attention and features are drawn at twice their size
+IN_0_TO_1 = (0.0,) * 3, (1.0,) * 3  # mean and std of images that are not normalized
 K, TEMPERATURE = 20, 0.07  # of the k-NN vote
 QUERIES, NEIGHBORS, RECONSTRUCTED, ATTENDED, CROPPED = 8, 8, 16, 4, 6  # images on a picture
 
@@ -53,7 +54,6 @@ class Evaluation:
 
     Args:
         config: reads `eval`, `seed`, `data.canvas` and `model.img_size`.
-        method: the `Method` that is trained.
         source: images that k-NN and probe learn from; `eval.bank` of them are chosen by the seed.
         held_out: images on which everything is measured; `eval.test` of them. If it is the same split as `source`, the
             split is divided: at most a fifth is measured on, and these images are not in the bank.
@@ -112,7 +112,7 @@ class Evaluation:
     def encode(self, state: TrainState, pixels: bool = False) -> tuple[Arrays, Arrays]:
         """(bank, test): `features` [N, D] float32 and `label` [N] int32; of the test also those of two random crops
         that are the same at every call, `view_1` and `view_2`; with `pixels` also small pictures of them all, uint8."""
-        params = encoder(state)
+        params = state.teacher or state.params
 
         def bank(batch: Batch) -> Batch:
             found = {"label": batch["label"], "features": self._features(params, self._picture(batch))}
@@ -145,7 +145,7 @@ class Evaluation:
         scores["health/feature_std"] = float(feature_std(test["features"]))
         return scores
 
-    def _knn(self, features: Pair, labels: Pair) -> tuple[float, ...]:
+    def _knn(self, features: Pair, labels: Pair) -> tuple[float, float]:
         k = min(K, len(features[0]))
         return knn_accuracy(features[0], labels[0], features[1], labels[1], self.source.num_classes, k, TEMPERATURE)
 
@@ -166,7 +166,7 @@ class Evaluation:
         return results
 
     def _center(self, batch: Batch, side: int, normalized: bool = True) -> jax.Array:
-        mean, std = (self.method.views.mean, self.method.views.std) if normalized else ((0.0,) * 3, (1.0,) * 3)
+        mean, std = (self.method.views.mean, self.method.views.std) if normalized else IN_0_TO_1
         return center_crop(batch["image"], batch["size"], side, self.config.resize, mean, std)
 
     def _random_views(self, batch: Batch, key: jax.Array, side: int) -> jax.Array:
@@ -192,13 +192,13 @@ class Evaluation:
 
     @compiled
     def _small(self, batch: Batch) -> jax.Array:
-        return levels(self._center(batch, min(self.size, BASELINE_SIZE), normalized=False))
+        return denormalize(self._center(batch, min(self.size, BASELINE_SIZE), normalized=False), *IN_0_TO_1)
 
     @compiled
     def _small_view(self, view: jax.Array) -> jax.Array:
         side, image = view.shape[1], self.method.views.denormalize(view)
         size = jnp.full((len(image), 2), side)
-        return levels(center_crop(image, size, min(side, BASELINE_SIZE), 1.0, (0.0,) * 3, (1.0,) * 3))
+        return denormalize(center_crop(image, size, min(side, BASELINE_SIZE), 1.0, *IN_0_TO_1), *IN_0_TO_1)
 
     # Pictures
 
@@ -214,7 +214,8 @@ class Evaluation:
 
     def pictures(self, state: TrainState, target: Any) -> Iterator[tuple[str, Image.Image]]:
         """(name, picture) of what the method declares, and of the nearest neighbors of held-out images."""
-        wanted, params, crop, detail = self.method.pictures, encoder(state), self.method.views.crops[0].size, self.detail
+        wanted, params = self.method.pictures, state.teacher or state.params
+        crop, detail = self.method.views.crops[0].size, self.detail
 
         def held_out(number: int | None, side: int, function: Callable[..., Batch], *args: Any) -> Arrays:
             return self._stream(self.held_out, self.test_rows[:number], functools.partial(function, *args), side)
@@ -293,17 +294,5 @@ class Evaluation:
     def _patches_of_views(self, params: Any, batch: Batch) -> Batch:
         images = self._random_views(batch, jax.random.key(0), self.detail)
         patch = self.method.features(params, images.reshape(-1, *images.shape[2:]))["patch"]
-        return {
-            "patch": patch.reshape(*images.shape[:2], *patch.shape[1:]),
-            "images": self.method.views.denormalize(images),
-        }
-
-
-def encoder(state: TrainState) -> Any:
-    """The parameters that are evaluated: those of the teacher, where there is one."""
-    return state.teacher or state.params
-
-
-def levels(images: jax.Array) -> jax.Array:
-    """Images in 0..1 as uint8."""
-    return denormalize(images, (0.0,) * 3, (1.0,) * 3)
+        patch = patch.reshape(*images.shape[:2], *patch.shape[1:])
+        return {"patch": patch, "images": self.method.views.denormalize(images)}

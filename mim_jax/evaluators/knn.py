@@ -4,7 +4,6 @@ The classifier is DINO's (`eval_knn.py`, `knn_classifier`): the k nearest rows o
 votes weighted by exp(similarity / temperature).
 """
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -25,13 +24,7 @@ def normalize(x: Array, eps: float = 1e-12) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("num_classes", "k", "chunk"))
 def knn_scores(
-    bank_features: Array,
-    bank_labels: Array,
-    features: Array,
-    num_classes: int,
-    k: int = 20,
-    temperature: float = 0.07,
-    chunk: int = 500,
+    bank_features: Array, bank_labels: Array, features: Array, num_classes: int, k: int, temperature: float, chunk: int = 500
 ) -> jax.Array:
     """The votes [M, num_classes], not normalized, of the `k` nearest of bank_features [N, D] for each of features [M, D].
 
@@ -49,23 +42,14 @@ def knn_scores(
 
 
 def knn_accuracy(
-    bank_features: Array,
-    bank_labels: Array,
-    features: Array,
-    labels: Array,
-    num_classes: int,
-    k: int = 20,
-    temperature: float = 0.07,
-    top: Sequence[int] = (1, 5),
-) -> tuple[float, ...]:
-    """Share (0 to 1) of the features [M, D] whose label [M] is among the first min(n, k) classes, for each n in `top`.
-
-    Other arguments as in `knn_scores`.
-    """
+    bank_features: Array, bank_labels: Array, features: Array, labels: Array, num_classes: int, k: int, temperature: float
+) -> tuple[float, float]:
+    """Shares (0 to 1) of the features [M, D] whose label [M] is the first, or among the first min(5, k), of the classes by
+    `knn_scores`."""
     scores = knn_scores(bank_features, bank_labels, features, num_classes, k, temperature)
     ranking = jnp.argsort(-scores, axis=-1, stable=True)
     hit = ranking == jnp.asarray(labels)[:, None]
-    return tuple(float(hit[:, : min(n, k)].any(axis=-1).mean()) for n in top)
+    return float(hit[:, 0].mean()), float(hit[:, : min(5, k)].any(axis=-1).mean())
 
 
 def pixel_features(images: np.ndarray) -> np.ndarray:

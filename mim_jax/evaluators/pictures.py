@@ -144,11 +144,8 @@ def attention_maps(
 ) -> Image.Image:
     """The attention of CLS to the patches, by head, in two rows for each image: a heat map, and `attention_threshold`.
 
-    Args:
-        attention: [B, heads, N]; or [heads, N] for one image.
-        grid: (rows, columns) of the patches.
-        images: uint8 [B, H, W, 3], or [H, W, 3].
-        keep: share of the attention that the second row shows; other patches are darkened.
+    The attention is [B, heads, N], on a `grid` of (rows, columns) of patches, and images are uint8 [B, H, W, 3]; those of one
+    image need no B. `keep` is the share of the attention that the second row shows; other patches are darkened.
     """
     if attention.ndim == 2:
         attention, images = attention[None], images[None]
@@ -165,9 +162,9 @@ def attention_maps(
         dark = Image.blend(gray, Image.new("RGB", picture.size, (18, 18, 24)), 0.82)
         shown = [Image.fromarray(one).resize(picture.size, Image.Resampling.NEAREST) for one in masks]
         note = Image.new("RGB", picture.size, PAPER)
-        text = ImageFont.load_default(size=12)
         words = f"the patches\nthat hold\n{keep:.0%} of the\nattention"
-        ImageDraw.Draw(note).multiline_text((picture.width - 8, picture.height / 2), words, FAINT, text, "rm", align="right")
+        place, text = (picture.width - 8, picture.height / 2), ImageFont.load_default(size=12)
+        ImageDraw.Draw(note).multiline_text(place, words, FAINT, text, "rm", align="right")
         rows.append([note] + [Image.composite(picture, dark, one) for one in shown])
     return table(rows, headings=["image"] + [f"head {i + 1}" for i in range(attention.shape[1])])
 
@@ -244,14 +241,9 @@ def neighbors(
     rows, captions = [], []
     for number, (query, nearest) in enumerate(zip(queries, found, strict=True)):
         tiles = [enlarge(image, side) for image in nearest]
-        caption = [""] * (1 + len(tiles))
         if names is not None and found_names is not None:
-            caption = [names[number], *found_names[number]]
-            tiles = [
-                ImageOps.expand(tile, 4, RIGHT if name == names[number] else WRONG)
-                for tile, name in zip(tiles, found_names[number], strict=True)
-            ]
+            captions.append([names[number], *found_names[number]])
+            colors = [RIGHT if name == names[number] else WRONG for name in found_names[number]]
+            tiles = [ImageOps.expand(tile, 4, color) for tile, color in zip(tiles, colors, strict=True)]
         rows.append([enlarge(query, side), *tiles])
-        captions.append(caption)
-    headings = ["query"] + [str(i + 1) for i in range(max(len(nearest) for nearest in found))]
-    return table(rows, captions if names is not None else None, headings)
+    return table(rows, captions, ["query"] + [str(i + 1) for i in range(max(map(len, found)))])

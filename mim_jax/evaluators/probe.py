@@ -33,15 +33,14 @@ def probe_accuracy(
     labels: np.ndarray,
     num_classes: int,
     penalties: Sequence[float] = tuple(10.0 ** np.arange(-4, 3)),
-    held_out: float = 0.2,
 ) -> float:
     """Accuracy (0 to 1) on features [M, D] of a linear classifier trained on the bank [N, D].
 
     The classifier is least squares on one-hot labels with an L2 penalty, relative to a feature's mean square. The penalty is
-    chosen on the last `held_out` share of the bank, which must be in random order; then the classifier is fitted to the bank.
+    chosen on the last fifth of the bank, which must be in random order; then the classifier is fitted to the bank.
     """
     mean, std = location_scale(bank_features)
-    split = len(bank_features) - int(len(bank_features) * held_out)
+    split = len(bank_features) - len(bank_features) // 5
     fitted, chosen_on = ((bank_features[part], bank_labels[part]) for part in (slice(split), slice(split, None)))
 
     def moments(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
