@@ -92,26 +92,25 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
     if unknown := set(config.init_parts or ()) - set(both):
         raise ValueError(f"init_parts names {sorted(unknown)}, but {saved.path} and this model have in common only {both}")
 
-    sources: dict[str, dict[str, str]] = {"params": {}, "teacher": {}, "extra": {}}  # ours -> part -> theirs
-    new = [part for part in state.params if part not in both]
-    for part in both if not config.init_parts else config.init_parts:
-        wrong = misfits({part: shapes["params"][part]}, {part: state.params[part]}, loose=positions.LEARNED)
-        if wrong and part == method.encoder_part:
-            refuse(wrong, f"the parameters in {saved.path}")
-        if wrong:
-            new.append(f"{part} ({wrong[0]})")
+    pairs: list[tuple[str, str, str]] = []  # (our section, part, their section)
+    wrong: dict[str, str] = {}
+    for part in config.init_parts or both:
+        found = misfits({part: shapes["params"][part]}, {part: state.params[part]}, loose=positions.LEARNED)
+        if part == method.encoder_part:
+            refuse(found, f"the parameters in {saved.path}")
+        if found:
+            wrong[part] = f" ({found[0]})"
         elif part in state.teacher:
-            sources["params"][part] = "params"
-            sources["teacher"][part] = where(shapes, part)
+            pairs += [("params", part, "params"), ("teacher", part, where(shapes, part))]
         else:
-            sources["params"][part] = where(shapes, part)
-    whole = set(sources["params"]) == set(state.params)
-    if whole and not misfits(shapes["extra"], state.extra):
-        sources["extra"] = dict.fromkeys(state.extra, "extra")
+            pairs.append(("params", part, where(shapes, part)))
+    new = [part + wrong.get(part, "") for part in state.params if ("params", part) not in {pair[:2] for pair in pairs}]
+    if not new and not misfits(shapes["extra"], state.extra):
+        pairs += [("extra", part, "extra") for part in state.extra]
     elif state.extra:
         new.append("extra")
 
-    fitted: list[str] = []
+    fitted: dict[str, None] = {}
 
     def fit(path: Any, there: jax.Array, ours: jax.Array) -> jax.Array:
         name = path_name(path)
@@ -119,26 +118,23 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
             return there
         if method.untrained and re.search(method.untrained, name):
             return ours  # positions that are never trained: those of this size
-        fitted.append(name)
+        fitted[name] = None
         options = dict(shape=ours.shape, antialias=config.model.get("antialias", False))
         resize = functools.partial(positions.fit_positions, name.rpartition("/")[2], **options)
         return jax.jit(resize, out_shardings=ours.sharding)(there)
 
-    for section, parts in sources.items():
-        ours = {part: here[section][part] for part in parts}
-        placed = {theirs: as_saved(ours, shapes[theirs]) for theirs in set(parts.values())}
-        here[section] = here[section] | jax.tree.map_with_path(fit, read_parts(saved, parts, placed), ours)
+    for section in SECTIONS:
+        sections = {part: theirs for ours, part, theirs in pairs if ours == section}
+        ours = {part: here[section][part] for part in sections}
+        wanted = {part: jax.tree.map(as_saved, ours[part], shapes[theirs][part]) for part, theirs in sections.items()}
+        read = read_parts(saved, sections, dict.fromkeys(SECTIONS, wanted))
+        here[section] = here[section] | jax.tree.map_with_path(fit, read, ours)
     if jax.process_index() == 0:
-        print(coverage(saved, sources, fitted, new), file=sys.stderr)
+        taken = [f"{ours}/{part}{f' from {theirs}' * (ours != theirs)}" for ours, part, theirs in pairs]
+        text = f"initialised from step {saved.step} in {saved.folder.parent}: {', '.join(taken)}"
+        text += f"; interpolated: {', '.join(fitted)}" * bool(fitted) + f"; new: {', '.join(new)}" * bool(new)
+        print(text, file=sys.stderr)
     return dataclasses.replace(state, **here)
-
-
-def coverage(saved: SavedRun, sources: dict[str, dict[str, str]], fitted: list[str], new: list[str]) -> str:
-    pairs = [(ours, part, theirs) for ours, parts in sources.items() for part, theirs in parts.items()]
-    taken = [f"{ours}/{part}{f' from {theirs}' * (ours != theirs)}" for ours, part, theirs in pairs]
-    text = f"initialised from step {saved.step} in {saved.folder.parent}: {', '.join(taken)}"
-    text += f"; interpolated: {', '.join(dict.fromkeys(fitted))}" if fitted else ""
-    return text + (f"; new: {', '.join(new)}" if new else "")
 
 
 def where(shapes: dict[str, Params], part: str) -> str:
@@ -155,16 +151,12 @@ def read_parts(saved: SavedRun, sections: dict[str, str], wanted: dict[str, Para
     return {part: read[section][part] for part, section in sections.items()}
 
 
-def as_saved(ours: Params, saved: Params) -> Params:
-    """The parts `ours` as they are to be read: arrays of another shape (positions) in that shape, whole on each device."""
-
-    def one(here: jax.Array, there: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        place = here.sharding
-        if here.shape != there.shape and isinstance(place, jax.sharding.NamedSharding):
-            place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
-        return jax.ShapeDtypeStruct(there.shape, here.dtype, sharding=place)
-
-    return {part: jax.tree.map(one, tree, saved[part]) for part, tree in ours.items() if part in saved}
+def as_saved(here: jax.Array, there: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """An array as it is to be read: one of another shape (positions) in that shape, whole on each device."""
+    place = here.sharding
+    if here.shape != there.shape and isinstance(place, jax.sharding.NamedSharding):
+        place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
+    return jax.ShapeDtypeStruct(there.shape, here.dtype, sharding=place)
 
 
 def official_parts(file: str, family: str) -> Params:
