@@ -6,7 +6,7 @@
     train_step = mim_jax.make_train_step(method, config)
     state, metrics = train_step(state, target, batch)
     run = mim_jax.load_run("runs/dino")  # what a run has learned
-    out = method.features(state.teacher or state.params, images)
+    out = method.features(state.learned, images)
 """
 
 from mim_jax import convert

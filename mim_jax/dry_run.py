@@ -27,13 +27,13 @@ def plan(config: ml_collections.ConfigDict) -> str:
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     with jax.set_mesh(mesh):
         method = make_method(config)
-        state = abstract_state(method, config)
-        target = abstract_target(method, config)
+        state, target = abstract_state(method, config), abstract_target(method, config)
         args = state, target, abstract_batch(method, config)
         memory: Any = make_train_step(method, config).lower(*args).compile().memory_analysis()
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         peak += memory.temp_size_in_bytes
         flops, total = step_flops(config), total_steps(config)
+        trees = {"parameters": state.params, "teacher": state.teacher, "optimizer": state.opt_state, "frozen target": target}
         return "\n".join(
             [
                 parameter_overview.get_parameter_overview(state.params, include_stats=False),
@@ -43,10 +43,7 @@ def plan(config: ml_collections.ConfigDict) -> str:
                 f"{mesh.size} x {mesh.devices.flat[0].device_kind}, global batch {config.data.batch_size}, {total:,} steps "
                 f"({total / steps_per_epoch(config):,.1f} epochs)",
                 "per device:",
-                f"  parameters      {device_bytes(state.params) / 2**20:>10,.1f} MiB",
-                f"  teacher         {device_bytes(state.teacher) / 2**20:>10,.1f} MiB",
-                f"  optimizer       {device_bytes(state.opt_state) / 2**20:>10,.1f} MiB",
-                *([f"  frozen target   {device_bytes(target) / 2**20:>10,.1f} MiB"] if target else []),
+                *(f"  {name:<15} {device_bytes(tree) / 2**20:>10,.1f} MiB" for name, tree in trees.items() if tree),
                 f"  peak            {peak / 2**20:>10,.1f} MiB   (as compiled for this machine)",
                 f"  state donated   {memory.alias_size_in_bytes / 2**20:>10,.1f} MiB of {device_bytes(state) / 2**20:,.1f}",
                 f"FLOPs per step: {flops:.3e} in all, {flops / mesh.size:.3e} per device, "

@@ -22,6 +22,11 @@ class TrainState:
     opt_state: Any
     extra: Params  # the method's state without gradient
 
+    @property
+    def learned(self) -> Params:
+        """What is evaluated and used: the teacher, or the parameters of a method without."""
+        return self.teacher or self.params
+
 
 def create(method: Any, config: ml_collections.ConfigDict) -> TrainState:
     """A fresh state from `config.seed`; pure, so `jax.eval_shape` gives its shapes."""

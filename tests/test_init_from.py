@@ -105,7 +105,8 @@ SMALL = {"model.patch_size": 4}
 def test_all_is_taken_by_the_same_method(dino, capsys):
     _, state = begun(dino, "dino", SMALL)
     assert same((state.params, state.teacher, state.extra), (dino[2].params, dino[2].teacher, dino[2].extra))
-    assert capsys.readouterr().err.startswith(f"initialised from step 5 in {dino[0]}: params/backbone, teacher/backbone, params/head, teacher/")
+    words = f"initialised from step 5 in {dino[0]}: params/backbone, teacher/backbone, params/head, teacher/"
+    assert capsys.readouterr().err.startswith(words)
 
 
 def test_another_head_stays_new(dino, capsys):

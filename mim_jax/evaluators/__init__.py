@@ -112,7 +112,7 @@ class Evaluation:
     def encode(self, state: TrainState, pixels: bool = False) -> tuple[Arrays, Arrays]:
         """(bank, test): `features` [N, D] float32 and `label` [N] int32; of the test also those of two random crops
         that are the same at every call, `view_1` and `view_2`; with `pixels` also small pictures of them all, uint8."""
-        params = state.teacher or state.params
+        params = state.learned
 
         def bank(batch: Batch) -> Batch:
             found = {"label": batch["label"], "features": self._features(params, self._picture(batch))}
@@ -214,7 +214,7 @@ class Evaluation:
 
     def pictures(self, state: TrainState, target: Any) -> Iterator[tuple[str, Image.Image]]:
         """(name, picture) of what the method declares, and of the nearest neighbors of held-out images."""
-        wanted, params = self.method.pictures, state.teacher or state.params
+        wanted, params = self.method.pictures, state.learned
         crop, detail = self.method.views.crops[0].size, self.detail
 
         def held_out(number: int | None, side: int, function: Callable[..., Batch], *args: Any) -> Arrays:

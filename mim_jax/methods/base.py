@@ -242,7 +242,7 @@ def make_target(config: ml_collections.ConfigDict, makes: str) -> Any:
         network = made(settings).network()
     else:
         network = importlib.import_module(f"mim_jax.models.{settings.network}").make(settings)
-    if not hasattr(network, makes):
+    if not hasattr(network, {"features": "dim", "tokens": "codes"}[makes]):
         raise ValueError(f"{config.method} learns from {makes}, which target.config={config.target.config} does not make")
     return network
 

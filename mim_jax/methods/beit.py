@@ -64,13 +64,9 @@ class Beit(BackboneMethod):
         all_places = jnp.broadcast_to(jnp.arange(true.shape[-1]), true.shape)
         predicted = self.predict(params, views, all_places)[0].argmax(-1)
         shown = {"decoded tokens": true, "masked tokens predicted": jnp.where(views["mask"], predicted, true)}
-        return {name: self.decode(target, tokens) for name, tokens in shown.items()}
-
-    def decode(self, target: Params, tokens: jax.Array) -> jax.Array:
-        """Tokens [B, G, N] -> the tokenizer's images of them, normalised as the crops."""
-        images = self.target.decode(target, tokens.reshape(-1, tokens.shape[-1]))
-        images = (images - jnp.array(self.views.mean)) / jnp.array(self.views.std)
-        return images.reshape(*tokens.shape[:2], *images.shape[1:])
+        decoded = {name: self.target.decode(target, tokens.reshape(-1, tokens.shape[-1])) for name, tokens in shown.items()}
+        mean, std = jnp.array(self.views.mean), jnp.array(self.views.std)
+        return {name: ((images - mean) / std).reshape(*true.shape[:2], *images.shape[1:]) for name, images in decoded.items()}
 
 
 def make(config: ml_collections.ConfigDict) -> Beit:
