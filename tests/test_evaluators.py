@@ -26,7 +26,7 @@ from mim_jax.evaluators.retrieval import view_retrieval
 from mim_jax.masking import RandomMask
 from mim_jax.methods.base import Method, Tokenizer
 from mim_jax.models.layers import fill_masked
-from mim_jax.state import abstract_state
+from mim_jax.state import TrainState, abstract_state
 from mim_jax.views import Views
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -221,7 +221,7 @@ def evaluation(method=color_features, source=None, held_out=None, views=VIEWS, *
 
 def state_of(gain, patch_gain=0.0, **changes):
     params = {"gain": jnp.float32(gain), "patch_gain": jnp.float32(patch_gain)}
-    return SimpleNamespace(**{"params": params, "teacher": {}, "extra": {}, "step": jnp.int32(0)} | changes)
+    return TrainState(jnp.int32(0), params, {}, (), {}).replace(**changes)
 
 
 SEES, BLIND = state_of(1), state_of(0, 1)
