@@ -163,8 +163,14 @@ def test_features_and_reconstruction(case):
         assert painted and all(x.dtype == jnp.float32 and x.shape[:2] == seen["global"].shape[:2] for x in painted.values())
 
 
+# Methods that between them have all pictures, and all parts of models that compute in half precision.
+DRAWN = ("dinov2", "mae", "simmim_swin", "vqvae", "vqkd", "beit")
+HALF = ("dino", "dinov2", "mae", "simmim_swin", "vqvae", "dvae", "beit2")
+
+
+@pytest.mark.parametrize("case", DRAWN, indirect=True)
 def test_pictures_are_drawn(case):
-    """Each that the method declares, of images that no label names."""
+    """Each that the method declares."""
     config = case.config.copy_and_resolve_references()
     config.eval.update(img_size=32, resize=1.0, bank=8, batch_size=8)
     images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
@@ -176,6 +182,7 @@ def test_pictures_are_drawn(case):
     assert all(min(picture.size) > 100 for picture in (evaluation.crop_picture(), *drawn.values()))
 
 
+@pytest.mark.parametrize("case", HALF, indirect=True)
 def test_bfloat16_computes_nearly_the_same_loss(case):
     config = case.config.copy_and_resolve_references()
     losses = {}
