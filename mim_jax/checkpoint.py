@@ -241,7 +241,7 @@ def read_arrays(path: Path, abstract: Any, partial: bool = False) -> Any:
 
 def brief(error: Exception) -> str:
     """An error of Orbax or TensorStore without its specification of the array, a page long."""
-    return f"{type(error).__name__}: {error}".split(" [tensorstore_spec")[0]
+    return re.split(r" \[tensorstore_spec| See full TensorStore|\n", f"{type(error).__name__}: {error}")[0]
 
 
 def as_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:

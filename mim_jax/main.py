@@ -16,6 +16,8 @@ import re
 import runpy
 import sys
 import traceback
+import warnings
+from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
@@ -119,6 +121,8 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: not understood: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
     logging.get_absl_handler().addFilter(worth_logging)
+    sys.unraisablehook = unraisable
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     config = flags.FLAGS.config
     config.data.dir, config.init_from, config.resume = map(absolute, (config.data.dir, config.init_from, config.resume))
     try:
@@ -137,6 +141,13 @@ def main(argv: list[str]) -> None:
 def worth_logging(record: python_logging.LogRecord) -> bool:
     """False for Orbax, which logs a failure for every file and thread. It is raised, too, and reported once."""
     return record.name != "asyncio" and "/orbax/" not in record.pathname
+
+
+def unraisable(what: Any) -> None:
+    """Passes on all but what Orbax leaves behind of a read or write that failed: the error itself is raised, too."""
+    code = getattr(what.object, "cr_code", None)
+    if not (code and "/orbax/" in code.co_filename) and str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
 
 
 def raised_here(error: Exception) -> bool:

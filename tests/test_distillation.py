@@ -1,5 +1,7 @@
 """Distillation: the loss written out, what is refused, and a run whose teacher is trained first."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,8 @@ def test_the_loss_is_of_all_patches_against_the_fixed_teacher():
     config.data.num_examples = 64
     config.loss.update(ibot_weight=1.0, koleo_weight=0.0)
     method = mim_jax.make_method(config)
-    params, extra = method.init(jax.random.key(0))
-    target = method.target.init_parts(jax.random.key(1))
+    params, extra = jax.jit(method.init)(jax.random.key(0))
+    target = jax.jit(method.target.init_parts)(jax.random.key(1))
     crops = {"global": jax.random.normal(jax.random.key(2), (8, 2, 16, 16, 3))}
     crops["local"] = jax.random.normal(jax.random.key(3), (8, 1, 8, 8, 3))
     loss, (_, figures) = jax.jit(method.loss)(params, params, target, extra, crops, jax.random.key(4), jnp.array(0))
@@ -28,11 +30,11 @@ def test_the_loss_is_of_all_patches_against_the_fixed_teacher():
         cls = network.dino_head.apply({"params": params["dino_head"]}, cls)
         return cls, network.ibot_head.apply({"params": params["ibot_head"]}, out[0]["patch"])
 
-    seen = logits(method.target, target, [crops["global"]])
-    votes = [losses.sinkhorn_knopp(x.reshape(*x.shape[:2], -1) if x.ndim == 3 else x.reshape(8, -1, 16), 0.04) for x in seen]
-    told = [jax.nn.log_softmax(x / 0.1) for x in logits(method, params, crops.values())]
-    pairs = [-jnp.sum(votes[0][:, i] * told[0][:, j], -1).mean() for i in range(2) for j in range(3) if i != j]
-    patch = -jnp.sum(votes[1].reshape(told[1].shape) * told[1], -1).mean()
+    teacher = jax.jit(functools.partial(logits, method.target))(target, [crops["global"]])
+    votes = [losses.sinkhorn_knopp(x.reshape(*x.shape[:2], -1) if x.ndim == 3 else x.reshape(8, -1, 16), 0.04) for x in teacher]
+    student = [jax.nn.log_softmax(x / 0.1) for x in jax.jit(functools.partial(logits, method))(params, list(crops.values()))]
+    pairs = [-jnp.sum(votes[0][:, i] * student[0][:, j], -1).mean() for i in range(2) for j in range(3) if i != j]
+    patch = -jnp.sum(votes[1].reshape(student[1].shape) * student[1], -1).mean()
     np.testing.assert_allclose(figures["train/loss_cls"], np.mean(pairs), rtol=1e-5)
     np.testing.assert_allclose(figures["train/loss_patch"], patch, rtol=1e-5)
     np.testing.assert_allclose(loss, np.mean(pairs) + patch, rtol=1e-5)
