@@ -125,7 +125,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     Of keys alone; what only a method knows is checked where it is made. Under a mesh batches must be divisible by its devices.
     """
-    values = {key: value for key, value in leaves(config) if not key.startswith("target.")}
+    values = dict(leaves(config))
 
     def wrong(key: str, must: str) -> ValueError:
         value = values[key]
@@ -133,16 +133,17 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     for key, value in values.items():
         several, found = isinstance(value, (tuple, list)), list(flat(value))
-        pattern, interval = next(pair for pair in NUMBERS if re.fullmatch(pair[0], key))
+        name = key.rpartition("target.network.")[2]
+        pattern, interval = next(pair for pair in NUMBERS if re.fullmatch(pair[0], name))
         real = [x for x in found if isinstance(x, (int, float)) and not isinstance(x, bool)]
-        if key in WORDS and value not in WORDS[key]:
-            raise wrong(key, "must be " + " or ".join(f'"{word}"' for word in WORDS[key]))
+        if name in WORDS and value not in WORDS[name]:
+            raise wrong(key, "must be " + " or ".join(f'"{word}"' for word in WORDS[name]))
         if not all(within(x, interval) for x in real) or (several and pattern != ".*" and len(real) < len(found)):
-            hint = ": divide levels of 0..255 by 255" if key in ("data.mean", "data.std") else ""
+            hint = ": divide levels of 0..255 by 255" if name in ("data.mean", "data.std") else ""
             raise wrong(key, f"{'each ' * several}must be in {interval}{hint}")
-        if key in ("data.mean", "data.std") and len(real) != 3:
+        if name in ("data.mean", "data.std") and len(real) != 3:
             raise wrong(key, "must be three numbers, of red, green and blue")
-        if re.fullmatch(RANGES, key) and several and (len(real) != 2 or real[0] > real[1]):
+        if re.fullmatch(RANGES, name) and several and (len(real) != 2 or real[0] > real[1]):
             raise wrong(key, "must be (low, high)")
 
     if "target" in config and config.target.network.get("recipe", config.target.config) != config.target.config:
@@ -170,6 +171,8 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise wrong("mask.smallest", f"must be at most mask.count={values['mask.count']}")
     if values["data.batch_size"] % values.get("mask.group_size", 1):
         raise wrong("data.batch_size", f"must be a multiple of mask.group_size={values['mask.group_size']}")
+    if not all(isinstance(rule, (tuple, list)) and len(rule) == 2 for rule in values["mesh.rules"]):
+        raise wrong("mesh.rules", "must be pairs of a regex and a tuple of mesh axes")
     mesh = current_mesh()
     for key in ("data.batch_size", "eval.batch_size"):
         if mesh and values[key] % mesh.size:

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-FORM = re.compile(r"(\d[\d_]*(?:\.\d+)?) *(step|epoch|example)s?")
+FORM = re.compile(r"(\d+(?:_\d+)*(?:\.\d+)?) *(step|epoch|example)s?")
 
 
 def steps_per_epoch(config: ml_collections.ConfigDict) -> int:
@@ -58,9 +58,9 @@ def _value(config: ml_collections.ConfigDict, key: str) -> Any:
 def _steps(config: ml_collections.ConfigDict, key: str, value: Any, more: str = "") -> int:
     match = FORM.fullmatch(value) if isinstance(value, str) else None
     number = float(match[1]) if match else math.nan
-    if match and match[2] == "epoch":
+    if match and match[2] == "epoch" and number < 2**31 / steps_per_epoch(config):  # steps are int32
         return round(number * steps_per_epoch(config))
-    if match and number == int(number):
+    if match and match[2] != "epoch" and number < 2**31 and number == int(number):
         return int(number) // (config.data.batch_size if match[2] == "example" else 1)
     given = f'"{value}"' if isinstance(value, str) else repr(value)
     raise ValueError(f'{key} is {given}, but must be a duration with its unit: "500 steps", "10 epochs", "1000 examples"{more}')

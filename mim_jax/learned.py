@@ -21,6 +21,7 @@ from mim_jax.methods.base import Params, made
 from mim_jax.models import positions
 from mim_jax.sharding import path_name
 
+MASK_TOKEN = "mask_token"
 SECTIONS = ("teacher", "params", "extra")  # of a saved state; the first that has a part has what was learned of it
 
 
@@ -95,7 +96,8 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
     pairs: list[tuple[str, str, str]] = []  # (our section, part, their section)
     wrong: dict[str, str] = {}
     for part in config.init_parts or both:
-        found = misfits({part: shapes["params"][part]}, {part: state.params[part]}, loose=positions.LEARNED)
+        there, ours = shapes["params"][part], state.params[part]
+        found = misfits({part: shared(there, ours)}, {part: shared(ours, there)}, loose=positions.LEARNED)
         if part == method.encoder_part:
             refuse(found, f"the parameters in {saved.path}")
         if found:
@@ -105,6 +107,7 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
         else:
             pairs.append(("params", part, where(shapes, part)))
     new = [part + wrong.get(part, "") for part in state.params if ("params", part) not in {pair[:2] for pair in pairs}]
+    fresh = [f"{part}/mask_token" for part in both if MASK_TOKEN in set(state.params[part]) - set(shapes["params"][part])]
     if not new and not misfits(shapes["extra"], state.extra):
         pairs += [("extra", part, "extra") for part in state.extra]
     elif state.extra:
@@ -125,16 +128,25 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
 
     for section in SECTIONS:
         sections = {part: theirs for ours, part, theirs in pairs if ours == section}
-        ours = {part: here[section][part] for part in sections}
-        wanted = {part: jax.tree.map(as_saved, ours[part], shapes[theirs][part]) for part, theirs in sections.items()}
-        read = read_parts(saved, sections, dict.fromkeys(SECTIONS, wanted))
-        here[section] = here[section] | jax.tree.map_with_path(fit, read, ours)
+        ours = {part: shared(here[section][part], shapes[theirs][part]) for part, theirs in sections.items()}
+        there = {part: shared(shapes[theirs][part], here[section][part]) for part, theirs in sections.items()}
+        wanted = {part: jax.tree.map(as_saved, ours[part], there[part]) for part in sections}
+        read = jax.tree.map_with_path(fit, read_parts(saved, sections, dict.fromkeys(SECTIONS, wanted)), ours)
+        kept = {part: here[section][part] if isinstance(tree, dict) else {} for part, tree in read.items()}
+        here[section] = here[section] | {part: kept[part] | tree if kept[part] else tree for part, tree in read.items()}
     if jax.process_index() == 0:
         taken = [f"{ours}/{part}{f' from {theirs}' * (ours != theirs)}" for ours, part, theirs in pairs]
         text = f"initialised from step {saved.step} in {saved.folder.parent}: {', '.join(taken)}"
-        text += f"; interpolated: {', '.join(fitted)}" * bool(fitted) + f"; new: {', '.join(new)}" * bool(new)
+        text += f"; interpolated: {', '.join(fitted)}" * bool(fitted) + f"; new: {', '.join(new + fresh)}" * bool(new + fresh)
         print(text, file=sys.stderr)
     return dataclasses.replace(state, **here)
+
+
+def shared(tree: Any, other: Any) -> Any:
+    """A part without its mask token if the other has none, so that a method without masks and one with them fit."""
+    if not isinstance(tree, dict):
+        return tree
+    return {name: leaf for name, leaf in tree.items() if name != MASK_TOKEN or name in other}
 
 
 def where(shapes: dict[str, Params], part: str) -> str:

@@ -32,6 +32,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
 
 # Other words for keys, and those of earlier versions.
 RENAMED = (
+    (r"(eval|checkpoint)\.(\w+_)?(steps|epochs|examples|iterations)", r"\1.every"),
     (r"(.*\.)?((num|max|total|train)_)?(steps|epochs|examples|iterations)", "total"),
     (r"loss\.warmup_teacher_temp_epochs", "loss.teacher_temp_warmup"),
     (r"optim\.decay_(steps|epochs)", "optim.decay_at"),
@@ -74,6 +75,8 @@ def parse(argv: list[str]) -> list[str]:
         section, _, key = match[1].rpartition(".")
         kind = (config[section] if section else config).get_type(key)
         sys.exit(f'error: {match[1]} is "{match[2]}", but must be {KINDS.get(kind, kind.__name__)}')
+    except (IndexError, TypeError) as error:  # of ml_collections
+        sys.exit(f"error: a value on the command line does not fit its key: {error}")
     except (OSError, ValueError, flags.Error) as error:
         if isinstance(error, (OSError, ValueError)) and not raised_here(error):
             raise
@@ -102,7 +105,8 @@ def refuse_unknown_keys(arguments: list[str], config: ml_collections.ConfigDict)
 
 def renamed(key: str, keys: list[str]) -> list[str]:
     """What a key of a duration without a unit is now: the one of the table, or those of its name less the unit."""
-    if now := [now for pattern, now in RENAMED if re.fullmatch(pattern, key) and now in keys]:
+    found = [match.expand(now) for pattern, now in RENAMED if (match := re.fullmatch(pattern, key))]
+    if now := [each for each in found if each in keys]:
         return now[:1]
     name = re.sub("_(steps|epochs|examples)$", "", key)
     return [] if name == key else [each for each in keys if each == name] or [each for each in keys if last(each) == last(name)]

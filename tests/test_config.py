@@ -45,7 +45,7 @@ def test_durations_in_steps(text, steps):
 
 @pytest.mark.parametrize(
     "value",
-    ["", "10", "-1 steps", "1.5 steps", "1.5 examples", "nan steps", "inf epochs", "5 days", "never", "1 2 steps", 10, None],
+    ["", "10", "-1 steps", "1.5 steps", "1.5 examples", "nan steps", "inf epochs", "5 days", "5_ steps", "99999999999999 epochs", "never", "1 2 steps", 10, None],
 )
 def test_what_is_no_duration_is_refused_with_its_key(value):
     told = re.escape(f'optim.warmup is {value!r}, but must be a duration with its unit: "500 steps"'.replace("'", '"'))
@@ -315,3 +315,11 @@ def test_target_is_what_its_run_was_made_with(tmp_path):
     configs.resolve_target(config)
     assert config.target.network.model.hidden == 48
     assert config.is_locked
+
+
+@pytest.mark.parametrize("key, value", [("model.dtype", "foo"), ("model.heads", 5), ("model.drop_path_rate", 2.0)])
+def test_the_network_of_a_target_is_checked_too(key, value):
+    config = load_config("vqkd:demo")
+    config.update_from_flattened_dict({f"target.network.{key}": value})
+    with pytest.raises(ValueError, match=f"^target.network.{key} is "):
+        configs.check(config)

@@ -138,6 +138,14 @@ def test_a_method_without_a_teacher_begins_with_the_teacher(dino, capsys):
     assert "params/backbone from teacher" in words and "new: decoder" in words
 
 
+def test_a_mask_token_may_be_new(dino, capsys):
+    fresh, state = begun(dino, "ibot", {"init_parts": ("backbone",)})
+    for section in ("params", "teacher"):
+        now, new = getattr(state, section)["backbone"], getattr(fresh, section)["backbone"]
+        assert same(now.pop("mask_token"), new["mask_token"]) and same(now, getattr(dino[2], section)["backbone"])
+    assert "new: head, extra, backbone/mask_token" in capsys.readouterr().err
+
+
 def test_a_teacher_that_the_run_lacks_is_filled_from_the_parameters(tmp_path, capsys):
     config = mim_jax.load_config("tests/tiny.py:mae")
     config.data.num_examples = 64

@@ -55,6 +55,13 @@ def test_the_teacher_is_trained_first_and_once(config, tmp_path, capsys):
     assert not same(target, student["params"]), "the teacher of the run, not its student"
 
 
+def test_a_run_that_is_continued_does_not_train_another_target(config, tmp_path):
+    (tmp_path / "vqkd/checkpoints/1").mkdir(parents=True)
+    with pytest.raises((FileNotFoundError, OSError), match="there is no run in .*dino|no checkpoint in"):
+        train.run(config, tmp_path / "vqkd")
+    assert not (tmp_path / "dino").exists()
+
+
 def test_a_stop_of_the_first_run_stops_both(config, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "preemption", lambda checkpoints: contextlib.nullcontext(lambda step: step >= 1))
     assert train.run(config, tmp_path / "vqkd").teacher  # DINO's
