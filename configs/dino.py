@@ -121,12 +121,5 @@ def small_crops(config):
     config.crops.update(local_crops_size=16, local_crops_scale=(0.2, 0.6), blur_radius=(0.0, 0.3))
 
 
-VARIANTS = {
-    "vits16": lambda config: None,
-    "vits8": vits8,
-    "vitb16": vitb16,
-    "vitb8": vitb8,
-    "two_views": two_views,
-    "cifar10": cifar10,
-    "demo": demo,
-}
+VARIANTS = {"vits16": lambda config: None, "vits8": vits8, "vitb16": vitb16, "vitb8": vitb8}
+VARIANTS |= {"two_views": two_views, "cifar10": cifar10, "demo": demo}

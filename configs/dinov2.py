@@ -120,13 +120,5 @@ def cifar10(config):
     hours_on_cifar10(config, total="18 epochs")
 
 
-VARIANTS = {
-    "vitl16": lambda config: None,
-    "vits16": vits16,
-    "vitb16": vitb16,
-    "vitl14": vitl14,
-    "vitl14_518": vitl14_518,
-    "vitg14": vitg14,
-    "cifar10": cifar10,
-    "demo": demo,
-}
+VARIANTS = {"vitl16": lambda config: None, "vits16": vits16, "vitb16": vitb16, "vitl14": vitl14}
+VARIANTS |= {"vitl14_518": vitl14_518, "vitg14": vitg14, "cifar10": cifar10, "demo": demo}

@@ -45,7 +45,8 @@ def test_durations_in_steps(text, steps):
 
 @pytest.mark.parametrize(
     "value",
-    ["", "10", "-1 steps", "1.5 steps", "1.5 examples", "nan steps", "inf epochs", "5 days", "5_ steps", "99999999999999 epochs", "never", "1 2 steps", 10, None],
+    ["", "10", "-1 steps", "1.5 steps", "1.5 examples", "nan steps", "inf epochs", "5 days", "never", "1 2 steps", 10, None]
+    + ["5_ steps", "99999999999999 epochs"],
 )
 def test_what_is_no_duration_is_refused_with_its_key(value):
     told = re.escape(f'optim.warmup is {value!r}, but must be a duration with its unit: "500 steps"'.replace("'", '"'))
