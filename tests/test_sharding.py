@@ -275,6 +275,7 @@ def test_without_a_mesh_nothing_is_placed():
     assert batch["x"].sharding.is_fully_replicated
 
 
+@pytest.mark.slow  # tests/test_methods.py compares the gradients of one device and of eight for every method
 @pytest.mark.parametrize("name, changes", [
     ("ibot", {}),
     ("dinov2", {"mask.group_size": 2}),

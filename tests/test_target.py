@@ -62,6 +62,7 @@ def test_a_run_that_is_continued_does_not_train_another_target(config, tmp_path)
     assert not (tmp_path / "dino").exists()
 
 
+@pytest.mark.slow
 def test_a_stop_of_the_first_run_stops_both(config, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "preemption", lambda checkpoints: contextlib.nullcontext(lambda step: step >= 1))
     assert train.run(config, tmp_path / "vqkd").teacher  # DINO's
