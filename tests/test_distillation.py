@@ -66,3 +66,11 @@ def test_the_teacher_is_trained_first(tmp_path, capsys):
     state = train.run(config, tmp_path / "student")
     assert "distillation needs the dinov2 run in" in capsys.readouterr().err
     assert int(state.step) == 2 and state.teacher.keys() == state.params.keys()
+
+
+def test_the_teacher_consists_of_its_parameters_alone():
+    """Not of its centers, which no file of weights has."""
+    config = mim_jax.load_config("tests/tiny.py:distillation")
+    config.target.network.loss.centering = "centering"
+    parts = jax.eval_shape(mim_jax.make_method(config).target.init_parts, jax.random.key(0))
+    assert parts.keys() == {"backbone", "dino_head", "ibot_head"}

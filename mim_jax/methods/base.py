@@ -71,9 +71,8 @@ class Method:
         raise NotImplementedError
 
     def init_parts(self, key: jax.Array) -> Params:
-        """All that the model consists of: the two results of `init` together."""
-        params, extra = self.init(key)
-        return params | extra
+        """The trained parameters by part: what another run's frozen target reads of this method."""
+        return self.init(key)[0]
 
     def mix(self, views: Params, key: jax.Array) -> Params:
         """Changes finished views before the loss sees them: mixes images, or computes something once for each image."""
@@ -175,6 +174,11 @@ class Tokenizer(Method):
 
     pictures: tuple[str, ...] = ("reconstruction", "tokens")
     encoder_part: ClassVar[str] = "encoder"
+
+    def init_parts(self, key: jax.Array) -> Params:
+        """All that the model consists of: the two results of `init` together, as codes may be among `extra`."""
+        params, extra = self.init(key)
+        return params | extra
 
     def tokens(self, parts: Params, images: jax.Array) -> jax.Array:
         """Images [B, H, W, 3] in 0..1 -> int32 [B, N], row-major."""
