@@ -45,9 +45,9 @@ class SavedRun:
         self.folder = absolute(workdir) / "checkpoints"
         if not self.folder.is_dir():
             raise FileNotFoundError(f"there is no run in {self.folder.parent}: it has no folder checkpoints")
-        if not saved_steps(self.folder):
+        if not (steps := saved_steps(self.folder)):
             raise FileNotFoundError(f"there is no checkpoint in {self.folder}")
-        self.step = saved_steps(self.folder)[0]
+        self.step = steps[0]
         self.path = self.folder / str(self.step)
 
     @functools.cached_property
@@ -224,8 +224,10 @@ def absolute(path: str | Path) -> Path:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """Steps of the finished checkpoints in a folder, newest first. Orbax renames a checkpoint to its step at the end."""
-    return sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
+    """Steps of the finished checkpoints in a folder, newest first; [] without the folder. Orbax renames a checkpoint to its
+    step at the end."""
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:

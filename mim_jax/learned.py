@@ -132,8 +132,9 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
         there = {part: shared(shapes[theirs][part], here[section][part]) for part, theirs in sections.items()}
         wanted = {part: jax.tree.map(as_saved, ours[part], there[part]) for part in sections}
         read = jax.tree.map_with_path(fit, read_parts(saved, sections, dict.fromkeys(SECTIONS, wanted)), ours)
-        kept = {part: here[section][part] if isinstance(tree, dict) else {} for part, tree in read.items()}
-        here[section] = here[section] | {part: kept[part] | tree if kept[part] else tree for part, tree in read.items()}
+        here[section] = here[section] | {
+            part: here[section][part] | tree if isinstance(tree, dict) else tree for part, tree in read.items()
+        }
     if jax.process_index() == 0:
         taken = [f"{ours}/{part}{f' from {theirs}' * (ours != theirs)}" for ours, part, theirs in pairs]
         text = f"initialised from step {saved.step} in {saved.folder.parent}: {', '.join(taken)}"

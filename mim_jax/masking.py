@@ -172,8 +172,10 @@ class BlockMask(HostMasks):
     def __post_init__(self) -> None:
         if not 0 < self.count < self.patches:
             raise ValueError(f"mask.count={self.count} of {self.patches} patches: some must be masked, and some be left")
+        if self.exact:
+            return
         masked = np.mean([blocks(random.Random(seed), self.grid, self.count, self.smallest).sum() for seed in range(32)])
-        if masked < 0.75 * self.count and not self.exact:
+        if masked < 0.75 * self.count:
             raise ValueError(
                 f"mask.smallest={self.smallest}: with blocks of so many patches only {masked:.1f} of mask.count={self.count} "
                 f"can be masked on a grid of {self.grid[0]} x {self.grid[1]} patches; take smaller blocks"

@@ -49,7 +49,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
         source, held_out = (sources.open_source(data.name, data.dir, split) for split in (data.split, data.eval_split))
         data.num_examples = len(source)  # for its steps per epoch
         method = make_method(config)
-        begun = (workdir / "checkpoints").is_dir() and bool(checkpoint.saved_steps(workdir / "checkpoints"))
+        begun = checkpoint.saved_steps(workdir / "checkpoints")
         if not begun and (unfinished := train_target(config)) is not None:
             return unfinished
 
