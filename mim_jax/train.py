@@ -125,8 +125,7 @@ def train_target(config: ml_collections.ConfigDict) -> TrainState | None:
             return None
     network.data.update({key: config.data[key] for key in ("name", "dir", "split", "eval_split", "canvas", "workers")})
     if jax.process_index() == 0:
-        where = checkpoint.absolute(target.workdir)
-        print(f"{config.method} needs the {network.method} run in {where}: training it first", file=sys.stderr)
+        print(f"{config.method} needs the {network.method} run in {target.workdir}: training it first", file=sys.stderr)
     state = run(network, target.workdir)
     return state if int(state.step) < total_steps(network) else None
 

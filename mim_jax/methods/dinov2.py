@@ -125,11 +125,6 @@ def policies(config: ml_collections.ConfigDict) -> tuple[Policy, Policy]:
 def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """All but the views."""
     m, loss = config.model, config.loss
-    if loss.centering not in ("centering", "sinkhorn_knopp"):
-        raise ValueError(f'loss.centering is {loss.centering!r}, but must be "centering" or "sinkhorn_knopp"')
-    batch, group = config.data.batch_size, config.mask.group_size
-    if batch % group:
-        raise ValueError(f"data.batch_size={batch} cannot be divided into groups of mask.group_size={group} images")
     head = functools.partial(DinoHead, norm_last_layer=False, init_std=m.init_std, dtype=jnp.dtype(m.dtype))
     warmup = durations.steps(config, "loss.teacher_temp_warmup")
     temp = optim.cosine_schedule(loss.teacher_temp, loss.teacher_temp, warmup, warmup, start=loss.warmup_teacher_temp)
