@@ -9,8 +9,11 @@ import pytest
 STORM = Path(__file__).parent / "storm.py"
 
 
+KINDS = [("flips", "cuts", "poison"), ("kills", "signals", "disk"), ("images", "folders", "workdirs")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kinds", [("flips", "cuts", "poison"), ("kills", "signals", "disk"), ("images", "folders", "workdirs")])
+@pytest.mark.parametrize("kinds", KINDS)
 def test_a_short_storm_does_no_harm(kinds, tmp_path):
     table = tmp_path / "table.md"
     table.write_text("before\n<!-- storm: begin -->\nold\n<!-- storm: end -->\nafter\n")
