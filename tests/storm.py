@@ -49,7 +49,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests/tiny.py"
 METHODS = ("dino", "mae", "vqvae", "beit")
 STEPS = 8
-KEYS = ("total=8 steps", "checkpoint.every=2 steps", "eval.every=4 steps")
+KEYS = ("total=8 steps", "checkpoint.every=2 steps", "checkpoint.keep=3", "eval.every=4 steps")
 PHASES = ("start-up", "baselines", "compilation", "data wait", "training", "evaluation", "commit")
 KILLS_OF_A_JOB = 5
 PAUSE = 0.3  # seconds by which the baselines and an evaluation are lengthened where a trial aims at them
@@ -317,8 +317,9 @@ def kills(storm: Storm, number: int, folder: Path) -> Result:
     workdir = next(runs)
 
     def start(phase: str = "") -> Run:  # every second run of BEiT trains its tokenizer first
-        own = [f"target.workdir={workdir}_tokenizer"] if number % 8 == 7 else storm.target(method)
-        return Run(storm, workdir, workers, *own, method=method, phase=phase)
+        own = [f"target.workdir={workdir}_tokenizer", f"target.network.total={STEPS} steps"]
+        target = own if number % 8 == 7 else storm.target(method)
+        return Run(storm, workdir, workers, *target, method=method, phase=phase)
 
     try:
         while result.trials < KILLS_OF_A_JOB:
@@ -425,14 +426,15 @@ def damage(kind: str, path: Path, rng: np.random.Generator, number: int) -> str:
 
 
 def damaged_command(kind: str, storm: Storm, number: int, folder: Path) -> Result:
-    """The whole program goes on from a checkpoint of the last step but two, damaged."""
+    """The whole program goes on from the checkpoint before the last, damaged; the last one is not there."""
     method = METHODS[number % 4]
     reference = storm.reference(method)
     workdir = shutil.copytree(reference, folder / "run")
-    what = damage(kind, workdir / f"checkpoints/{STEPS}", storm.rng(kind, number), number)
+    shutil.rmtree(workdir / f"checkpoints/{STEPS}")
+    what = damage(kind, workdir / f"checkpoints/{STEPS - 2}", storm.rng(kind, number), number)
     try:
         output = finished(*Run(storm, workdir, *storm.target(method), method=method).finish())
-        if f"resuming after step {STEPS} " not in output and "set aside" not in output and "cannot be read" not in output:
+        if f"resuming after step {STEPS - 2} " not in output and "set aside" not in output and "cannot be read" not in output:
             raise Failed("silent", f"an earlier step was taken without a word: {tail(output, 9)}")
         same_run(storm, workdir, reference)
     except Failed as failed:
@@ -465,7 +467,8 @@ def restores(spec: dict) -> Iterator[tuple[int, str, str]]:
         for step in saved_steps(workdir)[-2:]:
             with tempfile.TemporaryDirectory(dir=storm.folder) as copy:
                 shutil.copytree(workdir / f"checkpoints/{step}", Path(copy) / f"checkpoints/{step}")
-                state, record = Checkpoints(copy, config).restore(abstract)
+                with Checkpoints(copy, config) as checkpoints:
+                    state, record = checkpoints.restore(abstract)
                 assert int(state.step) == step and set(map(bits, jax.tree.leaves(state))) == set(
                     read_state(workdir / f"checkpoints/{step}").values()
                 )
@@ -476,18 +479,12 @@ def restores(spec: dict) -> Iterator[tuple[int, str, str]]:
         config, abstract, true = known(method := METHODS[number % 4])
         shutil.copytree(Path(spec["references"][method]) / "checkpoints", folder / "checkpoints")
         what = f"{method}, " + damage(spec["kind"], folder / f"checkpoints/{STEPS}", storm.rng(spec["kind"], number), number)
-        with (folder / "told").open("w+") as told:
-            before = os.dup(2)
-            os.dup2(told.fileno(), 2)
-            try:
-                state, record = Checkpoints(folder, config).restore(abstract)
-            except Exception as error:
-                return "lost", f"{what}: refused: {type(error).__name__}: {str(error)[:200]}"
-            finally:
-                os.dup2(before, 2)
-                os.close(before)
-            told.seek(0)
-            words = told.read()
+        try:
+            with stderr_to(folder / "told"), Checkpoints(folder, config) as checkpoints:
+                state, record = checkpoints.restore(abstract)
+        except Exception as error:
+            return "lost", f"{what}: refused: {type(error).__name__}: {str(error)[:200]}"
+        words = (folder / "told").read_text()
         step = int(state.step)
         if step not in true:
             return "silent", f"{what}: the state says step {step}"
@@ -509,8 +506,20 @@ def restores(spec: dict) -> Iterator[tuple[int, str, str]]:
             yield number, outcome, what
 
 
-# Full disks.
+@contextlib.contextmanager
+def stderr_to(path: Path) -> Iterator[None]:
+    """What this process and its libraries print goes to a file."""
+    before = os.dup(2)
+    with path.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
+
+# Full disks.
 
 SHARES = (0.05, 0.35, 0.65, 0.95)  # of what a finished run takes
 
@@ -821,7 +830,8 @@ def images(storm: Storm, number: int, folder: Path) -> Result:
 
 def within_memory(storm: Storm, folder: Path, data: Path, *keys: str, error: bool = False, **options: Any) -> str:
     """The output of a run that ends well (`error`: that may end in one line) and takes no more memory than it should."""
-    run = Run(storm, folder / "run", *keys, images=data, **options)
+    environment = {FILL_CACHE: "0"} | options.pop("environment", {})
+    run = Run(storm, folder / "run", *keys, images=data, environment=environment, **options)
     code, output = run.finish()
     if run.peak > BOUND:
         raise Failed("hang", f"took {run.peak / 2**30:.1f} GiB")
@@ -861,7 +871,7 @@ def each(*steps: Any) -> None:
 NO_ZERO = r"k-NN\s+0\.000"
 FOLDERS: dict[str, tuple[Callable[[Path], Any], Found]] = {
     "a class called train": (lambda r: classes(r, "bus", "car", "train"), Found(30, 3)),
-    "a class called test": (lambda r: classes(r, "exam", "quiz", "test"), Found(30, 3)),
+    "a class called test": (lambda r: classes(r, "exam", "quiz", "test"), Found(30, 3, error=True)),
     "Train and Test": (lambda r: each(classes(r / "Train", "a", "b"), classes(r / "Test", "a", "b", count=4)), Found(20, 2)),
     "training and testing": (
         lambda r: each(classes(r / "training", "a", "b"), classes(r / "testing", "a", "b", count=4)), Found(20, 2, error=True)),
