@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from mim_jax import convert, sharding
-from mim_jax.checkpoint import SavedRun
+from mim_jax.checkpoint import SavedRun, newest
 from mim_jax.methods.base import Params, made
 from mim_jax.models import positions
 from mim_jax.sharding import path_name
@@ -36,12 +36,15 @@ class Run(NamedTuple):
 
 
 def load_run(workdir: str | Path) -> Run:
-    """The newest checkpoint in a workdir. Raises FileNotFoundError if there is none."""
-    saved = SavedRun(workdir)
-    config = ml_collections.ConfigDict(saved.record["config"]).lock()
-    shapes = saved.shapes()
-    learned = read_parts(saved, {part: where(shapes, part) for part in shapes["params"]}, shapes)
-    return Run(config, made(config), learned, saved.read({"extra": shapes["extra"]})["extra"], saved.step)
+    """The newest checkpoint in a workdir that is not damaged. Raises FileNotFoundError if there is none."""
+
+    def read(saved: SavedRun) -> Run:
+        config = ml_collections.ConfigDict(saved.record["config"]).lock()
+        shapes = saved.shapes()
+        learned = read_parts(saved, {part: where(shapes, part) for part in shapes["params"]}, shapes)
+        return Run(config, made(config), learned, saved.read({"extra": shapes["extra"]})["extra"], saved.step)
+
+    return newest(workdir, read)
 
 
 def abstract_target(method: Any, config: ml_collections.ConfigDict) -> Params:
@@ -70,12 +73,15 @@ def load_target(method: Any, config: ml_collections.ConfigDict) -> Params:
             f"{config.method} learns from {target.config}: name its run, --config.target.workdir=..., or official weights, "
             "--config.target.weights=file.npz --config.target.family=..."
         )
-    saved = SavedRun(target.workdir)
-    shapes = saved.shapes()
-    sections = {part: where(shapes, part) for part in wanted}
-    there = {part: shapes[section][part] for part, section in sections.items() if section}
-    refuse(misfits(there, wanted), f"the parameters in {saved.path}")
-    return read_parts(saved, sections, dict.fromkeys(SECTIONS, wanted))
+
+    def read(saved: SavedRun) -> Params:
+        shapes = saved.shapes()
+        sections = {part: where(shapes, part) for part in wanted}
+        there = {part: shapes[section][part] for part, section in sections.items() if section}
+        refuse(misfits(there, wanted), f"the parameters in {saved.path}")
+        return read_parts(saved, sections, dict.fromkeys(SECTIONS, wanted))
+
+    return newest(target.workdir, read)
 
 
 def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> Any:
@@ -86,7 +92,11 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
     shape (another head) stays new, and so does `extra` then. Raises ValueError if the encoder does not fit, and for names in
     `init_parts` that are not parts of both.
     """
-    saved = SavedRun(config.init_from)
+    return newest(config.init_from, lambda saved: begun(method, config, state, saved))
+
+
+def begun(method: Any, config: ml_collections.ConfigDict, state: Any, saved: SavedRun) -> Any:
+    """As `begin_with`, with this checkpoint."""
     shapes = saved.shapes()
     here = {name: getattr(state, name) for name in SECTIONS}
     both = [part for part in state.params if part in shapes["params"]]
@@ -137,7 +147,7 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
         }
     if jax.process_index() == 0:
         taken = [f"{ours}/{part}{f' from {theirs}' * (ours != theirs)}" for ours, part, theirs in pairs]
-        text = f"initialised from step {saved.step} in {saved.folder.parent}: {', '.join(taken)}"
+        text = f"initialised from step {saved.step} in {saved.workdir}: {', '.join(taken)}"
         text += f"; interpolated: {', '.join(fitted)}" * bool(fitted) + f"; new: {', '.join(new + fresh)}" * bool(new + fresh)
         print(text, file=sys.stderr)
     return dataclasses.replace(state, **here)

@@ -17,12 +17,13 @@ import jax
 import ml_collections
 
 from mim_jax import checkpoint, health, journal, learned, report, sharding
-from mim_jax.checkpoint import Checkpoints, SavedRun
+from mim_jax.checkpoint import Checkpoints
 from mim_jax.config import resolve_target
 from mim_jax.data import pipeline, sources
 from mim_jax.durations import interval, total_steps
 from mim_jax.evaluators import Evaluation
 from mim_jax.journal import Journal
+from mim_jax.lock import locked
 from mim_jax.methods.base import Method, make_method
 from mim_jax.state import TrainState, abstract_state, init_state
 from mim_jax.step import make_train_step
@@ -40,6 +41,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
     Raises FileNotFoundError for missing data, ValueError for a bad config or a checkpoint of another one, OSError when
     nothing can be written, NotFinite for a run that has diverged. None of them harms a checkpoint.
     """
+    if "://" in str(workdir):
+        raise ValueError(f"workdir is {workdir}, but must be a folder of this machine: mount the bucket")
     workdir = checkpoint.absolute(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(sharding.make_mesh(config.mesh.data, config.mesh.fsdp)))
@@ -49,6 +52,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
         source, held_out = (sources.open_source(data.name, data.dir, split) for split in (data.split, data.eval_split))
         data.num_examples = len(source)  # for its steps per epoch
         method = make_method(config)
+        stack.enter_context(locked(workdir))
         begun = checkpoint.saved_steps(workdir / "checkpoints")
         if not begun and (unfinished := train_target(config)) is not None:
             return unfinished
@@ -120,9 +124,8 @@ def train_target(config: ml_collections.ConfigDict) -> TrainState | None:
     if target is None or target.weights or not target.workdir:
         return None
     network = target.network.copy_and_resolve_references().unlock()
-    with contextlib.suppress(FileNotFoundError):
-        if SavedRun(target.workdir).step >= total_steps(network):
-            return None
+    if max(checkpoint.saved_steps(checkpoint.absolute(target.workdir) / "checkpoints"), default=0) >= total_steps(network):
+        return None
     network.data.update({key: config.data[key] for key in ("name", "dir", "split", "eval_split", "canvas", "workers")})
     if jax.process_index() == 0:
         print(f"{config.method} needs the {network.method} run in {target.workdir}: training it first", file=sys.stderr)
@@ -141,9 +144,8 @@ def start(
     if checkpoint.saved_steps(checkpoints.folder):
         state, record = checkpoints.restore(abstract_state(method, config))
     elif config.resume:
-        old = SavedRun(config.resume)
-        state, record = checkpoint.restore(old.folder, abstract_state(method, config), config)
-        journal.inherit(old.folder.parent, checkpoints.folder.parent)
+        state, record = checkpoint.restore(config.resume, abstract_state(method, config), config)
+        journal.inherit(checkpoint.absolute(config.resume), checkpoints.workdir)
     else:
         state, target = init_state(method, config)
         return (learned.begin_with(method, config, state) if config.init_from else state), target, {}

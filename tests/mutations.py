@@ -55,6 +55,8 @@ MUTATIONS = (
       "test_step.py::test_all_of_a_step_follows_the_step_before_it"),
     M("a bad gradient is applied", "step.py", "jnp.isfinite(loss) & jnp.isfinite(grad_norm)", "jnp.isfinite(loss)",
       "test_step.py::test_a_gradient_that_is_not_finite_is_skipped_too"),
+    M("only parameters are guarded", "step.py", "& all_finite(new)", "& all_finite(params)",
+      "test_step.py::test_a_new_state_that_is_not_finite_is_not_kept"),
     M("a skipped step is no step", "step.py", "dataclasses.replace(state, step=new.step))", "state)",
       "test_step.py::test_a_gradient_that_is_not_finite_is_skipped_too"),
     # Losses and their figures

@@ -1,6 +1,8 @@
 """Runs that are killed, stopped, moved or refused, and go on as if nothing had happened."""
 
 import contextlib
+import errno
+import fcntl
 import functools
 import itertools
 import json
@@ -26,10 +28,11 @@ import pytest
 from PIL import Image
 
 from mim_jax import checkpoint, journal, load_config, main, state, step, train
-from mim_jax.checkpoint import Checkpoints, SavedRun, differences
+from mim_jax.checkpoint import Checkpoints, differences, digests, newest, record_digest
 from mim_jax.config import leaves
 from mim_jax.data import pipeline, sources
 from mim_jax.journal import Journal
+from mim_jax.lock import locked
 from mim_jax.methods.base import make_method
 from mim_jax.sharding import make_mesh
 from mim_jax.state import abstract_state
@@ -451,6 +454,7 @@ def edit_records(workdir: Path, change: Callable[[dict], object]) -> None:
     for path in (workdir / "checkpoints").glob("*/record/metadata"):
         record = json.loads(path.read_text())
         change(record)
+        record["digest"] = record_digest({key: value for key, value in record.items() if key != "digest"})
         path.write_text(json.dumps(record))
 
 
@@ -466,11 +470,14 @@ def test_other_versions_and_devices_are_printed_in_one_line(quick, whole, tmp_pa
     assert line in capfd.readouterr().err
 
 
-def test_a_checkpoint_from_before_0_2_is_refused(quick, whole, tmp_path):
+def test_a_checkpoint_from_before_0_3_is_refused(quick, whole, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
-    edit_records(workdir, lambda record: record.pop("versions"))
+    for path in (workdir / "checkpoints").glob("*/record/metadata"):
+        record = json.loads(path.read_text())
+        del record["digest"], record["arrays"]
+        path.write_text(json.dumps(record))
     with pytest.raises(
-        ValueError, match=f"step {QUICK_STEPS} in {workdir}/checkpoints is from a version of mim_jax before 0.2"
+        ValueError, match=f"step {QUICK_STEPS} in {workdir}/checkpoints is from a version of mim_jax before 0.3"
     ):
         train.run(quick, workdir)
 
@@ -512,9 +519,10 @@ def test_keys_that_make_it_another_run(key, value, differs):
 
 
 def test_a_saved_run_is_read_in_parts(whole):
-    saved, want = SavedRun(whole), saved_state(whole)
-    assert saved.step == QUICK_STEPS and saved.record == saved_record(whole)
+    saved, want = newest(whole, lambda saved: saved), saved_state(whole)
+    assert saved.step == QUICK_STEPS and saved.record.items() < saved_record(whole).items()
     shapes = saved.shapes()
+    assert shapes == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), {key: want[key] for key in shapes})
     assert shapes.keys() == {"params", "teacher", "extra"}
     part = {"teacher": {"backbone": shapes["teacher"]["backbone"]}}
     assert_same_bits(saved.read(part), {"teacher": {"backbone": want["teacher"]["backbone"]}})
@@ -539,7 +547,7 @@ def test_saved_on_8_devices_restored_on_4_and_on_1(quick, tmp_path):
         state = jax.tree.map(
             lambda leaf: jax.device_put(rng.integers(0, 99, leaf.shape).astype(leaf.dtype), leaf.sharding),
             abstract_state(method, quick),
-        )
+        ).replace(step=jnp.int32(3))
         assert not state.teacher["backbone"]["blocks"]["fc1"]["kernel"].is_fully_replicated
         checkpoints = Checkpoints(tmp_path, quick)
         checkpoints.save(3, state, bad_images=5)
@@ -581,6 +589,94 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(quick, whole, tmp_path):
     assert 0 < fell_back < len(files)  # commit markers, say, are not needed
 
 
+def flip(path: Path, place: int) -> None:
+    """Changes one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[place // 8 % len(content)] ^= 1 << place % 8
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_noticed(quick, whole, tmp_path):
+    """One bit of the newest checkpoint: either nothing changes, or the one before is taken."""
+    steps = (QUICK_STEPS - 2, QUICK_STEPS)
+    records = {step: json.loads((whole / f"checkpoints/{step}/record/metadata").read_text()) for step in steps}
+    good = {step: saved_state(whole, step) for step in steps}
+    newest = whole / f"checkpoints/{QUICK_STEPS}"
+    files = [path for path in newest.rglob("*") if path.is_file() and path.stat().st_size]
+    rng, fell_back = random.Random(0), 0
+    chosen = rng.choices(files, [path.stat().st_size for path in files], k=15) + [newest / "record/metadata"] * 15
+    with jax.set_mesh(make_mesh(1, 1, jax.devices()[:1])):
+        abstract = abstract_state(make_method(quick), quick)
+        quick.data.num_examples = records[QUICK_STEPS]["config"]["data"]["num_examples"]
+        for number, path in enumerate(chosen):
+            workdir = shutil.copytree(whole, tmp_path / str(number))
+            flip(workdir / path.relative_to(whole), rng.randrange(2**60))
+            state, record = Checkpoints(workdir, quick).restore(abstract)
+            step = record["step"]
+            assert record.items() < records[step].items()
+            assert_same_bits(state.params, good[step]["params"])
+            assert_same_bits(jax.tree.leaves(state.opt_state), jax.tree.leaves(good[step]["opt_state"]))
+            fell_back += step < QUICK_STEPS
+            shutil.rmtree(workdir)
+    assert fell_back > 20
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "bfloat16", "float16", "int32", "uint32", "float32"])
+def test_every_bit_and_every_place_counts_in_a_digest(dtype):
+    x = np.arange(12).reshape(2, 3, 2).astype(jnp.dtype(dtype))
+    others = [np.swapaxes(x, 0, 2).reshape(x.shape), *(np.roll(x, 1, axis) for axis in range(3))]
+    if dtype == "bool":
+        others = [x ^ one.reshape(x.shape) for one in np.eye(12, dtype=bool)]
+    for place in range(0 if dtype == "bool" else 8 * x.nbytes):
+        content = bytearray(x.tobytes())
+        content[place // 8] ^= 1 << place % 8
+        others.append(np.frombuffer(bytes(content), x.dtype).reshape(x.shape))
+    found = [int(digests([each])[0]) for each in (x, *others)]
+    assert len(set(found)) == len(found)
+
+
+def test_digests_of_64_bits_and_of_scalars(x64):
+    x = np.arange(6.0).reshape(2, 3)
+    others = [np.nextafter(x, 9), x + 2**-40, np.float64(1.0), np.float64(1.0 + 2**-50), np.int64(2**40), np.int64(2**41)]
+    found = [int(digest) for digest in digests([x, *others])]
+    assert len(set(found)) == len(found)
+
+
+def test_a_digest_does_not_depend_on_the_sharding():
+    mesh = make_mesh(2, 4)
+    x = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
+    specs = (), ("data",), ("fsdp", "data"), (None, "fsdp")
+    placed = [jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec))) for spec in specs]
+    with jax.set_mesh(mesh):
+        assert len({int(digest) for digest in digests([jnp.asarray(x), *placed])}) == 1
+
+
+def test_what_was_written_is_read_back(quick, tmp_path, monkeypatch):
+    """After the first checkpoint and at the end: a disk that lies ends the run, and not its next start."""
+    finished = ocp.CheckpointManager.wait_until_finished
+
+    def lying(manager):
+        finished(manager)
+        if (damaged := tmp_path / f"checkpoints/{lies}/state").is_dir():
+            flip(max(damaged.glob("d/*"), key=lambda path: path.stat().st_size), 8 * 1000)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", lying)
+    for lies in (2, QUICK_STEPS):
+        words = f"written to {tmp_path}/checkpoints, but cannot be read back: step {lies} is damaged"
+        with pytest.raises(OSError, match=words):
+            train.run(quick, tmp_path)
+        assert not (tmp_path / f"checkpoints/{lies + 2}").exists()
+
+
+def test_wildcards_in_a_path_are_letters(quick, whole, tmp_path):
+    workdir = tmp_path / "lr=[1e-3] *?"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "batch", 6, terminate)
+        train.run(quick, workdir)
+    train.run(quick, workdir)
+    assert_same_run(workdir, whole, QUICK_STEPS)
+
+
 def test_a_run_goes_on_past_a_torn_checkpoint(quick, whole, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     (workdir / f"checkpoints/{QUICK_STEPS + 2}.orbax-checkpoint-tmp-5").mkdir()
@@ -590,23 +686,58 @@ def test_a_run_goes_on_past_a_torn_checkpoint(quick, whole, tmp_path):
     assert_same_run(workdir, whole, QUICK_STEPS)
     left = {str(QUICK_STEPS - 2), str(QUICK_STEPS), f"unreadable_{QUICK_STEPS}"}
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == left
+    shutil.rmtree(workdir / f"checkpoints/{QUICK_STEPS}/state")
+    train.run(quick, workdir)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == left | {f"unreadable_{QUICK_STEPS}_1"}
 
 
 def test_no_checkpoint_that_can_be_read_is_an_error(quick, whole, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     for path in (workdir / "checkpoints").glob("*/record/metadata"):
         path.unlink()
-    with pytest.raises(OSError, match=f"no checkpoint in {workdir}/checkpoints can be read"):
+    why = "step 12 is damaged: FileNotFoundError.*step 10 is damaged"
+    with pytest.raises(OSError, match=f"no checkpoint in {workdir}/checkpoints can be read: {why}"):
         train.run(quick, workdir)
     assert len(list((workdir / "checkpoints").iterdir())) == 2  # nothing is deleted where nothing can replace it
 
 
 def test_a_workdir_that_cannot_be_written_is_named(quick, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=f"cannot keep checkpoints.*{tmp_path}/file/run"):
-        train.run(quick, tmp_path / "file/run")
-    with pytest.raises(OSError, match="cannot keep checkpoints.*/proc/run"):
-        train.run(quick, "/proc/run")
+    for workdir in (tmp_path / "file/run", "/proc/run", tmp_path / "file"):
+        with pytest.raises(OSError, match=f"cannot write to {workdir}: "):
+            train.run(quick, workdir)
+    with pytest.raises(ValueError, match="workdir is gs://bucket/run, but must be a folder of this machine"):
+        train.run(quick, "gs://bucket/run")
+
+
+def test_a_second_run_in_a_workdir_is_refused(quick, whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    with locked(workdir):
+        with pytest.raises(OSError, match=f"{workdir} is in use by another run: process {os.getpid()} on .*, since 20"):
+            train.run(quick, workdir)
+        code = f"from mim_jax.lock import locked; from pathlib import Path\nwith locked(Path({str(workdir)!r})): pass"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert other.returncode == 1 and f"in use by another run: process {os.getpid()} on" in other.stderr
+    assert_same_run(workdir, whole, QUICK_STEPS)
+    assert (workdir / "lock").exists()
+    train.run(quick, workdir)  # what a run leaves behind, however it ended, locks nothing
+
+
+def test_without_locks_a_run_says_so(quick, whole, tmp_path, monkeypatch, capfd):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+
+    def no_locks(file, how):
+        raise OSError(errno.ENOTSUP, "Not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    train.run(quick, workdir)
+    assert f"{workdir} cannot be locked (Not supported): take care that one run uses it at a time\n" in capfd.readouterr().err
+
+
+def test_a_workdir_that_was_removed_is_one_line(quick, tmp_path, monkeypatch):
+    interrupt(monkeypatch, "batch", 3, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(OSError, match=f"{tmp_path}/run/checkpoints failed: .* The folder was removed.$"):
+        train.run(quick, tmp_path / "run")
 
 
 def test_too_little_room_for_a_checkpoint_is_told_before_it_is_begun(quick, whole, tmp_path, monkeypatch):
