@@ -17,6 +17,7 @@ import two_processes
 from PIL import Image
 
 from mim_jax import journal, train
+from mim_jax.lock import locked
 from mim_jax.sharding import make_mesh
 
 
@@ -96,3 +97,24 @@ def test_sigterm_to_one_process_stops_both_at_one_step(images, tmp_path):
     assert f"resuming after step {stopped[1]}" in finish(start(images, tmp_path))[0][1]
     steps = [row["step"] for row in journal.read(tmp_path) if "train/loss" in row]
     assert steps == list(range(1, 1 + two_processes.STEPS))
+
+
+@pytest.mark.slow
+def test_damage_and_a_lock_are_seen_by_both(images, tmp_path):
+    finish(start(images, tmp_path))
+    for damage in (b"damaged", b""):  # an array of other numbers or that cannot be read; no record
+        newest = tmp_path / f"checkpoints/{two_processes.STEPS}"
+        if damage:
+            path = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2] + damage + content[len(content) // 2 + len(damage) :])
+        else:
+            (newest / "record/metadata").unlink()
+        (_, progress), _ = finish(start(images, tmp_path))
+        assert f"step {two_processes.STEPS} is damaged" in progress and "step 4 is taken" in progress
+        assert f"resuming after step 4 of {two_processes.STEPS}" in progress
+    with locked(tmp_path):
+        processes = start(images, tmp_path)
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert all("is in use by another run" in error for error in errors)
