@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import errno
 import functools
 import itertools
 import os
@@ -152,7 +153,7 @@ def open_folder(data_dir: str | os.PathLike | None, split: str) -> FolderSource:
     read = [folder for folder in images if folder.startswith(start) and not (classes and folder == start)]
     of_others = tuple(base for name, base in bases.items() if name != chosen)
     strays = [folder for folder in images.keys() - set(read) if not folder.startswith(of_others)]
-    left["stray pictures beside folders"] += sorted(folder + name for folder in strays for name in images[folder])
+    left["stray picture{s} beside folders"] += sorted(folder + name for folder in strays for name in images[folder])
     files = sorted(folder[len(start) :] + name for folder in read for name in images[folder])
     label = [number[_key(file.partition("/")[0])] for file in files] if classes else np.full(len(files), -1)
     return FolderSource(
@@ -178,8 +179,12 @@ def _images_below(root: pathlib.Path) -> tuple[Images, LeftOut]:
                 left[AGAIN].append(folder)
                 continue
             seen.add(inode)
+            if not os.access(path, os.X_OK):  # its files could be listed, not read
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             with os.scandir(path) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
+            if not found:
+                left["empty folder{s}"].append(folder)
             names = {entry.name for entry in found}
             of_a_run = OF_A_RUN if "config.json" in names and names & {"metrics.jsonl", "checkpoints"} else ()
             for entry in found:

@@ -13,7 +13,7 @@ import numpy as np
 
 FINGERPRINTED = 64  # rows whose contents are in a fingerprint
 OFTEN_MEANT = {"cifar10": "cifar10", "cifar": "cifar10", "imagenet": "imagenet2012", "imagenet1k": "imagenet2012"}
-OFTEN_MEANT |= dict.fromkeys(("folder", "imagefolder", "images", "directory", "dir", "files"), "folder")
+OFTEN_MEANT |= dict.fromkeys(("folder", "imagefolder", "images", "directory"), "folder")
 
 
 class Example(NamedTuple):

@@ -55,8 +55,8 @@ class Evaluation:
     Args:
         config: reads `eval`, `seed`, `data.canvas` and `model.img_size`.
         source: images that k-NN and probe learn from; `eval.bank` of them are chosen by the seed.
-        held_out: images on which everything is measured; `eval.test` of them. If they are the same images as those of
-            `source`, these are divided: at most a fifth is measured on, and these images are not in the bank.
+        held_out: images on which everything is measured; `eval.test` of them. If it is the same split as `source`, the
+            split is divided: at most a fifth is measured on, and these images are not in the bank.
 
     k-NN and probe are measured where both have labels of the same classes; `unlabeled` says why they are not, or is empty.
     """
@@ -66,23 +66,13 @@ class Evaluation:
         self.tokenizer: Any = method  # where "tokens" are among the pictures
         self.seed, self.canvas, self.size = config.seed, config.data.canvas, config.eval.img_size or config.model.img_size
         bank, test = config.eval.bank, config.eval.test
-        if held_out.fingerprint == source.fingerprint:
+        if held_out.description == source.description:
             test = min(test, len(source) // 5)
             self.test_rows, self.bank_rows = np.split(pipeline.choose(source, bank + test, self.seed), [test])
         else:
             self.bank_rows, self.test_rows = (pipeline.choose(s, n, self.seed) for s, n in ((source, bank), (held_out, test)))
         if not all(self.sizes):
             raise ValueError(f"{source.description}: {len(source)} images are too few to be evaluated on, 5 are needed")
-        said = [
-            f"{s.num_classes} classes ({', '.join(s.classes[:3])}, ...)" if s.num_classes else "none"
-            for s in (source, held_out)
-        ]
-        alike = list(source.classes) == list(held_out.classes) and source.num_classes == held_out.num_classes
-        self.num_classes, self.unlabeled = source.num_classes if alike else 0, ""
-        if not self.num_classes:
-            self.unlabeled = (
-                f"no k-NN and no probe: labels of the training images: {said[0]}; of the held-out images: {said[1]}"
-            )
         crop = method.views.crops[0].size
         self.detail = 2 * crop if crop <= DETAILED else crop
         self.on_bad = pipeline.log_once()
@@ -92,6 +82,24 @@ class Evaluation:
     def sizes(self) -> tuple[int, int]:
         """The numbers of images in the bank and in the test set."""
         return len(self.bank_rows), len(self.test_rows)
+
+    @property
+    def num_classes(self) -> int:
+        """Of the labels, if the training and the held-out images have the same ones, else 0. Names may be missing of one."""
+        both = self.source, self.held_out
+        count, names = {source.num_classes for source in both}, {tuple(source.classes) for source in both}
+        return count.pop() if len(count) == 1 and len(names - {()}) < 2 else 0
+
+    @property
+    def unlabeled(self) -> str:
+        """Why there is no k-NN and no probe, in one line; empty if they are measured."""
+        if self.num_classes:
+            return ""
+        train, test = (
+            f"{s.num_classes} classes ({', '.join([*s.classes[:3], '...'])})" if s.num_classes else "no labels"
+            for s in (self.source, self.held_out)
+        )
+        return f"no k-NN and no probe: the training images have {train}, the held-out images {test}"
 
     def scores(self, state: TrainState) -> dict[str, float]:
         """`eval/knn`, `eval/knn_top5`, `eval/probe` (of images with labels), `eval/view_retrieval` (shares, 0 to 1),
