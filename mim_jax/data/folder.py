@@ -64,7 +64,7 @@ class FolderSource:
         """Raises OSError for a file that is gone, no regular file any more, or of more than MAX_BYTES."""
         path = self.root / self.files[row]
         # a pipe without a writer would block; that it became one since the files were listed is seen once it is open
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise OSError("no regular file")
@@ -85,16 +85,16 @@ def open_folder(data_dir: str | os.PathLike | None, split: str) -> FolderSource:
     are hidden files and folders, folders of the system (NO_DATA), and what a run of mim_jax has written to its workdir. A
     folder that cannot be listed is an error.
 
-    Links: each image counts once, where it really is. A link to something inside the folder is left out, and so are a link to
-    a folder above, a second link to the same thing, and a broken one. A link to data elsewhere is followed.
+    Links: each image counts once, where it really is. A link to what is read already is left out, and so are a link to a
+    folder above, a second link to the same thing, and a broken one. A link to data elsewhere is followed.
 
     Wrappers: a folder that has all images is entered, again and again. "All" allows for a few stray pictures beside it, at most
     one in ten; stray pictures are left out where there are splits or labels.
 
     Splits: sub-folders are splits if all of them are named like one, or if at least a training and a held-out split are among
     them (then all are splits). Named like a split are train, training; val, valid, validation, dev, eval; test, testing, in any
-    case, also with "set", "split", "data", "images" or a number after it. A split is asked for by its folder or a word
-    of the same kind. A folder without splits is read whole for any of these words: Evaluation divides it.
+    case, also with "set", "split", "data", "images" or a number after it. A split is asked for by its folder's name or by
+    a word of its kind. A folder without splits is read whole for any of these words: Evaluation divides it.
 
     Labels: two or more sub-folders of the split are its classes. Splits with a class of the training split share one list of
     classes, of all of them, in sorted order. A split without such a class has a list of its own.
