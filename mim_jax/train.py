@@ -4,7 +4,6 @@ Every batch is a step, also one whose update is skipped: the position in the dat
 is written to the metrics before the checkpoint of s begins, so a resumed run logs every step exactly once.
 """
 
-import collections
 import contextlib
 import signal
 import sys
@@ -17,6 +16,7 @@ import jax
 import ml_collections
 
 from mim_jax import checkpoint, health, journal, learned, report, sharding
+from mim_jax.bad_images import BadImages
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.config import resolve_target
 from mim_jax.data import pipeline, sources
@@ -66,8 +66,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
         log.save("config.json", config.to_json_best_effort(indent=2).encode())
         log.print(f"{config.method} on {source.description}; {checkpoint.devices()}")
 
-        evaluation = Evaluation(config, method, source, held_out)
-        step, bad_images = int(state.step), collections.Counter(before=record.get("bad_images", 0))
+        step, bad_images = int(state.step), BadImages(log, before=record.get("bad_images", 0))
+        evaluation = Evaluation(config, method, source, held_out, bad_images.name)
         if record:
             log.print("\n".join([f"resuming after step {step} of {total}", *checkpoint.changes(record, config)]))
         else:
@@ -77,23 +77,20 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
                 log.write(0, baselines := evaluation.baselines(state))
                 log.print(scores(baselines).rstrip())
 
-        def on_bad(row: int, name: str) -> None:
-            bad_images[name] += 1
-            if bad_images[name] == 1:
-                log.print(f"bad image, replaced by another one: {name}")
-
         settings = {key: data[key] for key in ("batch_size", "canvas", "workers")}
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
         masks = method.views.host_masks(config.seed)
         batches = pipeline.train_batches(
-            source, seed=config.seed, start=step, masks=masks, on_bad=on_bad, **settings, **processes
+            source, seed=config.seed, start=step, masks=masks, on_bad=bad_images.count, **settings, **processes
         )
         train_step = make_train_step(method, config)
         steps = StepLog(config, log, checkpoints, record.get("skipped", 0))
         while step < total and not stopping(step):
             state, metrics = train_step(state, target, sharding.global_batch(next(batches)))
             step += 1
-            steps.add(step, metrics | {"data/bad_images": bad_images.total()})
+            if steps.every and step % steps.every == 0:
+                metrics |= {"data/bad_images": bad_images.share()}
+            steps.add(step, metrics)
             if evaluate_every and (step % evaluate_every == 0 or step == total):
                 steps.flush()
                 with log.paused():
@@ -101,7 +98,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
                     log.show(figures)
                     for name, picture in evaluation.pictures(state, target):
                         log.picture(step, name, picture)
-                    write_report(workdir, config, evaluation, step)
+                    write_report(log, config, evaluation, step)
             if save_every and step % save_every == 0:
                 steps.flush()
                 with log.paused():
@@ -112,8 +109,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
 
         if step < total:
             log.print(f"stopped after step {step} of {total}; the same command goes on from there")
-        elif verdict := write_report(workdir, config, evaluation, step):
-            log.print(f"{scores(journal.latest(workdir))}{verdict}\nreport: {workdir / report.FILE}")
+        elif verdict := write_report(log, config, evaluation, step):
+            log.print(f"{scores(log.history.latest)}{verdict}\nreport: {workdir / report.FILE}")
         return state
 
 
@@ -204,15 +201,15 @@ class StepLog:
             )
 
 
-def write_report(workdir: Path, config: ml_collections.ConfigDict, evaluation: Evaluation, step: int) -> health.Verdict | None:
+def write_report(log: Journal, config: ml_collections.ConfigDict, evaluation: Evaluation, step: int) -> health.Verdict | None:
     """Writes report.html from what has been logged so far, and returns the verdict; the first process only."""
     if jax.process_index() != 0:
         return None
-    figures, total = journal.latest(workdir), total_steps(config)
+    figures, total = log.history.latest, total_steps(config)
     judged = {tag: value for tag, value in figures.items() if tag.split("/")[0] in ("health", "train", "eval")}
     prototypes = config.get("head", {}).get("out_dim")
-    verdict = health.verdict(judged, prototypes, step / total, getattr(evaluation.method, "codes", None))
     bank, test = evaluation.sizes
+    verdict = health.verdict(judged, prototypes, step / total, getattr(evaluation.method, "codes", None), test)
     facts = {
         "data": evaluation.source.description,
         "evaluated on": f"bank of {bank:,}, {test:,} held-out images",
@@ -223,7 +220,7 @@ def write_report(workdir: Path, config: ml_collections.ConfigDict, evaluation: E
         "versions": ", ".join(f"{name} {version}" for name, version in checkpoint.versions().items()),
     }
     title = f"{config.method} on {config.data.name}"
-    report.write_report(workdir, title=title, config=str(config), verdict=verdict, facts=facts)
+    report.write_report(log.workdir, log.history, title=title, config=str(config), verdict=verdict, facts=facts)
     return verdict
 
 

@@ -21,14 +21,19 @@ from mim_jax.lock import locked
 from mim_jax.sharding import make_mesh
 
 
+BAD = (3, 20, 37)
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """48 images of two classes, for training and for tests."""
+    """48 images of two classes, for training and for tests. Three are bad."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for i in range(48):
         path = folder / f"class_{i % 2}/{i}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 200, (16, 16, 3), np.uint8) + np.uint8(55 * (i % 2))).save(path)
+    for i in BAD:
+        (folder / f"class_{i % 2}/{i}.png").write_text("no image")
     return folder
 
 
@@ -67,10 +72,13 @@ def test_two_processes_run_as_one(images, tmp_path, monkeypatch):
     shares = [json.loads(output.splitlines()[-1]) for output in (first, second)]
     assert [ours + theirs for ours, theirs in zip(*shares)] == alone and len(alone) == two_processes.STEPS
     assert "report: " in progress and "k-NN" in progress and "step " not in silence
+    assert [progress.count(f"replaced by another one: {images}/class_{i % 2}/{i}.png") for i in BAD] == [1, 1, 1]
+    assert "bad image" not in silence
 
     rows, want = journal.read(tmp_path / "two"), journal.read(tmp_path / "one")
     assert [row["step"] for row in rows] == [row["step"] for row in want]
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 1 + two_processes.STEPS))
+    assert rows[-2]["data/bad_images"] >= 2 * len(BAD)  # in both processes; that all are counted is seen below
     for ours, theirs in zip(rows, want):
         assert ours.keys() == theirs.keys()
         for tag in ours:

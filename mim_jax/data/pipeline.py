@@ -17,6 +17,7 @@ from mim_jax.data import decode
 from mim_jax.data.sources import ArraySource, Source
 
 MAX_SUBSTITUTES = 100
+NAMED = 1000  # bad images that are logged by their names
 
 Batch = dict[str, np.ndarray]
 OnBad = Callable[[int, str], None]
@@ -150,11 +151,11 @@ def _report_bad(batches: Iterator[Batch], source: Source, on_bad: OnBad) -> Iter
 
 
 def log_once() -> OnBad:
-    """An `on_bad` that logs each bad image once."""
-    seen = set()
+    """An `on_bad` that logs each bad image once, and no more than NAMED of them."""
+    seen = set[int]()
 
     def log(row: int, name: str) -> None:
-        if row not in seen:
+        if row not in seen and len(seen) < NAMED:
             seen.add(row)
             logging.warning("Bad image, replaced by another one: %s", name)
 

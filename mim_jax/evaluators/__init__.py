@@ -57,11 +57,19 @@ class Evaluation:
         source: images that k-NN and probe learn from; `eval.bank` of them are chosen by the seed.
         held_out: images on which everything is measured; `eval.test` of them. If it is the same split as `source`, the
             split is divided: at most a fifth is measured on, and these images are not in the bank.
+        on_bad: called with (row, name) for each bad image, at every evaluation; by default, each is logged once.
 
     k-NN and probe are measured where both have labels of the same classes; `unlabeled` says why they are not, or is empty.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, method: Method, source: Source, held_out: Source):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        method: Method,
+        source: Source,
+        held_out: Source,
+        on_bad: pipeline.OnBad | None = None,
+    ):
         self.config, self.method, self.source, self.held_out = config.eval, method, source, held_out
         self.tokenizer: Any = method  # where "tokens" are among the pictures
         self.seed, self.canvas, self.size = config.seed, config.data.canvas, config.eval.img_size or config.model.img_size
@@ -75,7 +83,7 @@ class Evaluation:
             raise ValueError(f"{source.description}: {len(source)} images are too few to be evaluated on, 5 are needed")
         crop = method.views.crops[0].size
         self.detail = 2 * crop if crop <= DETAILED else crop
-        self.on_bad = pipeline.log_once()
+        self.on_bad = on_bad or pipeline.log_once()
         self.encoded: tuple[Any, Arrays, Arrays] | None = None  # of the last state, by its `step`
 
     @property
