@@ -129,6 +129,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     logging.get_absl_handler().addFilter(worth_logging)
     sys.unraisablehook = unraisable
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # of a process that cleans up after data workers
     config = flags.FLAGS.config
     config.data.dir, config.init_from, config.resume = map(absolute, (config.data.dir, config.init_from, config.resume))
     try:

@@ -88,6 +88,8 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
         if not self._threads:
             yield from items
             return
+        if self.requested:
+            raise Stopped(NOTHING_LOST)
         inbox, wanted = queue.SimpleQueue[Any](), threading.Semaphore(0)
 
         def make() -> None:

@@ -113,6 +113,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
                 if not compiled:
                     compiled = stop.wait(compile_step, train_step, state, target, batch)
                 state, metrics = train_step(state, target, batch)
+                del batch  # its memory is of use to the next one
                 step, seen = step + 1, bad_images.total()
                 steps.add(step, metrics | {"data/bad_images": seen})
         except Stopped:  # while it waited; nothing is half done
