@@ -23,12 +23,12 @@ class BadImages:
     def __init__(self, log: Journal, before: int = 0):
         """`before`: how many were counted before this process began."""
         self._log, self._named, self._news = log, set[str](), collections.deque[bytes]()
-        self._own = before if jax.process_index() == 0 else 0
+        self.own = before if jax.process_index() == 0 else 0  # of the batches that this process has been given
         self._names: jax.Array | None = None  # what the last `share` brought, when it has arrived
 
     def count(self, row: int, name: str) -> None:
         """An image was replaced by another one: `on_bad` of the training."""
-        self._own += 1
+        self.own += 1
         self.name(row, name)
 
     def name(self, row: int, name: str) -> None:
@@ -44,17 +44,17 @@ class BadImages:
             encoded = name.encode(errors="backslashreplace")
             self._news.append(encoded if len(encoded) <= LONGEST else b"..." + encoded[3 - LONGEST :])
 
-    def share(self) -> jax.Array | int:
-        """The count of all processes, which must call this at the same steps; waits for no device.
+    def share(self, own: int) -> jax.Array | int:
+        """The count of all processes, each giving its `own`, at the same steps; waits for no device.
 
         The names of the others are printed at the next call.
         """
         if jax.process_count() == 1:
-            return self._own
+            return own
         self._print_names()
         counts = np.zeros(jax.local_device_count(), np.int32)
         names = np.zeros((len(counts), BYTES), np.uint8)
-        counts[0] = self._own
+        counts[0] = own
         told = b""
         while self._news and len(told) + len(self._news[0]) < BYTES:
             told += self._news.popleft() + b"\0"
@@ -62,9 +62,9 @@ class BadImages:
         total, self._names = _gather(global_batch({"counts": counts, "names": names}))
         return total
 
-    def total(self) -> int:
-        """The count of all processes, which must call this at the same steps; prints all names that they have told."""
-        total = int(self.share())
+    def total(self, own: int) -> int:
+        """As `share`; prints all names that the processes have told."""
+        total = int(self.share(own))
         self._print_names()
         return total
 

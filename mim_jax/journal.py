@@ -68,16 +68,19 @@ class Curve:
 class History:
     """What the report shows of the figures so far, in bounded memory: the last value and the curve of each tag.
 
-    `latest`: tag (and `step`) -> last value, None where it was not finite. `curves`: tag -> Curve of its finite values.
+    `latest`: tag (and `step`) -> last value, None where it was not finite; `steps`: tag -> the step of that value.
+    `curves`: tag -> Curve of its finite values.
     """
 
     def __init__(self) -> None:
         self.latest: dict[str, Any] = {}
+        self.steps: dict[str, int] = {}
         self.curves: dict[str, Curve] = {}
 
     def add(self, row: Mapping[str, Any]) -> None:
         """`row`: a line of metrics.jsonl."""
         self.latest |= row
+        self.steps |= dict.fromkeys(row, row["step"])
         for tag, value in row.items():
             if tag != "step" and value is not None:
                 self.curves.setdefault(tag, Curve()).add(row["step"], value)

@@ -13,8 +13,9 @@ import pytest
 from absl import flags, logging
 from PIL import Image
 
+from mim_jax import command as program
 from mim_jax import config as configs
-from mim_jax import dry_run, durations, journal, load_config, main, make_method, make_train_step, optim, train
+from mim_jax import dry_run, durations, journal, load_config, make_method, make_train_step, optim, train
 from mim_jax.learned import abstract_target
 from mim_jax.sharding import make_mesh
 from mim_jax.state import abstract_state
@@ -35,7 +36,7 @@ def command():
 
     def run_here(*arguments: str):
         with pytest.raises(SystemExit) as stop:
-            main.main(main.parse(["mim_jax", *arguments]))
+            program.main(program.parse(["mim_jax", *arguments]))
         return stop.value.code
 
     verbosity = logging.get_verbosity()
@@ -129,7 +130,7 @@ def test_help_is_one_screen_with_examples(command, capsys):
 
 def test_paths_begin_in_the_home_folder_or_where_the_user_stands(tmp_path, monkeypatch, command):
     seen = {}
-    monkeypatch.setattr(train, "run", lambda config, workdir: (seen.update(config=config, workdir=workdir), sys.exit()))
+    monkeypatch.setattr(train, "run", lambda config, workdir, stop: (seen.update(config=config, workdir=workdir), sys.exit()))
     monkeypatch.setenv("HOME", "/home/of/me")
     monkeypatch.chdir(tmp_path)
     paths = ["--workdir=~/runs", "--config.data.dir=images", "--config.init_from=~/one", "--config.resume=two"]

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from mim_jax import checkpoint, journal, load_config, main, state, step, train
+from mim_jax import checkpoint, command, journal, load_config, state, step, train
 from mim_jax.checkpoint import Checkpoints, differences, digests, newest, record_digest
 from mim_jax.config import leaves
 from mim_jax.data import pipeline, sources
@@ -36,6 +37,7 @@ from mim_jax.lock import locked
 from mim_jax.methods.base import make_method
 from mim_jax.sharding import make_mesh
 from mim_jax.state import abstract_state
+from mim_jax.stopping import Stopped
 from mim_jax.views import Views
 
 ROOT = Path(__file__).parent.parent
@@ -136,14 +138,14 @@ def wait(run: subprocess.Popen, until: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="module")
 def stopped(runs) -> Path:
-    """The workdir of the first run of all, which got SIGTERM while its first step was compiled."""
+    """The workdir of the first run of all, which got SIGTERM while its step was compiled."""
     workdir = runs.folder / "stopped"
     run = runs.start(workdir)
     wait(run, lambda: bool(journal.read(workdir)))  # the baselines
     time.sleep(0.5)
     run.send_signal(signal.SIGTERM)
-    assert f"stopped after step 1 of {STEPS}" in runs.finish(run)
-    assert saved_state(workdir)["step"] == 1
+    output = runs.finish(run)
+    assert f"stopped after step {saved_state(workdir)['step']} of {STEPS}; the same command goes on from there" in output
     return workdir
 
 
@@ -191,7 +193,7 @@ def test_a_full_disk_is_one_message_and_exit_code_1(runs, stopped):
     output = run.communicate(timeout=300)[1]
     assert run.returncode == 1
     assert "mim_jax/train.py" not in output  # no traceback of ours; Orbax's threads may print some of their event loop
-    words = f"^error: writing a checkpoint to {workdir}/checkpoints failed: .*The checkpoint of step 1 is whole"
+    words = f"^error: writing a checkpoint to {workdir}/checkpoints failed: .*The checkpoint of step {saved_state(stopped)['step']} is whole"
     assert re.search(words, output, re.MULTILINE)
     assert_same_bits(saved_state(workdir), saved_state(stopped))
 
@@ -277,25 +279,36 @@ class StubEvaluation:
 
 
 def interrupt(monkeypatch, where: str, number: int, action: Callable[[], None]) -> None:
-    """Does `action` once: before the batch, the row of metrics, the baselines or the scores of that number, from 0."""
+    """Does `action` once: before the call of that number, from 0, of what `where` names."""
     owner, name = {
         "batch": (train.sharding, "global_batch"),
         "row": (Journal, "write"),
         "baselines": (StubEvaluation, "baselines"),
         "scores": (StubEvaluation, "scores"),
+        "compile": (train, "compile_step"),
+        "load": (pipeline, "load"),  # of a training batch, by a thread
+        "save": (Checkpoints, "save"),
     }[where]
     original, calls = getattr(owner, name), itertools.count()
 
-    def wrapper(*args):
+    def wrapper(*args, **kwargs):
         if next(calls) == number:
             action()
-        return original(*args)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, wrapper)
 
 
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminate_later():
+    threading.Timer(1, terminate).start()
+
+
+def control_c():
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def crash():
@@ -323,22 +336,60 @@ def test_a_skipped_step_is_a_step_and_changes_nothing_else(whole, poisoned):
 
 @pytest.mark.parametrize(
     ("where", "number", "action"),
-    [("baselines", 0, terminate), ("batch", 0, terminate), ("batch", 3, terminate), ("scores", 1, terminate)]
+    [("baselines", 0, terminate), ("baselines", 0, control_c), ("batch", 0, terminate), ("batch", 3, control_c)]
+    + [("save", 1, control_c), ("row", 8, terminate)]
     + [("baselines", 0, crash), ("batch", 9, crash), ("row", 2, crash), ("scores", 0, crash), ("scores", 2, crash)],
 )
 def test_a_run_interrupted_anywhere_ends_as_one_left_alone(quick, whole, tmp_path, where, number, action):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, where, number, action)
-        if action is terminate:
-            stopped = train.run(quick, tmp_path)
-            assert saved_state(tmp_path)["step"] == stopped.step < QUICK_STEPS
-        else:
+        if action is crash:
             with pytest.raises(ZeroDivisionError):
                 train.run(quick, tmp_path)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        elif where == "baselines":
+            with pytest.raises(Stopped, match="goes on from there"):
+                train.run(quick, tmp_path)
+            assert not list((tmp_path / "checkpoints").iterdir())
+        else:
+            stopped = train.run(quick, tmp_path)
+            assert saved_state(tmp_path)["step"] == stopped.step < QUICK_STEPS
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     train.run(quick, tmp_path)
     assert_same_run(tmp_path, whole, QUICK_STEPS)
     assert saved_record(tmp_path) == saved_record(whole)
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "action", "step"),
+    [("compile", 0, control_c, 0), ("load", 3, terminate_later, 3), ("scores", 1, terminate, 8), ("scores", 2, control_c, 12)],
+)
+def test_a_run_stops_where_it_would_wait_for_ever(quick, whole, tmp_path, capfd, where, number, action, step):
+    stopped = threading.Event()
+
+    def hang():
+        action()
+        assert stopped.wait(timeout=20), "the run waits for this"
+
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, where, number, hang)
+        assert train.run(quick, tmp_path).step == saved_state(tmp_path)["step"] == step
+    stopped.set()
+    assert f"stopped after step {step} of {QUICK_STEPS}; the same command goes on from there\n" in capfd.readouterr().err
+    train.run(quick, tmp_path)  # an evaluation that was not finished is made up for
+    assert_same_run(tmp_path, whole, QUICK_STEPS)
+    assert saved_record(tmp_path) == saved_record(whole)
+
+
+def test_a_row_of_skipped_steps_is_told_once(quick):
+    quick.log_every, lines = "never", []
+    log = SimpleNamespace(print=lines.append, write=lambda *_: None, advance=lambda step: setattr(log, "step", step))
+    steps = train.StepLog(quick, log, SimpleNamespace(kept=str), 0)
+    for number, skipped in enumerate([1, 0, 1, 1, 1, 0, 1, 1], 1):
+        steps.add(number, {"train/loss": np.nan, "train/grad_norm": 2.0, "train/skipped": skipped})
+    steps.close()
+    first = [f"step {step} skipped: loss nan, gradient 2.0" for step in (1, 3, 7)]
+    assert lines == [*first[:2], "3 steps in a row skipped, up to step 5", first[2], "2 steps in a row skipped, up to step 8"]
 
 
 def test_a_finished_run_started_again_prints_its_end(quick, whole, tmp_path, capfd):
@@ -357,11 +408,11 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(quick, whole, tmp_path, po
         with pytest.raises(train.NotFinite, match=f"{limit} steps in a row, up to step {last}\\..*step {kept} is whole"):
             train.run(quick, tmp_path)
         assert saved_state(tmp_path)["step"] == kept
-    monkeypatch.setattr(main, "flags", SimpleNamespace(FLAGS=SimpleNamespace(config=quick)))
-    monkeypatch.setattr(main, "WORKDIR", SimpleNamespace(value=str(tmp_path)))
-    monkeypatch.setattr(main, "DRY_RUN", SimpleNamespace(value=False))
+    monkeypatch.setattr(command, "flags", SimpleNamespace(FLAGS=SimpleNamespace(config=quick)))
+    monkeypatch.setattr(command, "WORKDIR", SimpleNamespace(value=str(tmp_path)))
+    monkeypatch.setattr(command, "DRY_RUN", SimpleNamespace(value=False))
     with pytest.raises(SystemExit, match=f"^error: .* not finite for {limit} steps in a row"):  # a text is exit code 1
-        main.main([""])
+        command.main([""])
     quick.max_skipped = 20
     train.run(quick, tmp_path)
     assert_same_run(tmp_path, whole, QUICK_STEPS)

@@ -20,7 +20,6 @@ from mim_jax import journal, train
 from mim_jax.lock import locked
 from mim_jax.sharding import make_mesh
 
-
 BAD = (3, 20, 37)
 
 

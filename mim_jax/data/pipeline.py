@@ -6,8 +6,12 @@ number of processes, threads and workers does not matter, and there is nothing t
 """
 
 import itertools
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence, Sized
+import re
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 
 import grain
 import numpy as np
@@ -22,6 +26,7 @@ NAMED = 1000  # bad images that are logged by their names
 Batch = dict[str, np.ndarray]
 OnBad = Callable[[int, str], None]
 DrawMasks = Callable[[np.ndarray], Batch]
+Ahead = Callable[[Generator[Batch, None, None]], Iterator[Batch]]
 
 
 def train_batches(
@@ -36,7 +41,8 @@ def train_batches(
     workers: int = 0,
     masks: DrawMasks | None = None,
     on_bad: OnBad | None = None,
-) -> Iterator[Batch]:
+    ahead: Ahead = iter,
+) -> Generator[Batch, None, None]:
     """Endless batches of process p: rows `[p * b, (p + 1) * b)` of each global batch, `b = batch_size / process_count`.
 
     Args:
@@ -47,12 +53,14 @@ def train_batches(
       workers: processes that decode; 0 decodes in threads of this process.
       masks: positions int64 [b] in the stream -> masks by name, each bool [b, crops, N]; called where images are decoded.
       on_bad: called in this process with (row, name) for each bad image; by default, each is logged once.
+      ahead: how the batches are waited for, `Stop.ahead` for example; by default, in the calling thread.
 
     Yields:
       "image" uint8 [b, canvas, canvas, 3], with the image at the top left and zeros around it; "size" int32 [b, 2], its height
       and width; "label" int32 [b], -1 if unknown; "index" int32 [b], the row in the source; and the `masks`.
 
-    Raises ValueError for a bad argument, and while iterating for MAX_SUBSTITUTES bad images in a row.
+    Raises ValueError for a bad argument, and while iterating for MAX_SUBSTITUTES bad images in a row; OSError if a worker is
+    killed.
     """
     if batch_size % process_count:
         raise ValueError(f"The batch size {batch_size} must be divisible by the number of processes {process_count}.")
@@ -71,8 +79,32 @@ def train_batches(
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which nobody parses in a notebook.
             flags.FLAGS.mark_as_parsed()
         one_at_a_time = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        iterator = one_at_a_time.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return _report_bad(iterator, source, on_bad or log_once())
+        iterator = one_at_a_time.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
+    return _report_bad(ahead(_of_living_workers(iterator)), source, on_bad or log_once())
+
+
+def _begin_worker(*_: int) -> None:
+    """Runs first in each worker: it ends with its parent, however that ends, and not by a Ctrl-C, which all processes get."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(0)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _of_living_workers(batches: Iterable[Batch]) -> Generator[Batch, None, None]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if (match := re.search(r"Worker process was terminated .* exit code (-?\d+)", str(error))) is None:
+            raise
+        code = "by signal 9, as systems do when memory is used up" if match[1] == "-9" else f"with exit code {match[1]}"
+        raise OSError(f"a process that reads the data ended {code}; data.workers is the number of them") from error
 
 
 def choose(source: Sized, count: int, seed: int) -> np.ndarray:
@@ -141,7 +173,7 @@ def _first_good(source: Source, row: int, canvas: int) -> tuple[int, np.ndarray,
     raise ValueError(f"{MAX_SUBSTITUTES} images in a row are bad in {source.description}. The last: {last}")
 
 
-def _report_bad(batches: Iterator[Batch], source: Source, on_bad: OnBad) -> Iterator[Batch]:
+def _report_bad(batches: Iterable[Batch], source: Source, on_bad: OnBad) -> Generator[Batch, None, None]:
     """The batches without "drawn"; `on_bad` is called for their bad images, in this process and not in the workers."""
     for batch in batches:
         for drawn, used in zip(batch.pop("drawn").tolist(), batch["index"].tolist(), strict=True):
