@@ -39,6 +39,11 @@ class Noise:
     count: int
     num_classes: int = 1000
     classes: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        return self.description
 
     def __len__(self) -> int:
         return self.count

@@ -55,8 +55,10 @@ class Evaluation:
     Args:
         config: reads `eval`, `seed`, `data.canvas` and `model.img_size`.
         source: images that k-NN and probe learn from; `eval.bank` of them are chosen by the seed.
-        held_out: images on which everything is measured; `eval.test` of them. If it is the same split as `source`, the
-            split is divided: at most a fifth is measured on, and these images are not in the bank.
+        held_out: images on which everything is measured; `eval.test` of them. If they are the same images as those of
+            `source`, these are divided: at most a fifth is measured on, and these images are not in the bank.
+
+    k-NN and probe are measured where both have labels of the same classes; `unlabeled` says why they are not, or is empty.
     """
 
     def __init__(self, config: ml_collections.ConfigDict, method: Method, source: Source, held_out: Source):
@@ -65,13 +67,23 @@ class Evaluation:
         self.seed, self.canvas, self.size = config.seed, config.data.canvas, config.eval.img_size or config.model.img_size
         self.decoding = dict(levels=config.data.levels, max_pixels=config.data.max_pixels)
         bank, test = config.eval.bank, config.eval.test
-        if held_out.description == source.description:
+        if held_out.fingerprint == source.fingerprint:
             test = min(test, len(source) // 5)
             self.test_rows, self.bank_rows = np.split(pipeline.choose(source, bank + test, self.seed), [test])
         else:
             self.bank_rows, self.test_rows = (pipeline.choose(s, n, self.seed) for s, n in ((source, bank), (held_out, test)))
         if not all(self.sizes):
-            raise ValueError(f"{source.description}: {len(source)} images are too few to be divided into a bank and a test")
+            raise ValueError(f"{source.description}: {len(source)} images are too few to be evaluated on, 5 are needed")
+        said = [
+            f"{s.num_classes} classes ({', '.join(s.classes[:3])}, ...)" if s.num_classes else "none"
+            for s in (source, held_out)
+        ]
+        alike = list(source.classes) == list(held_out.classes) and source.num_classes == held_out.num_classes
+        self.num_classes, self.unlabeled = source.num_classes if alike else 0, ""
+        if not self.num_classes:
+            self.unlabeled = (
+                f"no k-NN and no probe: labels of the training images: {said[0]}; of the held-out images: {said[1]}"
+            )
         crop = method.views.crops[0].size
         self.detail = 2 * crop if crop <= DETAILED else crop
         self.on_bad = pipeline.log_once()
@@ -101,7 +113,7 @@ class Evaluation:
         measured = ("eval/knn", "eval/probe", "eval/view_retrieval")
         baselines = {f"{tag}_baseline_untrained": scores[tag] for tag in measured if tag in scores}
         labels, pixels = (bank["label"], test["label"]), (bank["pixels"], test["pixels"])
-        if self.source.num_classes:
+        if self.num_classes:
             baselines["eval/knn_baseline_pixels"] = self._knn((pixel_features(pixels[0]), pixel_features(pixels[1])), labels)[0]
             whitened = whitened_features(pixels[0].reshape(len(labels[0]), -1), pixels[1].reshape(len(labels[1]), -1))
             baselines["eval/knn_baseline_whitened"] = self._knn(whitened, labels)[0]
@@ -137,9 +149,9 @@ class Evaluation:
     def _scores(self, bank: Arrays, test: Arrays) -> dict[str, float]:
         scores: dict[str, float] = {}
         labels, features = (bank["label"], test["label"]), (bank["features"], test["features"])
-        if self.source.num_classes:
+        if self.num_classes:
             top1, top5 = self._knn(standardize(*features) if self.config.standardize else features, labels)
-            scores |= {"eval/knn": top1} | ({"eval/knn_top5": top5} if self.source.num_classes > 5 else {})
+            scores |= {"eval/knn": top1} | ({"eval/knn_top5": top5} if self.num_classes > 5 else {})
             scores["eval/probe"] = self._probe(features, labels)
         scores["eval/view_retrieval"] = float(view_retrieval(test["view_1"], test["view_2"]))
         scores["health/rank"] = float(rank_me(test["features"]))
@@ -148,10 +160,10 @@ class Evaluation:
 
     def _knn(self, features: Pair, labels: Pair) -> tuple[float, float]:
         k = min(K, len(features[0]))
-        return knn_accuracy(features[0], labels[0], features[1], labels[1], self.source.num_classes, k, TEMPERATURE)
+        return knn_accuracy(features[0], labels[0], features[1], labels[1], self.num_classes, k, TEMPERATURE)
 
     def _probe(self, features: Pair, labels: Pair) -> float:
-        return probe_accuracy(features[0], labels[0], features[1], labels[1], self.source.num_classes)
+        return probe_accuracy(features[0], labels[0], features[1], labels[1], self.num_classes)
 
     def _stream(self, source: Source, rows: np.ndarray, function: Callable[[Batch], Batch], side: int) -> Arrays:
         """`function(batch)` [B, ...] of the images at `rows`, which it turns into pictures of `side`: arrays [N, ...]."""
@@ -252,9 +264,9 @@ class Evaluation:
         images = self._images(self.source, self.bank_rows[nearest.reshape(-1)])
         found = [images[start : start + nearest.shape[1]] for start in range(0, len(images), nearest.shape[1])]
         shown = self._images(self.held_out, self.test_rows[:QUERIES])
-        if not self.source.num_classes:
+        if not self.num_classes:
             return pictures.neighbors(shown, found)
-        names = self.source.classes or [f"class {i}" for i in range(self.source.num_classes)]
+        names = self.source.classes or [f"class {i}" for i in range(self.num_classes)]
         found_names = [[names[label] for label in labels] for labels in bank["label"][nearest]]
         return pictures.neighbors(shown, found, [names[label] for label in test["label"][:QUERIES]], found_names)
 
