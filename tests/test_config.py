@@ -142,7 +142,13 @@ REFUSED = [
     ("dino", "crops.local_crops_scale", (0.6, 0.2), "must be (low, high)"),
     ("dino", "crops.local_crops_scale", (0.6,), "must be (low, high)"),
     ("dino", "crops.local_crops_scale", ("a", "b"), "each must be in (0, 1]"),
+    ("dino", "data.levels", (5, 5), "must be (black, white), two numbers, the first below the second"),
+    ("dino", "data.levels", (1, 2, 3), "must be (black, white)"),
+    ("dino", "data.levels", (0, float("inf")), "each must be in (-inf, inf)"),
+    ("dino", "data.levels", (float("nan"), 1.0), "each must be in (-inf, inf)"),
+    ("dino", "data.levels", ("a", "b"), "each must be in (-inf, inf)"),
     # Counts
+    ("dino", "data.max_pixels", 0, "must be in [1, inf)"),
     ("dino", "data.canvas", 0, "must be in [1, inf)"),
     ("dino", "data.batch_size", 0, "must be in [1, inf)"),
     ("dino", "eval.bank", 0, "must be in [1, inf)"),

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 89_478_485  # above this Pillow warns: a third of a GB as RGB, which Pillow holds in 4 bytes
 BYTES_PER_PIXEL = 8  # decoding may take this times `max_pixels`
-MAX_FILE = 2**30  # bytes
+MAX_FILE = 2**30  # bytes of a file; each reader thread may hold one
 ORIENTATION = 0x0112  # in EXIF
 WHOLE = 2**22  # pixels; larger images are converted and reduced in bands, so that memory has no second one of their size
 BAND = 2**20  # pixels of a band
@@ -48,7 +48,7 @@ def read_file(path: str | os.PathLike, limit: int = MAX_FILE) -> bytes:
     Raises OSError for anything else (a pipe, a device, a folder), which is neither read nor waited for, and for more than
     `limit` bytes.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb", buffering=0) as file:
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise OSError("no regular file (a pipe, a device, ...)")
@@ -139,11 +139,9 @@ def _opened(data: bytes, max_pixels: int) -> tuple[Image.Image, Image.Image | No
         raise BadImage("the file is empty")
     if Image.MAX_IMAGE_PIXELS and max_pixels > Image.MAX_IMAGE_PIXELS:
         Image.MAX_IMAGE_PIXELS = max_pixels  # some readers look at this global
+    tile = _check_tiff(data) if data[:2] in (b"II", b"MM") and (42 in data[2:4] or 43 in data[2:4]) else (0, 0)
     image = _identified(data)
-    width, height = image.size
-    if image.format == "TIFF":
-        tile = _check_tiff(data)
-        width, height = max(width, tile[0]), max(height, tile[1])
+    width, height = max(image.width, tile[0]), max(image.height, tile[1])
     low = None
     if _deep_color(image):
         low = _identified(data)
