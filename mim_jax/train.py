@@ -54,8 +54,10 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         make_method(config)  # bad values are refused before any data is opened
         data = config.data
         source, held_out = (sources.open_source(data.name, data.dir, split) for split in (data.split, data.eval_split))
-        data.num_examples = len(source)  # for its steps per epoch
-        method = make_method(config)
+        data.num_examples, data.fingerprint = len(source), source.fingerprint
+        survey = pipeline.survey(source, data.canvas, data.levels, data.max_pixels)
+        data.levels = survey.levels
+        method = make_method(config)  # with the steps per epoch of this source
         stack.enter_context(locked(workdir))
         begun = checkpoint.saved_steps(workdir / "checkpoints")
         if not begun and (unfinished := train_target(config, stop)) is not None:
@@ -71,6 +73,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
 
         step, bad_images = int(state.step), BadImages(log, before=record.get("bad_images", 0))
         evaluation = Evaluation(config, method, source, held_out, bad_images.name)
+        for line in filter(None, dict.fromkeys([*source.notes, *held_out.notes, *survey.lines, evaluation.unlabeled])):
+            log.print(line)
         if record:
             log.print("\n".join([f"resuming after step {step} of {total}", *checkpoint.changes(record, config)]))
         else:
@@ -80,7 +84,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
                 log.write(0, baselines := evaluation.baselines(state))
                 log.print(scores(baselines).rstrip())
 
-        settings = {key: data[key] for key in ("batch_size", "canvas", "workers")}
+        settings = {key: data[key] for key in ("batch_size", "canvas", "workers", "levels", "max_pixels")}
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
         masks = method.views.host_masks(config.seed)
         batches = pipeline.train_batches(
@@ -146,7 +150,8 @@ def train_target(config: ml_collections.ConfigDict, stop: Stop) -> TrainState | 
     network = target.network.copy_and_resolve_references().unlock()
     if max(checkpoint.saved_steps(checkpoint.absolute(target.workdir) / "checkpoints"), default=0) >= total_steps(network):
         return None
-    network.data.update({key: config.data[key] for key in ("name", "dir", "split", "eval_split", "canvas", "workers")})
+    of_images = ("name", "dir", "split", "eval_split", "canvas", "workers", "levels", "max_pixels")
+    network.data.update({key: config.data[key] for key in of_images})
     if jax.process_index() == 0:
         print(f"{config.method} needs the {network.method} run in {target.workdir}: training it first", file=sys.stderr)
     state = run(network, target.workdir, stop)

@@ -193,7 +193,7 @@ def test_a_full_disk_is_one_message_and_exit_code_1(runs, stopped):
     output = run.communicate(timeout=300)[1]
     assert run.returncode == 1
     assert "mim_jax/train.py" not in output  # no traceback of ours; Orbax's threads may print some of their event loop
-    words = f"^error: writing a checkpoint to {workdir}/checkpoints failed: .*The checkpoint of step {saved_state(stopped)['step']} is whole"
+    words = f"^error: writing a checkpoint to {workdir}/checkpoints failed: .*step {saved_state(stopped)['step']} is whole"
     assert re.search(words, output, re.MULTILINE)
     assert_same_bits(saved_state(workdir), saved_state(stopped))
 

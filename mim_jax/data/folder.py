@@ -8,19 +8,18 @@ import itertools
 import os
 import pathlib
 import re
-import stat
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from mim_jax.data.decode import read_file
 from mim_jax.data.sources import Example, fingerprint, shown
 
 ENDINGS = frozenset(
     ".apng .avif .bmp .dib .gif .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pfm .pgm .png .pnm .ppm .qoi "
     ".tga .tif .tiff .webp".split()
 )
-MAX_BYTES = 2**30  # of a file; each reader thread may hold one
 STRAY = 10  # pictures beside sub-folders are stray if at most one in so many is
 NO_DATA = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")  # what systems leave on disks
 OF_A_RUN = ("checkpoints", "pictures", "tensorboard")
@@ -61,18 +60,8 @@ class FolderSource:
         return len(self.files)
 
     def __getitem__(self, row: int) -> Example:
-        """Raises OSError for a file that is gone, no regular file any more, or of more than MAX_BYTES."""
-        path = self.root / self.files[row]
-        # a pipe without a writer would block; that it became one since the files were listed is seen once it is open
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError("no regular file")
-            if status.st_size > MAX_BYTES:
-                raise OSError(
-                    f"{status.st_size / 2**30:.1f} GiB, and files of more than {MAX_BYTES / 2**30:g} GiB are not read"
-                )
-            return Example(file.read(), int(self.labels[row]))
+        """Raises OSError for a file that is gone, no regular one any more, or too large."""
+        return Example(read_file(self.root / self.files[row]), int(self.labels[row]))
 
     def name(self, row: int) -> str:
         return shown(str(self.root / self.files[row]))

@@ -95,14 +95,29 @@ def fingerprint(source: "Source", names: str, labels: Sequence[int] | np.ndarray
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Images of one size in memory."""
+    """Images of one size in memory. Raises ValueError for other arrays than uint8 [N, h, w, 3] or [N, h, w, 1]."""
 
-    images: np.ndarray  # uint8 [N, h, w, 3]
+    images: np.ndarray  # uint8 [N, h, w, 3]; or [N, h, w, 1], grey
     labels: np.ndarray  # int [N]
     num_classes: int
     description: str = "arrays in memory"
     classes: Sequence[str] = ()
     notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        dtype, shape = getattr(self.images, "dtype", type(self.images).__name__), list(np.shape(self.images))
+        if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8:
+            what = {"f": "(images * 255).round().astype(np.uint8) of floats in 0..1", "b": "images * np.uint8(255)"}
+            raise ValueError(
+                f"images are {dtype} {shape}, wanted is uint8 [N, h, w, 3] with levels of 0 to 255, or [N, h, w, 1]: "
+                + (
+                    "move or add the axis of channels, such as images[..., None]"
+                    if dtype == np.uint8
+                    else what.get(getattr(dtype, "kind", ""), "scale them to 0..255 and use .astype(np.uint8)")
+                )
+            )
+        if len(self.labels) != len(self.images):
+            raise ValueError(f"there are {len(self.images)} images and {len(self.labels)} labels")
 
     @functools.cached_property
     def fingerprint(self) -> str:

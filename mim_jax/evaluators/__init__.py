@@ -73,6 +73,7 @@ class Evaluation:
         self.config, self.method, self.source, self.held_out = config.eval, method, source, held_out
         self.tokenizer: Any = method  # where "tokens" are among the pictures
         self.seed, self.canvas, self.size = config.seed, config.data.canvas, config.eval.img_size or config.model.img_size
+        self.decoding = dict(levels=config.data.levels, max_pixels=config.data.max_pixels)
         bank, test = config.eval.bank, config.eval.test
         if held_out.description == source.description:
             test = min(test, len(source) // 5)
@@ -185,7 +186,8 @@ class Evaluation:
         size = self.batch_size(len(rows), side)
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
         results: Arrays = OrderedDict()
-        stream = pipeline.eval_batches(source, rows, canvas=self.canvas, batch_size=size, on_bad=self.on_bad, **processes)
+        options = processes | self.decoding
+        stream = pipeline.eval_batches(source, rows, canvas=self.canvas, batch_size=size, on_bad=self.on_bad, **options)
         for start, batch in zip(range(0, len(rows), size), stream, strict=True):
             for name, part in jax.device_get(gather(OrderedDict(function(global_batch(batch))))).items():
                 if not start:
