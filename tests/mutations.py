@@ -274,8 +274,9 @@ MUTATIONS = (
       "test_data.py::test_eval_batches_hold_each_row_once_in_order_for_any_number_of_hosts"),
     # Folders and files
     M("a class named train is a split", "data/folder.py",
-      '(None not in kinds.values() or ("train" in known and len(known) > 1))', "True", "test_folder.py::test_a_class_may_be_named_like_a_split"),
-    M("a folder behind two links counts twice", "data/folder.py", "if inode in seen:", "if False:",
+      '(None not in kinds.values() or ("train" in known and len(known) > 1))', "True",
+      "test_folder.py::test_a_class_may_be_named_like_a_split"),
+    M("a folder is read behind each link", "data/folder.py", "if inode in seen:", "if False:",
       "test_folder.py::test_each_image_counts_once"),
     M("pictures of a run are trained on", "data/folder.py", 'OF_A_RUN if "config.json" in names',
       '() if "config.json" in names', "test_folder.py::test_pictures_of_a_run_are_no_images"),
