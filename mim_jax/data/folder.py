@@ -185,7 +185,7 @@ def _images_below(root: pathlib.Path) -> tuple[Images, LeftOut]:
             if not found:
                 left["empty folder{s}"].append(folder)
             names = {entry.name for entry in found}
-            of_a_run = OF_A_RUN if "config.json" in names and names & {"metrics.jsonl", "checkpoints"} else ()
+            of_a_run = OF_A_RUN if len(names & {"config.json", "metrics.jsonl", "checkpoints"}) > 1 else ()
             for entry in found:
                 name, is_link = folder + entry.name, entry.is_symlink()
                 is_folder, is_file = _kinds(entry)
