@@ -267,7 +267,7 @@ def test_endings(tmp_path):
 
 
 def test_the_root_is_a_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="a.zip is a file"):
+    with pytest.raises(FileNotFoundError, match="a.zip is no folder"):
         open_folder(make(tmp_path, "a.zip") / "a.zip")
 
 

@@ -93,10 +93,9 @@ def open_folder(data_dir: str | os.PathLike | None, split: str) -> FolderSource:
     """
     root = pathlib.Path(data_dir or "").expanduser()
     if not data_dir or not root.is_dir():
-        where = (
-            f"{shown(str(root.absolute()))} is {'a file' if root.exists() else 'not there'}" if data_dir else "none is given"
-        )
-        raise FileNotFoundError(f"There is no folder to read, {where}: set --config.data.dir to a folder of images.")
+        path = shown(str(root.absolute()))
+        where = f"{path} is no folder" if root.exists() else f"There is no folder {path}"
+        raise FileNotFoundError(f"{where if data_dir else 'data.dir is missing'}: set --config.data.dir to a folder of images.")
     images, left = _images_below(root)
     if not images:
         others = "; ".join(_left_out(left)) or "it is empty"
@@ -175,7 +174,7 @@ def _images_below(root: pathlib.Path) -> tuple[Images, LeftOut]:
             if not found:
                 left["empty folder{s}"].append(folder)
             names = {entry.name for entry in found}
-            of_a_run = OF_A_RUN if "config.json" in names and names & {"metrics.jsonl", "checkpoints"} else ()
+            of_a_run = OF_A_RUN if len(names & {"config.json", "metrics.jsonl", "checkpoints"}) > 1 else ()
             for entry in found:
                 name, is_link = folder + entry.name, entry.is_symlink()
                 is_folder, is_file = _kinds(entry)

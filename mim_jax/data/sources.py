@@ -56,9 +56,10 @@ def open_source(name: str, data_dir: str | os.PathLike | None = None, split: str
         "name:1.0.0".
       data_dir: for "folder" the folder of images; for "cifar10" the cache, by default $MIM_JAX_CACHE or mim_jax in the user's
         cache; for TFDS the folder of all data sets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      split: "train", "test", ...; for TFDS also sub-splits such as "train[:90%]".
+      split: "train", "test", ...; for TFDS also sub-splits such as "train[:90%]". The rules of a folder: `folder.open_folder`.
 
-    Raises FileNotFoundError if there is no such data, and ValueError if it has no such split or no images.
+    Raises FileNotFoundError if there is no such data, OSError if it cannot be read or fetched, and ValueError if it has no such
+    split or no images.
     """
     if name == "cifar10":
         return _open_cifar10(pathlib.Path(data_dir).expanduser() if data_dir else _cache(), split)
