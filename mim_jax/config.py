@@ -88,7 +88,8 @@ NUMBERS = (
     (r"seed", f"[0, {2**32})"),
     (r"data\.mean", "[0, 1]"),
     (r"data\.std", "(0, 1]"),
-    (r"data\.(batch_size|canvas)|eval\.(bank|test|batch_size|img_size)|checkpoint\.keep|max_skipped", "[1, inf)"),
+    (r"data\.levels", "(-inf, inf)"),
+    (r"data\.(batch_size|canvas|max_pixels)|eval\.(bank|test|batch_size|img_size)|max_skipped", "[1, inf)"),
     (r"model\.(img_size|patch_size|dim|depths?|heads|window|unroll|hidden|layers|codes|codebook_dim|\w+_depth)", "[1, inf)"),
     (r"head\.patch_out_dim", "[0, inf)"),
     (r"\w+\.(dim|depth|heads|codes)|(ibot_)?head\.(\w+_dim|vocab_size|nlayers)", "[1, inf)"),
@@ -143,6 +144,8 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise wrong(key, f"{'each ' * several}must be in {interval}{hint}")
         if name in ("data.mean", "data.std") and len(real) != 3:
             raise wrong(key, "must be three numbers, of red, green and blue")
+        if name == "data.levels" and several and (len(real) != 2 or real[0] >= real[1]):
+            raise wrong(key, "must be (black, white), two numbers, the first below the second")
         if re.fullmatch(RANGES, name) and several and (len(real) != 2 or real[0] > real[1]):
             raise wrong(key, "must be (low, high)")
 
@@ -216,9 +219,12 @@ def skeleton() -> ml_collections.ConfigDict:
     config.data.dir = placeholder(str)  # TFDS directory, or the folder
     config.data.split = "train"
     config.data.eval_split = "validation"
-    config.data.num_examples = 1_281_167  # a run sets it to what its source has
+    config.data.num_examples = 1_281_167  # a run sets these two to what its source has
+    config.data.fingerprint = placeholder(str)  # of names, labels and some images: see mim_jax/data/sources.py
     config.data.batch_size = 1024  # global
     config.data.canvas = 320  # images are decoded to fit a square of this size, in pixels
+    config.data.levels = placeholder(tuple)  # (black, white) of images of more than 8 bits; None: measured at the start
+    config.data.max_pixels = 89_478_485  # larger images are refused; decoding takes up to 8 bytes of memory for each
     config.data.workers = 8  # decoding processes on each host
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
@@ -260,7 +266,7 @@ def skeleton() -> ml_collections.ConfigDict:
     config.eval.standardize = False  # for the k-NN: each feature less its mean over its std on the bank
 
     config.checkpoint.every = "1 epoch"
-    config.checkpoint.keep = 2
+    config.checkpoint.keep = 2  # 0: all
     config.log_every = "50 steps"
     config.max_skipped = 20  # stop after so many steps in a row whose loss or gradient is not finite
 

@@ -32,6 +32,11 @@ SAME_FEATURES = 0.01
 ONE_DIRECTION = 1.5
 # Share of the run before which equal assignments are no collapse yet: most runs pass through them in the first steps.
 EARLY = 0.1
+# Held-out images below which nothing is judged: a score of fewer has a standard error of 0.03 and more, and few features span
+# few directions in any case.
+ENOUGH_IMAGES = 200
+# Standard errors by which two scores must differ to count as better or worse.
+ERRORS = 2.0
 # Share of the run after which features should score higher than those of the untrained encoder.
 LATE = 0.5
 
@@ -103,7 +108,8 @@ def feature_std(features: Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """`status` is "healthy", "too early", "not learning", "collapsing" or "broken"; `sentence` gives the reason."""
+    """`status` is "healthy", "too early", "too few images", "mixed", "not learning", "collapsing" or "broken"; `sentence`
+    gives the reason."""
 
     status: str
     sentence: str
@@ -113,7 +119,11 @@ class Verdict:
 
 
 def verdict(
-    figures: Mapping[str, float | None], num_prototypes: int | None = None, progress: float = 1.0, codes: int | None = None
+    figures: Mapping[str, float | None],
+    num_prototypes: int | None = None,
+    progress: float = 1.0,
+    codes: int | None = None,
+    images: int | None = None,
 ) -> Verdict:
     """Judges a run by its latest metrics. Criteria whose metrics are missing are skipped.
 
@@ -124,62 +134,72 @@ def verdict(
         num_prototypes: K, needed for the entropies.
         progress: share of the run that is done, 0 to 1.
         codes: size of a tokenizer's codebook. A tokenizer is judged by its codebook usage, not by its features.
+        images: number of held-out images that were measured on. Below ENOUGH_IMAGES nothing but "broken" is said. None:
+            enough, and scores have no error.
     """
     lost = [tag for tag, value in figures.items() if value is None or not math.isfinite(value)]
     if lost:
         return Verdict("broken", f"{', '.join(sorted(lost))} {'is' if len(lost) == 1 else 'are'} not finite.")
 
     known = {tag.removeprefix("health/"): float(value) for tag, value in figures.items() if value is not None}
-    signs = []
     std, rank = known.get("feature_std"), known.get("rank")
-    if std is not None:
-        signs.append(f"feature std {std:.2f}")
-        if std < SAME_FEATURES:
-            return Verdict("collapsing", f"feature std {std:.2g}: all images have the same features.")
-    if rank is not None:
-        signs.append(f"feature rank {rank:.1f}")
-        if rank < ONE_DIRECTION:
-            return Verdict("collapsing", f"feature rank {rank:.2f}: all features lie along one direction.")
-
+    features = [] if std is None else [f"feature std {std:.2f}"]
+    features += [] if rank is None else [f"feature rank {rank:.1f}"]
+    assignments = usage = ""
     if num_prototypes and "teacher_entropy" in known:
         share = known["teacher_entropy"] / math.log(num_prototypes)
         used, information = known["prototype_usage"] * num_prototypes, known["mutual_information"]
         assignments = f"teacher entropy {share:.0%} of uniform, {used:.0f} of {num_prototypes} prototypes in use"
         assignments += f", mutual information of image and prototype {information:.2g} nats"
-        if information < SAME_ASSIGNMENT or used < FEW_PROTOTYPES:
-            if progress < EARLY:
-                return Verdict("too early", f"{assignments}; {progress:.0%} of the run is done.")
-            if used < FEW_PROTOTYPES:
-                reason = "all images are assigned to the same prototype (is the teacher centered?)"
-            elif share > UNIFORM:
-                reason = "all images get the same uniform assignment (is the teacher's temperature low enough?)"
-            else:
-                reason = "all images get the same assignment"
-            return Verdict("collapsing", f"{assignments}: {reason}.")
-        signs = [assignments, f"KL(teacher || student) {known['kl']:.2g} nats", *signs]
-
+        features = [assignments, f"KL(teacher || student) {known['kl']:.2g} nats", *features]
     if codes and "codebook_perplexity" in known:
         usage = f"codebook perplexity {known['codebook_perplexity']:.0f} of {codes}"
         usage += f", {known['codebook_usage']:.0%} of the codes in use"
-        if known["codebook_perplexity"] >= FEW_CODES * codes:
-            return Verdict("healthy", f"{', '.join([usage, *signs])}.")
+        features = [usage, *features]
+    compared = []  # (clearly better, clearly worse, text)
+    for tag, what in (("eval/view_retrieval", "view retrieval"), ("eval/knn", "k-NN")):
+        value, baseline = known.get(tag), known.get(f"{tag}_baseline_untrained")
+        if value is not None and baseline is not None:
+            error = ERRORS * math.sqrt((value * (1 - value) + baseline * (1 - baseline)) / images) if images else 0.0
+            text = f"{what} {value:.3f} (untrained {baseline:.3f})"
+            compared.append((value > baseline + error, value < baseline - error, text))
+    signs = features + [text for _, _, text in compared]
+
+    if not signs:
+        return Verdict("too early", "nothing has been measured yet.")
+    if images is not None and images < ENOUGH_IMAGES:
+        few = f"too few held-out images ({images}) for a verdict; {ENOUGH_IMAGES} are needed. Measured: "
+        return Verdict("too few images", f"{few}{', '.join(signs)}.")
+    if std is not None and std < SAME_FEATURES:
+        return Verdict("collapsing", f"feature std {std:.2g}: all images have the same features.")
+    if rank is not None and rank < ONE_DIRECTION:
+        return Verdict("collapsing", f"feature rank {rank:.2f}: all features lie along one direction.")
+    if assignments and (information < SAME_ASSIGNMENT or used < FEW_PROTOTYPES):
+        if progress < EARLY:
+            return Verdict("too early", f"{assignments}; {progress:.0%} of the run is done.")
+        if used < FEW_PROTOTYPES:
+            reason = "all images are assigned to the same prototype (is the teacher centered?)"
+        elif share > UNIFORM:
+            reason = "all images get the same uniform assignment (is the teacher's temperature low enough?)"
+        else:
+            reason = "all images get the same assignment"
+        return Verdict("collapsing", f"{assignments}: {reason}.")
+    if usage:
+        if known["codebook_perplexity"] >= FEW_CODES * (codes or 0):
+            return Verdict("healthy", f"{', '.join(features)}.")
         if progress < EARLY:
             return Verdict("too early", f"{usage}; {progress:.0%} of the run is done.")
         return Verdict("collapsing", f"{usage}: most codes are unused.")
 
-    compared = []
-    for name, what in (("eval/view_retrieval", "view retrieval"), ("eval/knn", "k-NN")):
-        value, baseline = known.get(name), known.get(f"{name}_baseline_untrained")
-        if value is not None and baseline is not None:
-            compared.append((value > baseline, f"{what} {value:.3f} (untrained {baseline:.3f})"))
-    if compared and not any(better for better, _ in compared):
-        scores = ", ".join(text for _, text in compared)
-        if progress < LATE:
-            return Verdict("too early", f"not better than untrained yet: {scores}; {progress:.0%} of the run is done.")
-        return Verdict("not learning", f"no better than the untrained encoder: {scores}.")
-    signs += [text for _, text in compared]
-    if not signs:
-        return Verdict("too early", "nothing has been measured yet.")
+    better, worse = ([row for row in compared if row[which]] for which in (0, 1))
+    scores = ", ".join(text for _, _, text in compared)
+    if compared and (worse or not better) and progress < LATE:
+        return Verdict("too early", f"not clearly better than untrained yet: {scores}; {progress:.0%} of the run is done.")
+    if compared and not better:
+        return Verdict("not learning", f"not clearly better than the untrained encoder: {scores}.")
+    if worse:
+        fell, rose = (" and ".join(text for _, _, text in group) for group in (worse, better))
+        return Verdict("mixed", f"better than the untrained encoder in {rose}, but worse in {fell}.")
     return Verdict("healthy", f"{', '.join(signs)}.")
 
 

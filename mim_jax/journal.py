@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import jax
 from PIL import Image
@@ -24,6 +24,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from tqdm.auto import tqdm
 
 FILE = "metrics.jsonl"
+POINTS = 300  # of a curve at most; even
 
 # tag -> how the progress shows it
 SHOWN: Mapping[str, Callable[[float], str]] = {
@@ -34,6 +35,57 @@ SHOWN: Mapping[str, Callable[[float], str]] = {
 }
 
 
+class Curve:
+    """A series of any length in bounded memory: at most POINTS points and an open one at the end.
+
+    Each point is the mean of `size` neighbors; the open one is the mean of those that came after. When all points are taken,
+    neighbors are merged and the size doubles, so all points have the same weight at any time.
+    """
+
+    def __init__(self) -> None:
+        self.size = 1
+        self._whole: list[tuple[float, float]] = []
+        self._open = (0, 0.0, 0.0)  # how many, sum of x, sum of y
+
+    def add(self, x: float, y: float) -> None:
+        if len(self._whole) == POINTS:
+            pairs = zip(self._whole[::2], self._whole[1::2], strict=True)
+            self._whole, self.size = [((a + c) / 2, (b + d) / 2) for (a, b), (c, d) in pairs], 2 * self.size
+        count, sum_x, sum_y = self._open
+        self._open = count + 1, sum_x + x, sum_y + y
+        if count + 1 == self.size:
+            self._whole.append(self._mean())
+            self._open = (0, 0.0, 0.0)
+
+    def points(self) -> list[tuple[float, float]]:
+        return [*self._whole, self._mean()] if self._open[0] else list(self._whole)
+
+    def _mean(self) -> tuple[float, float]:
+        count, sum_x, sum_y = self._open
+        return sum_x / count, sum_y / count
+
+
+class History:
+    """What the report shows of the figures so far, in bounded memory: the last value and the curve of each tag.
+
+    `latest`: tag (and `step`) -> last value, None where it was not finite; `steps`: tag -> the step of that value.
+    `curves`: tag -> Curve of its finite values.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[str, Any] = {}
+        self.steps: dict[str, int] = {}
+        self.curves: dict[str, Curve] = {}
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """`row`: a line of metrics.jsonl."""
+        self.latest |= row
+        self.steps |= dict.fromkeys(row, row["step"])
+        for tag, value in row.items():
+            if tag != "step" and value is not None:
+                self.curves.setdefault(tag, Curve()).add(row["step"], value)
+
+
 class Journal(contextlib.AbstractContextManager["Journal"]):
     """Writes a run's figures to `workdir/metrics.jsonl` and `workdir/tensorboard`, and its progress to standard error.
 
@@ -42,6 +94,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     A run that resumes after step s drops the lines of later steps, and one that a kill cut short. So each step is logged
     exactly once, provided that the figures of a step are written before its checkpoint.
+
+    `history` is what metrics.jsonl holds, as the report needs it: no row is read again while the run goes on.
 
     Progress is a bar on a terminal or in a notebook, and one line for each `show` elsewhere.
 
@@ -65,6 +119,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         self._lap: tuple[int, float] | None = None  # the same at the last `images_per_s`, moved on by pauses
         self._shown: dict[str, float] = {}
         self._bar = None
+        self.history = History()
         self._active = jax.process_index() == 0
         if not self._active:
             return
@@ -72,8 +127,11 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         with named_errors(self.path):
             board = self.workdir / "tensorboard"
             board.mkdir(parents=True, exist_ok=True)
-            kept = [row for row in read(workdir) if resume_step is not None and row["step"] <= resume_step]
-            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            with replacing(self.path) as draft:
+                for row in rows(workdir) if resume_step is not None else ():
+                    if row["step"] <= self.step:
+                        draft.write(json.dumps(row).encode() + b"\n")
+                        self.history.add(row)
             self._lines = self.path.open("a", buffering=1)
             # Written directly: the thread of tensorboardX's SummaryWriter dies of a full disk, and the run then waits for ever.
             self._events = EventsWriter(str(board / "events"), filename_suffix=f".{os.getpid()}.{time.time_ns()}")
@@ -90,8 +148,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             return
         values = {tag: float(value) for tag, value in figures.items()}
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        row = {"step": int(step), **finite}
         with named_errors(self.path):
-            self._lines.write(json.dumps({"step": int(step), **finite}, allow_nan=False) + "\n")
+            self._lines.write(json.dumps(row, allow_nan=False) + "\n")
+            self.history.add(row)
             scalars = [summary.scalar(tag, value).value[0] for tag, value in finite.items() if value is not None]
             self._event(step, summary=summary_pb2.Summary(value=scalars))
 
@@ -149,7 +209,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             self.print(" | ".join([f"step {self.step}/{self.total}", *shown, f"ETA {self._eta()}"]))
 
     def print(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
+        """Prints a line without breaking the bar. What the output cannot encode is written as an escape."""
+        encoding = getattr(self._file, "encoding", None) or "utf-8"
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
         if self._bar is not None:
             self._bar.write(text, file=self._file)
         elif self._active:
@@ -179,23 +241,37 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-    """The lines of `workdir/metrics.jsonl` in order ([] without the file); a line that is not whole is left out."""
+def rows(workdir: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """The lines of `workdir/metrics.jsonl` in order (none without the file), one at a time. A line that is not whole, or that
+    is no row of numbers, is left out."""
     path = Path(workdir) / FILE
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
+    if not path.exists():
+        return
+    with path.open(errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line, parse_constant=lambda name: None)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(row, dict) and type(row.get("step")) is int and all(map(_is_figure, row.values())):
+                yield row
 
 
-def latest(workdir: str | os.PathLike) -> dict[str, Any]:
-    """The last value of every tag, and of `step`, in `workdir/metrics.jsonl`; None where it was not finite."""
-    return {tag: value for row in read(workdir) for tag, value in row.items()}
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """All rows of `workdir/metrics.jsonl`, see `rows`, for a notebook."""
+    return list(rows(workdir))
+
+
+def history(workdir: str | os.PathLike) -> History:
+    """Of the rows of `workdir/metrics.jsonl`, which are read once."""
+    found = History()
+    for row in rows(workdir):
+        found.add(row)
+    return found
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and math.isfinite(value))
 
 
 def inherit(old: Path, new: Path) -> None:
@@ -206,12 +282,29 @@ def inherit(old: Path, new: Path) -> None:
             shutil.copytree(old / "pictures", new / "pictures", dirs_exist_ok=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Replaces a file at once: a reader, or a run that is killed here, never leaves half of it."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A draft of a file, which takes the file's place at the end of the block, whole and on the disk: neither a kill nor a
+    crash of the machine leaves half of the file. An error leaves the old one; what a kill leaves of a draft, the next one
+    overwrites."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.tmp")
-    draft.write_bytes(content)
-    draft.replace(path)
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces a file at once, see `replacing`."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 @contextlib.contextmanager

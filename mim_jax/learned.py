@@ -5,6 +5,7 @@ What a run learned is its EMA teacher, or its parameters if it has no teacher.
 
 import dataclasses
 import functools
+import math
 import re
 import sys
 import zipfile
@@ -16,12 +17,13 @@ import ml_collections
 import numpy as np
 
 from mim_jax import convert, sharding
-from mim_jax.checkpoint import SavedRun
+from mim_jax.checkpoint import SavedRun, newest
 from mim_jax.methods.base import Params, made
 from mim_jax.models import positions
 from mim_jax.sharding import path_name
 
 MASK_TOKEN = "mask_token"
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 SECTIONS = ("teacher", "params", "extra")  # of a saved state; the first that has a part has what was learned of it
 
 
@@ -36,12 +38,15 @@ class Run(NamedTuple):
 
 
 def load_run(workdir: str | Path) -> Run:
-    """The newest checkpoint in a workdir. Raises FileNotFoundError if there is none."""
-    saved = SavedRun(workdir)
-    config = ml_collections.ConfigDict(saved.record["config"]).lock()
-    shapes = saved.shapes()
-    learned = read_parts(saved, {part: where(shapes, part) for part in shapes["params"]}, shapes)
-    return Run(config, made(config), learned, saved.read({"extra": shapes["extra"]})["extra"], saved.step)
+    """The newest checkpoint in a workdir that is not damaged. Raises FileNotFoundError if there is none."""
+
+    def read(saved: SavedRun) -> Run:
+        config = ml_collections.ConfigDict(saved.record["config"]).lock()
+        shapes = saved.shapes()
+        learned = read_parts(saved, {part: where(shapes, part) for part in shapes["params"]}, shapes)
+        return Run(config, made(config), learned, saved.read({"extra": shapes["extra"]})["extra"], saved.step)
+
+    return newest(workdir, read)
 
 
 def abstract_target(method: Any, config: ml_collections.ConfigDict) -> Params:
@@ -62,7 +67,7 @@ def load_target(method: Any, config: ml_collections.ConfigDict) -> Params:
         return {}
     target = config.target
     if target.weights:
-        given = official_parts(target.weights, target.family)
+        given = official_parts(target.weights, target.family, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(wanted)))
         refuse(misfits(given, wanted), f"the weights in {target.weights}")
         return jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), given, wanted)
     if not target.workdir:
@@ -70,12 +75,15 @@ def load_target(method: Any, config: ml_collections.ConfigDict) -> Params:
             f"{config.method} learns from {target.config}: name its run, --config.target.workdir=..., or official weights, "
             "--config.target.weights=file.npz --config.target.family=..."
         )
-    saved = SavedRun(target.workdir)
-    shapes = saved.shapes()
-    sections = {part: where(shapes, part) for part in wanted}
-    there = {part: shapes[section][part] for part, section in sections.items() if section}
-    refuse(misfits(there, wanted), f"the parameters in {saved.path}")
-    return read_parts(saved, sections, dict.fromkeys(SECTIONS, wanted))
+
+    def read(saved: SavedRun) -> Params:
+        shapes = saved.shapes()
+        sections = {part: where(shapes, part) for part in wanted}
+        there = {part: shapes[section][part] for part, section in sections.items() if section}
+        refuse(misfits(there, wanted), f"the parameters in {saved.path}")
+        return read_parts(saved, sections, dict.fromkeys(SECTIONS, wanted))
+
+    return newest(target.workdir, read)
 
 
 def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> Any:
@@ -86,7 +94,11 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
     shape (another head) stays new, and so does `extra` then. Raises ValueError if the encoder does not fit, and for names in
     `init_parts` that are not parts of both.
     """
-    saved = SavedRun(config.init_from)
+    return newest(config.init_from, lambda saved: begun(method, config, state, saved))
+
+
+def begun(method: Any, config: ml_collections.ConfigDict, state: Any, saved: SavedRun) -> Any:
+    """As `begin_with`, with this checkpoint."""
     shapes = saved.shapes()
     here = {name: getattr(state, name) for name in SECTIONS}
     both = [part for part in state.params if part in shapes["params"]]
@@ -137,7 +149,7 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
         }
     if jax.process_index() == 0:
         taken = [f"{ours}/{part}{f' from {theirs}' * (ours != theirs)}" for ours, part, theirs in pairs]
-        text = f"initialised from step {saved.step} in {saved.folder.parent}: {', '.join(taken)}"
+        text = f"initialised from step {saved.step} in {saved.workdir}: {', '.join(taken)}"
         text += f"; interpolated: {', '.join(fitted)}" * bool(fitted) + f"; new: {', '.join(new + fresh)}" * bool(new + fresh)
         print(text, file=sys.stderr)
     return dataclasses.replace(state, **here)
@@ -172,16 +184,51 @@ def as_saved(here: jax.Array, there: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStru
     return jax.ShapeDtypeStruct(there.shape, here.dtype, sharding=place)
 
 
-def official_parts(file: str, family: str) -> Params:
-    """The parameters in a .npz file of official arrays, by part."""
+def official_parts(file: str, family: str, count: int) -> Params:
+    """The parameters in a .npz file of official arrays, by part; the network has `count` numbers.
+
+    Raises FileNotFoundError if there is no such file, and ValueError if it is another kind of file, is damaged, or unpacks to
+    much more than its own size and than the network needs. Nothing in it is run.
+    """
     if not Path(file).is_file():
         raise FileNotFoundError(f"there is no file {Path(file).absolute()} (config.target.weights)")
     try:
-        with np.load(file) as arrays:
-            named = dict(arrays)
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is no .npz file of named arrays: {error}") from error
+        named = read_npz(file, limit=max(4 * Path(file).stat().st_size, 16 * count + 2**24))
+    except Exception as error:  # of broken bytes zipfile and NumPy raise almost anything
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{file} is no .npz file of named arrays: {reason}. Wanted is what np.savez(file, **arrays) writes of "
+            "{state-dict key: array}"
+        ) from error
     return convert.from_torch(named, family)
+
+
+def read_npz(file: str, limit: int) -> dict[str, np.ndarray]:
+    """The arrays of a .npz file, of numbers only and of at most `limit` bytes together, which is known before any is read."""
+    arrays = {}
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if other := [member.filename for member in members if not member.filename.endswith(".npy")]:
+            raise ValueError(f"it has the member {other[0]!r}" + " (a file of PyTorch?)" * other[0].endswith(".pkl"))
+        if (size := sum(member.file_size for member in members)) > limit:
+            raise ValueError(f"it claims to unpack to {size:,} bytes, and more than {limit:,} are not plausible")
+        for member in members:
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(f"{member.filename!r} is compressed by method {member.compress_type}")
+            with archive.open(member) as content:
+                read_header = HEADERS.get(version := np.lib.format.read_magic(content))
+                if read_header is None:
+                    raise ValueError(f"{member.filename!r} has version {version} of the format")
+                shape, fortran, dtype = read_header(content)
+                if dtype.kind not in "fiub":
+                    raise ValueError(f"{member.filename!r} is an array of {dtype}, not of numbers")
+                if math.prod(shape) * dtype.itemsize != member.file_size - content.tell():
+                    raise ValueError(
+                        f"{member.filename!r} has {member.file_size:,} bytes, which do not fit {dtype} {list(shape)}"
+                    )
+                data = np.frombuffer(content.read(), dtype)
+            arrays[member.filename.removesuffix(".npy")] = data.reshape(shape, order="F" if fortran else "C")
+    return arrays
 
 
 def misfits(there: Params, here: Params, loose: str = "(?!)") -> list[str]:

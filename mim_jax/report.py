@@ -1,6 +1,6 @@
 """report.html: a run on one self-contained page. Curves are SVG, pictures are embedded.
 
-It is made from `metrics.jsonl` and `pictures/`, and rewritten while the run goes on.
+It is made from the history of the figures and `pictures/`, and rewritten while the run goes on.
 """
 
 import base64
@@ -14,9 +14,9 @@ from typing import Any
 
 from mim_jax import journal
 from mim_jax.health import Verdict
+from mim_jax.journal import History
 
 FILE = "report.html"
-POINTS = 300  # of a curve at most; neighboring points of longer curves are averaged
 
 # picture -> (heading, caption), in the order of the page
 CAPTIONS: Mapping[str, tuple[str, str]] = {
@@ -121,20 +121,21 @@ CHARTS = (
 )
 
 
-def write_report(workdir: str | os.PathLike, *, title: str, config: str, verdict: Verdict, facts: Mapping[str, str]) -> Path:
-    """Writes `workdir/report.html` atomically, from `metrics.jsonl` and `pictures/*.png` there, and returns its path.
+def write_report(
+    workdir: str | os.PathLike, history: History, *, title: str, config: str, verdict: Verdict, facts: Mapping[str, str]
+) -> Path:
+    """Writes `workdir/report.html` atomically, from the figures and from `workdir/pictures/*.png`, and returns its path.
 
-    `facts`, name -> text, are shown at the end: data, steps, device, versions. Raises OSError, naming the path, if it cannot
-    be written.
+    `history`: that of the journal while a run goes on, else `journal.history(workdir)`. `facts`, name -> text, are shown at
+    the end: data, steps, device, versions. Raises OSError, naming the path, if it cannot be written.
     """
     workdir = Path(workdir)
-    history = journal.read(workdir)
-    latest = {tag: value for row in history for tag, value in row.items()}
+    latest = history.latest
     scores = "".join(_score(chart, latest) for chart in SCORES)
-    charts = "".join(_chart(chart, history, latest) for chart in CHARTS)
+    charts = "".join(_chart(chart, history) for chart in CHARTS)
     drawn = {tag for chart in CHARTS for tag in chart.series} | {"step"}
     others = sorted(tag for tag in latest if tag not in drawn and "_baseline_" not in tag)
-    more = "".join(_chart(Chart(tag, "", {tag: tag}), history, latest) for tag in others)
+    more = "".join(_chart(Chart(tag, "", {tag: tag}), history) for tag in others)
     files = {path.stem: path for path in sorted((workdir / "pictures").glob("*.png"))}
     pictures = "".join(_picture(files[name]) for name in {**CAPTIONS, **files} if name in files)
     page = PAGE.format(
@@ -142,7 +143,7 @@ def write_report(workdir: str | os.PathLike, *, title: str, config: str, verdict
         step=f"{latest.get('step', 0):,}",
         style=STYLE,
         status=escape(verdict.status),
-        mood={"healthy": "good", "too early": "calm"}.get(verdict.status, "bad"),
+        mood={"healthy": "good", "too early": "calm", "too few images": "calm"}.get(verdict.status, "bad"),
         sentence=escape(verdict.sentence),
         scores=scores,
         charts=charts and f'<h2>Curves <small>over training steps</small></h2><section class="charts">{charts}</section>',
@@ -153,7 +154,7 @@ def write_report(workdir: str | os.PathLike, *, title: str, config: str, verdict
     )
     path = workdir / FILE
     with journal.named_errors(path):
-        journal.write_whole(path, page.encode())
+        journal.write_whole(path, page.encode(errors="backslashreplace"))
     return path
 
 
@@ -173,13 +174,6 @@ def ticks(low: float, high: float, count: int = 5) -> list[tuple[float, str]]:
     shown = f",.{decimals}f" if decimals <= 4 else "g"
     values = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     return [(value, format(value, shown)) for value in values]
-
-
-def thin(points: Sequence[tuple[float, float]], count: int = POINTS) -> list[tuple[float, float]]:
-    """At most `count` points, each the mean of equally many neighboring points."""
-    size = math.ceil(len(points) / count) or 1
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def relation(value: float, baseline: float) -> str:
@@ -210,13 +204,12 @@ def _score(chart: Chart, latest: Mapping[str, Any]) -> str:
     )
 
 
-def _chart(chart: Chart, history: Sequence[Mapping[str, Any]], latest: Mapping[str, Any]) -> str:
-    curves = {}
+def _chart(chart: Chart, history: History) -> str:
+    curves, latest = {}, history.latest
     for tag, name in chart.series.items():
-        points = [(row["step"], row[tag]) for row in history if row.get(tag) is not None]
-        untrained = latest.get(f"{tag}_baseline_untrained")
-        curves[name] = thin(([(0, untrained)] if points and untrained is not None else []) + points)
-    curves = {name: points for name, points in curves.items() if points}
+        if tag in history.curves:
+            untrained = latest.get(f"{tag}_baseline_untrained")
+            curves[name] = ([] if untrained is None else [(0.0, untrained)]) + history.curves[tag].points()
     if not curves:
         return ""
     baselines = _baselines(list(chart.series), latest)

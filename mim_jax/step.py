@@ -16,8 +16,8 @@ def make_train_step(method: Any, config: ml_collections.ConfigDict) -> jax.stage
     """`train_step(state, target, batch) -> (state, metrics)`, jitted; the state given is donated.
 
     `target` are the parameters of the frozen network, {} for a method without. `batch` is what the pipeline yields, or
-    finished views (no key `image`): then nothing is augmented. If the loss or the gradient is not finite, nothing of the state
-    changes but the step, and `train/skipped` is 1.
+    finished views (no key `image`): then nothing is augmented. If the loss, the gradient or the new state is not finite,
+    nothing of the state changes but the step, and `train/skipped` is 1.
     """
 
     def train_step(state: TrainState, target: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, dict]:
@@ -41,7 +41,7 @@ def make_train_step(method: Any, config: ml_collections.ConfigDict) -> jax.stage
         new = method.after_update(TrainState(state.step + 1, params, teacher, opt_state, extra))
         # (6) the next state, unless something is not finite
         grad_norm = optax.tree.norm(grads)
-        ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & all_finite(new)
         new = jax.tree.map(lambda new, old: jnp.where(ok, new, old), new, dataclasses.replace(state, step=new.step))
 
         metrics = metrics | {f"train/{name}": schedule(state.step) for name, schedule in method.schedules.items()}
@@ -50,6 +50,12 @@ def make_train_step(method: Any, config: ml_collections.ConfigDict) -> jax.stage
 
     out_shardings = (jax.tree.map(lambda s: s.sharding, abstract_state(method, config)), None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """Whether no number in a tree is NaN or infinite."""
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in floats]).all()
 
 
 def ema(teacher: Any, student: Any, momentum: jax.Array) -> Any:

@@ -4,66 +4,77 @@ Every batch is a step, also one whose update is skipped: the position in the dat
 is written to the metrics before the checkpoint of s begins, so a resumed run logs every step exactly once.
 """
 
-import collections
 import contextlib
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
+from jax.experimental import multihost_utils
+from PIL import Image
 
 from mim_jax import checkpoint, health, journal, learned, report, sharding
-from mim_jax.checkpoint import Checkpoints, SavedRun
+from mim_jax.bad_images import BadImages
+from mim_jax.checkpoint import Checkpoints
 from mim_jax.config import resolve_target
 from mim_jax.data import pipeline, sources
 from mim_jax.durations import interval, total_steps
 from mim_jax.evaluators import Evaluation
 from mim_jax.journal import Journal
+from mim_jax.lock import locked
 from mim_jax.methods.base import Method, make_method
 from mim_jax.state import TrainState, abstract_state, init_state
 from mim_jax.step import make_train_step
+from mim_jax.stopping import Stop, Stopped
 
 
 class NotFinite(RuntimeError):
     """Too many steps in a row had a loss or a gradient that is not finite."""
 
 
-def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
-    """Trains to the end, or until SIGTERM, and returns the last state. A run that the workdir holds is continued.
+def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | None = None) -> TrainState:
+    """Trains to the end, or until SIGTERM or SIGINT, and returns the last state. A run that the workdir holds is continued.
 
-    A run that `config.target` names is trained first if it is not finished; after a SIGTERM its state is returned.
+    A run that `config.target` names is trained first if it is not finished; if it is stopped, its state is returned. A signal
+    before training begins raises Stopped; there is nothing to save then. `stop` listens to the signals, by default only while
+    this runs.
 
     Raises FileNotFoundError for missing data, ValueError for a bad config or a checkpoint of another one, OSError when
     nothing can be written, NotFinite for a run that has diverged. None of them harms a checkpoint.
     """
+    if "://" in str(workdir):
+        raise ValueError(f"workdir is {workdir}, but must be a folder of this machine: mount the bucket")
     workdir = checkpoint.absolute(workdir)
     with contextlib.ExitStack() as stack:
+        stop = stop or stack.enter_context(Stop())
         stack.enter_context(jax.set_mesh(sharding.make_mesh(config.mesh.data, config.mesh.fsdp)))
         resolve_target(config)
         make_method(config)  # bad values are refused before any data is opened
         data = config.data
         source, held_out = (sources.open_source(data.name, data.dir, split) for split in (data.split, data.eval_split))
-        data.num_examples = len(source)  # for its steps per epoch
-        method = make_method(config)
+        data.num_examples, data.fingerprint = len(source), source.fingerprint
+        survey = pipeline.survey(source, data.canvas, data.levels, data.max_pixels)
+        data.levels = survey.levels
+        method = make_method(config)  # with the steps per epoch of this source
+        stack.enter_context(locked(workdir))
         begun = checkpoint.saved_steps(workdir / "checkpoints")
-        if not begun and (unfinished := train_target(config)) is not None:
+        if not begun and (unfinished := train_target(config, stop)) is not None:
             return unfinished
 
         total = total_steps(config)
         evaluate_every, save_every = interval(config, "eval.every"), interval(config, "checkpoint.every")
         checkpoints = stack.enter_context(Checkpoints(workdir, config))
-        stopping = stack.enter_context(preemption(checkpoints))
         state, target, record = start(method, config, checkpoints)
         log = stack.enter_context(Journal(workdir, total, data.batch_size, resume_step=record.get("step")))
         log.save("config.json", config.to_json_best_effort(indent=2).encode())
         log.print(f"{config.method} on {source.description}; {checkpoint.devices()}")
 
-        evaluation = Evaluation(config, method, source, held_out)
-        step, bad_images = int(state.step), collections.Counter(before=record.get("bad_images", 0))
+        step, bad_images = int(state.step), BadImages(log, before=record.get("bad_images", 0))
+        evaluation = Evaluation(config, method, source, held_out, bad_images.name)
+        for line in filter(None, dict.fromkeys([*source.notes, *held_out.notes, *survey.lines, evaluation.unlabeled])):
+            log.print(line)
         if record:
             log.print("\n".join([f"resuming after step {step} of {total}", *checkpoint.changes(record, config)]))
         else:
@@ -73,60 +84,78 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path) -> TrainState:
                 log.write(0, baselines := evaluation.baselines(state))
                 log.print(scores(baselines).rstrip())
 
-        def on_bad(row: int, name: str) -> None:
-            bad_images[name] += 1
-            if bad_images[name] == 1:
-                log.print(f"bad image, replaced by another one: {name}")
-
-        settings = {key: data[key] for key in ("batch_size", "canvas", "workers")}
+        settings = {key: data[key] for key in ("batch_size", "canvas", "workers", "levels", "max_pixels")}
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
         masks = method.views.host_masks(config.seed)
         batches = pipeline.train_batches(
-            source, seed=config.seed, start=step, masks=masks, on_bad=on_bad, **settings, **processes
+            source,
+            seed=config.seed,
+            start=step,
+            masks=masks,
+            on_bad=bad_images.count,
+            ahead=stop.ahead,
+            **settings,
+            **processes,
         )
-        train_step = make_train_step(method, config)
+        stack.enter_context(contextlib.closing(batches))
+        train_step, compiled = make_train_step(method, config), False
         steps = StepLog(config, log, checkpoints, record.get("skipped", 0))
-        while step < total and not stopping(step):
-            state, metrics = train_step(state, target, sharding.global_batch(next(batches)))
-            step += 1
-            steps.add(step, metrics | {"data/bad_images": bad_images.total()})
-            if evaluate_every and (step % evaluate_every == 0 or step == total):
-                steps.flush()
-                with log.paused():
-                    log.write(step, figures := evaluation.scores(state))
-                    log.show(figures)
-                    for name, picture in evaluation.pictures(state, target):
-                        log.picture(step, name, picture)
-                    write_report(workdir, config, evaluation, step)
-            if save_every and step % save_every == 0:
-                steps.flush()
-                with log.paused():
-                    checkpoints.save(step, state, bad_images=bad_images.total(), skipped=steps.skipped)
-        steps.flush()
-        checkpoints.save(step, state, bad_images=bad_images.total(), skipped=steps.skipped)
+        evaluated, seen, finished = last_evaluation(log), bad_images.own, False
+        stop.training = True
+        try:
+            while not (stop.requested or checkpoints.reached_preemption(step)):
+                if evaluate_every and step > evaluated and (step % evaluate_every == 0 or step == total):
+                    steps.flush()
+                    with log.paused():
+                        figures, pictures = stop.wait(evaluate, evaluation, state, target)
+                        log.write(step, figures)
+                        log.show(figures)
+                        for name, picture in pictures:
+                            log.picture(step, name, picture)
+                        write_report(log, config, evaluation, step)
+                if save_every and step and step % save_every == 0:
+                    steps.flush()
+                    with log.paused():
+                        checkpoints.save(step, state, bad_images=bad_images.total(seen), skipped=steps.skipped)
+                if finished := step == total:
+                    break
+                batch = sharding.global_batch(next(batches))
+                if not compiled:
+                    compiled = stop.wait(compile_step, train_step, state, target, batch)
+                state, metrics = train_step(state, target, batch)
+                del batch  # its memory is of use to the next one
+                step, seen = step + 1, bad_images.own
+                if steps.every and step % steps.every == 0:
+                    metrics |= {"data/bad_images": bad_images.share(seen)}
+                steps.add(step, metrics)
+        except Stopped:  # while it waited; nothing is half done
+            pass
+        steps.close()
+        checkpoints.save(step, state, bad_images=bad_images.total(seen), skipped=steps.skipped)
         checkpoints.wait()
 
-        if step < total:
+        if not finished:
             log.print(f"stopped after step {step} of {total}; the same command goes on from there")
-        elif verdict := write_report(workdir, config, evaluation, step):
-            log.print(f"{scores(journal.latest(workdir))}{verdict}\nreport: {workdir / report.FILE}")
+        elif verdict := write_report(log, config, evaluation, step):
+            log.print(f"{scores(log.history.latest)}{verdict}\nreport: {workdir / report.FILE}")
         return state
 
 
-def train_target(config: ml_collections.ConfigDict) -> TrainState | None:
+def train_target(config: ml_collections.ConfigDict, stop: Stop) -> TrainState | None:
     """Trains the run that `config.target` names, on the images of this run, unless it is finished. Returns its state if it
     was stopped before its end, else None."""
     target = config.get("target")
     if target is None or target.weights or not target.workdir:
         return None
     network = target.network.copy_and_resolve_references().unlock()
-    with contextlib.suppress(FileNotFoundError):
-        if SavedRun(target.workdir).step >= total_steps(network):
-            return None
-    network.data.update({key: config.data[key] for key in ("name", "dir", "split", "eval_split", "canvas", "workers")})
+    if max(checkpoint.saved_steps(checkpoint.absolute(target.workdir) / "checkpoints"), default=0) >= total_steps(network):
+        return None
+    of_images = ("name", "dir", "split", "eval_split", "canvas", "workers", "levels", "max_pixels")
+    network.data.update({key: config.data[key] for key in of_images})
     if jax.process_index() == 0:
         print(f"{config.method} needs the {network.method} run in {target.workdir}: training it first", file=sys.stderr)
-    state = run(network, target.workdir)
+    state = run(network, target.workdir, stop)
+    stop.training = False
     return state if int(state.step) < total_steps(network) else None
 
 
@@ -141,27 +170,28 @@ def start(
     if checkpoint.saved_steps(checkpoints.folder):
         state, record = checkpoints.restore(abstract_state(method, config))
     elif config.resume:
-        old = SavedRun(config.resume)
-        state, record = checkpoint.restore(old.folder, abstract_state(method, config), config)
-        journal.inherit(old.folder.parent, checkpoints.folder.parent)
+        state, record = checkpoint.restore(config.resume, abstract_state(method, config), config)
+        journal.inherit(checkpoint.absolute(config.resume), checkpoints.workdir)
     else:
         state, target = init_state(method, config)
         return (learned.begin_with(method, config, state) if config.init_from else state), target, {}
     return state, learned.load_target(method, config), record
 
 
-@contextlib.contextmanager
-def preemption(checkpoints: Checkpoints) -> Iterator[Callable[[int], bool]]:
-    """Yields `stopping(step)`: whether SIGTERM has come; with several processes, whether it has come to any of them."""
-    if jax.process_count() > 1:  # jax's preemption service has a handler of its own
-        yield checkpoints.reached_preemption
-        return
-    terminated = threading.Event()
-    handler = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
-    try:
-        yield lambda step: terminated.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, handler)
+def compile_step(train_step: jax.stages.Wrapped, *args: Any) -> bool:
+    """Afterwards, the first call only computes."""
+    train_step.lower(*args).compile()
+    return True
+
+
+def last_evaluation(log: Journal) -> int:
+    """The last step whose scores are in the figures: an evaluation that was stopped half-way is made up for."""
+    return int(multihost_utils.broadcast_one_to_all(log.history.steps.get("eval/view_retrieval", 0)))
+
+
+def evaluate(evaluation: Evaluation, state: TrainState, target: Any) -> tuple[dict[str, float], list[tuple[str, Image.Image]]]:
+    """(scores, pictures)"""
+    return evaluation.scores(state), list(evaluation.pictures(state, target))
 
 
 class StepLog:
@@ -183,12 +213,15 @@ class StepLog:
             return
         (step, metrics), self.last = self.last, None
         skipped = bool(metrics["train/skipped"])  # waits
-        self.skipped = self.skipped + 1 if skipped else 0
         self.log.advance(step)
+        if not skipped:
+            self._end_of_row(step - 1)
+        self.skipped = self.skipped + 1 if skipped else 0
         if skipped:
             figures = {tag: float(metrics[tag]) for tag in ("train/loss", "train/grad_norm", "train/skipped")}
             self.log.write(step, figures)
-            self.log.print(f"step {step} skipped: loss {figures['train/loss']}, gradient {figures['train/grad_norm']}")
+            if self.skipped == 1:
+                self.log.print(f"step {step} skipped: loss {figures['train/loss']}, gradient {figures['train/grad_norm']}")
         elif self.every and step % self.every == 0:
             figures = {tag: float(value) for tag, value in metrics.items() if "/" in tag}
             if (speed := self.log.images_per_s()) is not None:
@@ -201,16 +234,26 @@ class StepLog:
                 f"The state is as it was before them. Lower optim.lr, or look at the data. {self.checkpoints.kept()}"
             )
 
+    def close(self) -> None:
+        """Logs the last step, and the skipped ones that it ends or is one of."""
+        self.flush()
+        self._end_of_row(self.log.step)
 
-def write_report(workdir: Path, config: ml_collections.ConfigDict, evaluation: Evaluation, step: int) -> health.Verdict | None:
+    def _end_of_row(self, step: int) -> None:
+        """Only the first skipped step of a row is told when it comes."""
+        if self.skipped > 1:
+            self.log.print(f"{self.skipped} steps in a row skipped, up to step {step}")
+
+
+def write_report(log: Journal, config: ml_collections.ConfigDict, evaluation: Evaluation, step: int) -> health.Verdict | None:
     """Writes report.html from what has been logged so far, and returns the verdict; the first process only."""
     if jax.process_index() != 0:
         return None
-    figures, total = journal.latest(workdir), total_steps(config)
+    figures, total = log.history.latest, total_steps(config)
     judged = {tag: value for tag, value in figures.items() if tag.split("/")[0] in ("health", "train", "eval")}
     prototypes = config.get("head", {}).get("out_dim")
-    verdict = health.verdict(judged, prototypes, step / total, getattr(evaluation.method, "codes", None))
     bank, test = evaluation.sizes
+    verdict = health.verdict(judged, prototypes, step / total, getattr(evaluation.method, "codes", None), test)
     facts = {
         "data": evaluation.source.description,
         "evaluated on": f"bank of {bank:,}, {test:,} held-out images",
@@ -221,7 +264,7 @@ def write_report(workdir: Path, config: ml_collections.ConfigDict, evaluation: E
         "versions": ", ".join(f"{name} {version}" for name, version in checkpoint.versions().items()),
     }
     title = f"{config.method} on {config.data.name}"
-    report.write_report(workdir, title=title, config=str(config), verdict=verdict, facts=facts)
+    report.write_report(log.workdir, log.history, title=title, config=str(config), verdict=verdict, facts=facts)
     return verdict
 
 

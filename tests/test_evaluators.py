@@ -278,6 +278,32 @@ def test_images_without_labels_measure_views_and_health_only():
     }
 
 
+def test_labels_are_compared_only_where_they_are_the_same():
+    def sourced(classes, count=50, description="train"):
+        return dataclasses.replace(colored(count, description=description, num_classes=len(classes)), classes=classes)
+
+    for classes, others, why in (
+        ("abc", "", "the training images have 3 classes (a, b, c, ...), the held-out images no labels"),
+        ("abc", "xyz", "the training images have 3 classes (a, b, c, ...), the held-out images 3 classes (x, y, z, ...)"),
+        ("", "abc", "the training images have no labels, the held-out images 3 classes (a, b, c, ...)"),
+        ("", "", "the training images have no labels, the held-out images no labels"),
+    ):
+        compared = evaluation(source=sourced(classes), held_out=sourced(others, 35, "test"))
+        assert compared.unlabeled == f"no k-NN and no probe: {why}"
+        assert compared.num_classes == 0
+        if others == "xyz":
+            assert set(compared.scores(SEES)) == {"eval/view_retrieval", "health/rank", "health/feature_std"}
+            assert all("view_retrieval" in name for name in compared.baselines(SEES))
+    assert not evaluation(source=sourced("abc"), held_out=sourced("abc", 35, "test")).unlabeled
+    assert not evaluation(source=sourced("abc")).unlabeled  # names of one of them only
+
+
+def test_too_few_images_say_how_many_are_needed():
+    few = colored(4)
+    with pytest.raises(ValueError, match="4 images are too few to be evaluated on, 5 are needed"):
+        evaluation(source=few, held_out=few)
+
+
 def test_knn_asks_20_neighbors_at_the_temperature_of_dino(monkeypatch):
     """As the published scores do; or all of a smaller bank."""
     asked = []

@@ -134,7 +134,38 @@ def test_no_better_than_untrained_is_not_learning():
     }
     assert health.verdict(figures).status == "not learning"
     assert health.verdict(figures, progress=0.2).status == "too early"
-    assert health.verdict(figures | {"eval/view_retrieval": 0.2}).status == "healthy"
+    figures["eval/view_retrieval"] = 0.05
+    assert health.verdict(figures | {"eval/knn": 0.28}).status == "healthy"
+    # within the error of so few images
+    assert health.verdict(figures | {"eval/knn": 0.28}, images=2000).status == "not learning"
+    assert health.verdict(figures | {"eval/knn": 0.32}, images=2000).status == "healthy"
+
+
+def test_worse_than_untrained_in_one_score_is_not_healthy():
+    figures = HEALTHY | {
+        "eval/knn": 0.20,
+        "eval/knn_baseline_untrained": 0.27,
+        "eval/view_retrieval": 0.2,
+        "eval/view_retrieval_baseline_untrained": 0.05,
+    }
+    verdict = health.verdict(figures, images=2000)
+    assert verdict.status == "mixed"
+    assert "better than the untrained encoder in view retrieval 0.200 (untrained 0.050)" in verdict.sentence
+    assert "worse in k-NN 0.200 (untrained 0.270)" in verdict.sentence
+    assert health.verdict(figures, progress=0.2, images=2000).status == "too early"
+    assert health.verdict(figures | {"eval/knn": 0.26}, images=2000).status == "healthy"  # within the error
+
+
+@pytest.mark.parametrize("codes", [None, 64])
+def test_too_few_held_out_images_give_no_verdict(codes):
+    collapsed = {"health/rank": 1.05, "health/feature_std": 0.002, "eval/knn": 0.2, "eval/knn_baseline_untrained": 0.4}
+    collapsed |= {name: float(value) for name, value in health.codebook_figures(np.float32(np.eye(64)[3])).items()}
+    for figures in (collapsed, collapsed | HEALTHY):
+        verdict = health.verdict(figures, codes=codes, images=health.ENOUGH_IMAGES - 1)
+        assert verdict.status == "too few images" and "too few held-out images (199) for a verdict" in verdict.sentence
+        assert "k-NN 0.200 (untrained 0.400)" in verdict.sentence and "collaps" not in verdict.sentence
+    assert health.verdict(collapsed, codes=codes, images=health.ENOUGH_IMAGES).status == "collapsing"
+    assert health.verdict(collapsed | {"train/loss": math.nan}, images=5).status == "broken"
 
 
 @pytest.mark.parametrize("counts, status", [(np.ones(64), "healthy"), (np.eye(64)[3], "collapsing")])

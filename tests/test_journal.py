@@ -99,7 +99,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_read_leaves_out_what_is_not_a_whole_line(tmp_path):
     assert journal.read(tmp_path) == []
-    (tmp_path / journal.FILE).write_text('{"step": 1, "a": 2}\n\n[1]\n{"a": 3}\n{"step": 2, "a"')
+    damaged = ["", "[1]", '{"a": 3}', '{"step": "1"}', '{"step": 1, "a": "2"}', '{"step": 1, "a": 1e999}', "[" * 100_000]
+    (tmp_path / journal.FILE).write_text("\n".join(['{"step": 1, "a": 2}', *damaged, '{"step": 2, "a"']))
     assert journal.read(tmp_path) == [{"step": 1, "a": 2}]
 
 
@@ -149,7 +150,33 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write: No space left.*config.json"):
             patch.setattr(Path, "replace", no_space)
             writer.save("config.json", b"second")
-    assert (tmp_path / "config.json").read_bytes() == b"first"
+    assert (tmp_path / "config.json").read_bytes() == b"first" and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    """Else a crash of the machine can leave an empty file under the name."""
+    (tmp_path / "config.json").write_bytes(b"first")
+    (tmp_path / "config.json.tmp").write_bytes(b"left by a kill, and longer than the file")
+    synced = []
+
+    def fsync(number):
+        synced.append(os.fstat(number).st_size)
+        assert (tmp_path / "config.json").read_bytes() == b"first"
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    journal.write_whole(tmp_path / "config.json", b"second")
+    assert synced == [6] and [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_bytes() == b"second"
+
+
+def test_an_error_while_lines_are_dropped_keeps_them_all(tmp_path, monkeypatch):
+    with Journal(tmp_path, 10) as writer:
+        for step in range(6):
+            writer.write(step, {"train/loss": step})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write: No space left"):
+        patch.setattr(os, "fsync", no_space)
+        Journal(tmp_path, 10, resume_step=2)
+    assert [row["step"] for row in lines(tmp_path)] == list(range(6))
 
 
 def no_space(*_):
@@ -231,7 +258,7 @@ def write_run(workdir: Path) -> None:
 
 def test_report_is_one_whole_file_with_scores_baselines_verdict_pictures_and_config(tmp_path):
     write_run(tmp_path)
-    path = report.write_report(tmp_path, title="A <run>", config="lr: 1 < 2", verdict=VERDICT, facts={"jax": "0.10"})
+    path = report.write_report(tmp_path, journal.history(tmp_path), title="A <run>", config="lr: 1 < 2", verdict=VERDICT, facts={"jax": "0.10"})
     assert path == tmp_path / "report.html"
     page = path.read_text(encoding="utf-8")
     for text in ("A &lt;run&gt;", "step 1,000", "collapsing", "98% of uniform &lt;b&gt;", "lr: 1 &lt; 2", "train/odd"):
@@ -252,25 +279,25 @@ def test_report_is_one_whole_file_with_scores_baselines_verdict_pictures_and_con
 
 def test_curves_lie_within_the_axes_and_fall_where_the_loss_falls(tmp_path):
     write_run(tmp_path)
-    page = report.write_report(tmp_path, title="", config="", verdict=VERDICT, facts={}).read_text()
+    page = report.write_report(tmp_path, journal.history(tmp_path), title="", config="", verdict=VERDICT, facts={}).read_text()
     curve = re.search(r'aria-label="Loss".*?points="([^"]+)"', page)
     points = np.array([[float(v) for v in point.split(",")] for point in curve[1].split()])
-    assert 100 < len(points) <= report.POINTS
+    assert 100 < len(points) <= journal.POINTS
     assert (points >= 0).all() and (points[:, 0] <= 520).all() and (points[:, 1] <= 230).all()
     assert (np.diff(points[:, 0]) > 0).all() and (np.diff(points[:, 1]) >= 0).all()  # SVG counts downwards
 
 
 def test_report_of_a_run_that_has_logged_nothing_yet(tmp_path):
-    page = report.write_report(tmp_path, title="t", config="", verdict=health.verdict({}), facts={}).read_text()
+    page = report.write_report(tmp_path, journal.history(tmp_path), title="t", config="", verdict=health.verdict({}), facts={}).read_text()
     assert "nothing has been measured yet" in page and "Curves" not in page
 
 
 def test_report_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = report.write_report(tmp_path, title="first", config="", verdict=VERDICT, facts={})
+    path = report.write_report(tmp_path, journal.history(tmp_path), title="first", config="", verdict=VERDICT, facts={})
 
     monkeypatch.setattr(Path, "replace", no_space)
     with pytest.raises(OSError, match="cannot write: No space left.*report.html"):
-        report.write_report(tmp_path, title="second", config="", verdict=VERDICT, facts={})
+        report.write_report(tmp_path, journal.history(tmp_path), title="second", config="", verdict=VERDICT, facts={})
     assert "first" in path.read_text()
 
 
@@ -295,14 +322,52 @@ def test_numbers_have_three_digits(value, text):
     assert report.number(value) == text
 
 
-def test_thin_keeps_short_curves_and_averages_long_ones():
-    curve = [(float(x), 2.0 * x) for x in range(1000)]
-    assert report.thin(curve[:300]) == curve[:300]
-    short = report.thin(curve, 100)
-    assert len(short) == 100 and short[0] == (4.5, 9.0)
+def test_a_curve_is_bounded_and_its_points_have_equal_weights():
+    curve, count = journal.Curve(), 10 * journal.POINTS + 7
+    for x in range(count):
+        curve.add(x, 2.0 * x)
+        assert len(curve.points()) <= journal.POINTS + 1
+        if x < journal.POINTS:
+            assert curve.points()[-1] == (x, 2.0 * x) and len(curve.points()) == x + 1  # a short curve is kept as it is
+    assert curve.size == 16
+    *whole, (last, _) = curve.points()
+    assert whole == [(start + 7.5, 2 * start + 15) for start in range(0, 16 * (count // 16), 16)]
+    assert last == np.mean(range(16 * (count // 16), count))
+
+
+def test_history_of_a_resumed_run_is_that_of_its_file(tmp_path):
+    with Journal(tmp_path, 10) as writer:
+        for step in range(8):
+            writer.write(step, {"train/loss": step if step != 5 else math.nan, f"odd/{step}": 1})
+    with Journal(tmp_path, 10, resume_step=5) as writer:
+        assert writer.history.latest["step"] == 5 and writer.history.latest["train/loss"] is None
+        assert "odd/6" not in writer.history.latest and "odd/6" not in writer.history.curves
+        writer.write(6, {"train/loss": 0.5})
+        told, read = writer.history, journal.history(tmp_path)
+    assert told.latest == read.latest and list(told.latest) == list(read.latest)
+    curves = [{tag: curve.points() for tag, curve in found.curves.items()} for found in (told, read)]
+    assert curves[0] == curves[1] and curves[0]["train/loss"] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4), (6, 0.5)]
+
+
+def test_a_report_reads_no_row_again(tmp_path, monkeypatch):
+    with Journal(tmp_path, 10) as writer:
+        writer.write(1, {"train/loss": 1.5})
+        monkeypatch.setattr(journal, "rows", None)
+        page = report.write_report(tmp_path, writer.history, title="", config="", verdict=VERDICT, facts={}).read_text()
+    assert 'aria-label="Loss"' in page
+
+
+def test_text_that_cannot_be_encoded_stops_nothing(tmp_path):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    name = os.fsdecode(b"caf\xe9.png")
+    with Journal(tmp_path, 10, file=ascii_only) as writer:
+        writer.print(f"bad image: \u00e9 {name}")
+    assert ascii_only.buffer.getvalue() == b"bad image: \\xe9 caf\\udce9.png\n"
+    path = report.write_report(tmp_path, journal.History(), title=name, config="", verdict=VERDICT, facts={"data": name})
+    assert path.read_text(encoding="utf-8").count("caf\\udce9.png") == 3
 
 
 def test_latest_is_the_last_of_each_tag(tmp_path):
     write_run(tmp_path)
-    latest = journal.latest(tmp_path)
+    latest = journal.history(tmp_path).latest
     assert latest["step"] == 1000 and latest["train/loss"] == 2 and latest["eval/knn_baseline_untrained"] == 0.271

@@ -83,10 +83,10 @@ def test_no_other_framework_is_required_or_imported():
 @pytest.mark.parametrize(
     ("lower", "upper"),
     [
-        (("losses", "masking", "models"), ("methods", "step", "train", "main")),
-        (("methods",), ("step", "train", "main")),
-        (("step",), ("train", "main")),
-        (("train",), ("main",)),
+        (("losses", "masking", "models"), ("methods", "step", "train", "command")),
+        (("methods",), ("step", "train", "command")),
+        (("step",), ("train", "command")),
+        (("train",), ("command",)),
     ],
     ids=["losses-masking-models", "methods", "step", "train"],
 )

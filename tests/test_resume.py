@@ -1,6 +1,8 @@
 """Runs that are killed, stopped, moved or refused, and go on as if nothing had happened."""
 
 import contextlib
+import errno
+import fcntl
 import functools
 import itertools
 import json
@@ -12,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,14 +28,16 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from mim_jax import checkpoint, journal, load_config, main, state, step, train
-from mim_jax.checkpoint import Checkpoints, SavedRun, differences
+from mim_jax import checkpoint, command, journal, load_config, state, step, train
+from mim_jax.checkpoint import Checkpoints, differences, digests, newest, record_digest
 from mim_jax.config import leaves
 from mim_jax.data import pipeline, sources
 from mim_jax.journal import Journal
+from mim_jax.lock import locked
 from mim_jax.methods.base import make_method
 from mim_jax.sharding import make_mesh
 from mim_jax.state import abstract_state
+from mim_jax.stopping import Stopped
 from mim_jax.views import Views
 
 ROOT = Path(__file__).parent.parent
@@ -133,14 +138,14 @@ def wait(run: subprocess.Popen, until: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="module")
 def stopped(runs) -> Path:
-    """The workdir of the first run of all, which got SIGTERM while its first step was compiled."""
+    """The workdir of the first run of all, which got SIGTERM while its step was compiled."""
     workdir = runs.folder / "stopped"
     run = runs.start(workdir)
     wait(run, lambda: bool(journal.read(workdir)))  # the baselines
     time.sleep(0.5)
     run.send_signal(signal.SIGTERM)
-    assert f"stopped after step 1 of {STEPS}" in runs.finish(run)
-    assert saved_state(workdir)["step"] == 1
+    output = runs.finish(run)
+    assert f"stopped after step {saved_state(workdir)['step']} of {STEPS}; the same command goes on from there" in output
     return workdir
 
 
@@ -188,7 +193,7 @@ def test_a_full_disk_is_one_message_and_exit_code_1(runs, stopped):
     output = run.communicate(timeout=300)[1]
     assert run.returncode == 1
     assert "mim_jax/train.py" not in output  # no traceback of ours; Orbax's threads may print some of their event loop
-    words = f"^error: writing a checkpoint to {workdir}/checkpoints failed: .*The checkpoint of step 1 is whole"
+    words = f"^error: writing a checkpoint to {workdir}/checkpoints failed: .*step {saved_state(stopped)['step']} is whole"
     assert re.search(words, output, re.MULTILINE)
     assert_same_bits(saved_state(workdir), saved_state(stopped))
 
@@ -274,25 +279,36 @@ class StubEvaluation:
 
 
 def interrupt(monkeypatch, where: str, number: int, action: Callable[[], None]) -> None:
-    """Does `action` once: before the batch, the row of metrics, the baselines or the scores of that number, from 0."""
+    """Does `action` once: before the call of that number, from 0, of what `where` names."""
     owner, name = {
         "batch": (train.sharding, "global_batch"),
         "row": (Journal, "write"),
         "baselines": (StubEvaluation, "baselines"),
         "scores": (StubEvaluation, "scores"),
+        "compile": (train, "compile_step"),
+        "load": (pipeline, "load"),  # of a training batch, by a thread
+        "save": (Checkpoints, "save"),
     }[where]
     original, calls = getattr(owner, name), itertools.count()
 
-    def wrapper(*args):
+    def wrapper(*args, **kwargs):
         if next(calls) == number:
             action()
-        return original(*args)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, wrapper)
 
 
 def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def terminate_later():
+    threading.Timer(1, terminate).start()
+
+
+def control_c():
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def crash():
@@ -320,22 +336,60 @@ def test_a_skipped_step_is_a_step_and_changes_nothing_else(whole, poisoned):
 
 @pytest.mark.parametrize(
     ("where", "number", "action"),
-    [("baselines", 0, terminate), ("batch", 0, terminate), ("batch", 3, terminate), ("scores", 1, terminate)]
+    [("baselines", 0, terminate), ("baselines", 0, control_c), ("batch", 0, terminate), ("batch", 3, control_c)]
+    + [("save", 1, control_c), ("row", 8, terminate)]
     + [("baselines", 0, crash), ("batch", 9, crash), ("row", 2, crash), ("scores", 0, crash), ("scores", 2, crash)],
 )
 def test_a_run_interrupted_anywhere_ends_as_one_left_alone(quick, whole, tmp_path, where, number, action):
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, where, number, action)
-        if action is terminate:
-            stopped = train.run(quick, tmp_path)
-            assert saved_state(tmp_path)["step"] == stopped.step < QUICK_STEPS
-        else:
+        if action is crash:
             with pytest.raises(ZeroDivisionError):
                 train.run(quick, tmp_path)
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        elif where == "baselines":
+            with pytest.raises(Stopped, match="goes on from there"):
+                train.run(quick, tmp_path)
+            assert not list((tmp_path / "checkpoints").iterdir())
+        else:
+            stopped = train.run(quick, tmp_path)
+            assert saved_state(tmp_path)["step"] == stopped.step < QUICK_STEPS
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     train.run(quick, tmp_path)
     assert_same_run(tmp_path, whole, QUICK_STEPS)
     assert saved_record(tmp_path) == saved_record(whole)
+
+
+@pytest.mark.parametrize(
+    ("where", "number", "action", "step"),
+    [("compile", 0, control_c, 0), ("load", 3, terminate_later, 3), ("scores", 1, terminate, 8), ("scores", 2, control_c, 12)],
+)
+def test_a_run_stops_where_it_would_wait_for_ever(quick, whole, tmp_path, capfd, where, number, action, step):
+    stopped = threading.Event()
+
+    def hang():
+        action()
+        assert stopped.wait(timeout=20), "the run waits for this"
+
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, where, number, hang)
+        assert train.run(quick, tmp_path).step == saved_state(tmp_path)["step"] == step
+    stopped.set()
+    assert f"stopped after step {step} of {QUICK_STEPS}; the same command goes on from there\n" in capfd.readouterr().err
+    train.run(quick, tmp_path)  # an evaluation that was not finished is made up for
+    assert_same_run(tmp_path, whole, QUICK_STEPS)
+    assert saved_record(tmp_path) == saved_record(whole)
+
+
+def test_a_row_of_skipped_steps_is_told_once(quick):
+    quick.log_every, lines = "never", []
+    log = SimpleNamespace(print=lines.append, write=lambda *_: None, advance=lambda step: setattr(log, "step", step))
+    steps = train.StepLog(quick, log, SimpleNamespace(kept=str), 0)
+    for number, skipped in enumerate([1, 0, 1, 1, 1, 0, 1, 1], 1):
+        steps.add(number, {"train/loss": np.nan, "train/grad_norm": 2.0, "train/skipped": skipped})
+    steps.close()
+    first = [f"step {step} skipped: loss nan, gradient 2.0" for step in (1, 3, 7)]
+    assert lines == [*first[:2], "3 steps in a row skipped, up to step 5", first[2], "2 steps in a row skipped, up to step 8"]
 
 
 def test_a_finished_run_started_again_prints_its_end(quick, whole, tmp_path, capfd):
@@ -354,11 +408,11 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(quick, whole, tmp_path, po
         with pytest.raises(train.NotFinite, match=f"{limit} steps in a row, up to step {last}\\..*step {kept} is whole"):
             train.run(quick, tmp_path)
         assert saved_state(tmp_path)["step"] == kept
-    monkeypatch.setattr(main, "flags", SimpleNamespace(FLAGS=SimpleNamespace(config=quick)))
-    monkeypatch.setattr(main, "WORKDIR", SimpleNamespace(value=str(tmp_path)))
-    monkeypatch.setattr(main, "DRY_RUN", SimpleNamespace(value=False))
+    monkeypatch.setattr(command, "flags", SimpleNamespace(FLAGS=SimpleNamespace(config=quick)))
+    monkeypatch.setattr(command, "WORKDIR", SimpleNamespace(value=str(tmp_path)))
+    monkeypatch.setattr(command, "DRY_RUN", SimpleNamespace(value=False))
     with pytest.raises(SystemExit, match=f"^error: .* not finite for {limit} steps in a row"):  # a text is exit code 1
-        main.main([""])
+        command.main([""])
     quick.max_skipped = 20
     train.run(quick, tmp_path)
     assert_same_run(tmp_path, whole, QUICK_STEPS)
@@ -451,6 +505,7 @@ def edit_records(workdir: Path, change: Callable[[dict], object]) -> None:
     for path in (workdir / "checkpoints").glob("*/record/metadata"):
         record = json.loads(path.read_text())
         change(record)
+        record["digest"] = record_digest({key: value for key, value in record.items() if key != "digest"})
         path.write_text(json.dumps(record))
 
 
@@ -466,11 +521,14 @@ def test_other_versions_and_devices_are_printed_in_one_line(quick, whole, tmp_pa
     assert line in capfd.readouterr().err
 
 
-def test_a_checkpoint_from_before_0_2_is_refused(quick, whole, tmp_path):
+def test_a_checkpoint_from_before_0_3_is_refused(quick, whole, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
-    edit_records(workdir, lambda record: record.pop("versions"))
+    for path in (workdir / "checkpoints").glob("*/record/metadata"):
+        record = json.loads(path.read_text())
+        del record["digest"], record["arrays"]
+        path.write_text(json.dumps(record))
     with pytest.raises(
-        ValueError, match=f"step {QUICK_STEPS} in {workdir}/checkpoints is from a version of mim_jax before 0.2"
+        ValueError, match=f"step {QUICK_STEPS} in {workdir}/checkpoints is from a version of mim_jax before 0.3"
     ):
         train.run(quick, workdir)
 
@@ -512,9 +570,10 @@ def test_keys_that_make_it_another_run(key, value, differs):
 
 
 def test_a_saved_run_is_read_in_parts(whole):
-    saved, want = SavedRun(whole), saved_state(whole)
-    assert saved.step == QUICK_STEPS and saved.record == saved_record(whole)
+    saved, want = newest(whole, lambda saved: saved), saved_state(whole)
+    assert saved.step == QUICK_STEPS and saved.record.items() < saved_record(whole).items()
     shapes = saved.shapes()
+    assert shapes == jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), {key: want[key] for key in shapes})
     assert shapes.keys() == {"params", "teacher", "extra"}
     part = {"teacher": {"backbone": shapes["teacher"]["backbone"]}}
     assert_same_bits(saved.read(part), {"teacher": {"backbone": want["teacher"]["backbone"]}})
@@ -539,7 +598,7 @@ def test_saved_on_8_devices_restored_on_4_and_on_1(quick, tmp_path):
         state = jax.tree.map(
             lambda leaf: jax.device_put(rng.integers(0, 99, leaf.shape).astype(leaf.dtype), leaf.sharding),
             abstract_state(method, quick),
-        )
+        ).replace(step=jnp.int32(3))
         assert not state.teacher["backbone"]["blocks"]["fc1"]["kernel"].is_fully_replicated
         checkpoints = Checkpoints(tmp_path, quick)
         checkpoints.save(3, state, bad_images=5)
@@ -581,6 +640,94 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(quick, whole, tmp_path):
     assert 0 < fell_back < len(files)  # commit markers, say, are not needed
 
 
+def flip(path: Path, place: int) -> None:
+    """Changes one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[place // 8 % len(content)] ^= 1 << place % 8
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_is_noticed(quick, whole, tmp_path):
+    """One bit of the newest checkpoint: either nothing changes, or the one before is taken."""
+    steps = (QUICK_STEPS - 2, QUICK_STEPS)
+    records = {step: json.loads((whole / f"checkpoints/{step}/record/metadata").read_text()) for step in steps}
+    good = {step: saved_state(whole, step) for step in steps}
+    newest = whole / f"checkpoints/{QUICK_STEPS}"
+    files = [path for path in newest.rglob("*") if path.is_file() and path.stat().st_size]
+    rng, fell_back = random.Random(0), 0
+    chosen = rng.choices(files, [path.stat().st_size for path in files], k=15) + [newest / "record/metadata"] * 15
+    with jax.set_mesh(make_mesh(1, 1, jax.devices()[:1])):
+        abstract = abstract_state(make_method(quick), quick)
+        quick.data.num_examples = records[QUICK_STEPS]["config"]["data"]["num_examples"]
+        for number, path in enumerate(chosen):
+            workdir = shutil.copytree(whole, tmp_path / str(number))
+            flip(workdir / path.relative_to(whole), rng.randrange(2**60))
+            state, record = Checkpoints(workdir, quick).restore(abstract)
+            step = record["step"]
+            assert record.items() < records[step].items()
+            assert_same_bits(state.params, good[step]["params"])
+            assert_same_bits(jax.tree.leaves(state.opt_state), jax.tree.leaves(good[step]["opt_state"]))
+            fell_back += step < QUICK_STEPS
+            shutil.rmtree(workdir)
+    assert fell_back > 20
+
+
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "bfloat16", "float16", "int32", "uint32", "float32"])
+def test_every_bit_and_every_place_counts_in_a_digest(dtype):
+    x = np.arange(12).reshape(2, 3, 2).astype(jnp.dtype(dtype))
+    others = [np.swapaxes(x, 0, 2).reshape(x.shape), *(np.roll(x, 1, axis) for axis in range(3))]
+    if dtype == "bool":
+        others = [x ^ one.reshape(x.shape) for one in np.eye(12, dtype=bool)]
+    for place in range(0 if dtype == "bool" else 8 * x.nbytes):
+        content = bytearray(x.tobytes())
+        content[place // 8] ^= 1 << place % 8
+        others.append(np.frombuffer(bytes(content), x.dtype).reshape(x.shape))
+    found = [int(digests([each])[0]) for each in (x, *others)]
+    assert len(set(found)) == len(found)
+
+
+def test_digests_of_64_bits_and_of_scalars(x64):
+    x = np.arange(6.0).reshape(2, 3)
+    others = [np.nextafter(x, 9), x + 2**-40, np.float64(1.0), np.float64(1.0 + 2**-50), np.int64(2**40), np.int64(2**41)]
+    found = [int(digest) for digest in digests([x, *others])]
+    assert len(set(found)) == len(found)
+
+
+def test_a_digest_does_not_depend_on_the_sharding():
+    mesh = make_mesh(2, 4)
+    x = np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)
+    specs = (), ("data",), ("fsdp", "data"), (None, "fsdp")
+    placed = [jax.device_put(x, jax.NamedSharding(mesh, jax.P(*spec))) for spec in specs]
+    with jax.set_mesh(mesh):
+        assert len({int(digest) for digest in digests([jnp.asarray(x), *placed])}) == 1
+
+
+def test_what_was_written_is_read_back(quick, tmp_path, monkeypatch):
+    """After the first checkpoint and at the end: a disk that lies ends the run, and not its next start."""
+    finished = ocp.CheckpointManager.wait_until_finished
+
+    def lying(manager):
+        finished(manager)
+        if (damaged := tmp_path / f"checkpoints/{lies}/state").is_dir():
+            flip(max(damaged.glob("d/*"), key=lambda path: path.stat().st_size), 8 * 1000)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "wait_until_finished", lying)
+    for lies in (2, QUICK_STEPS):
+        words = f"written to {tmp_path}/checkpoints, but cannot be read back: step {lies} is damaged"
+        with pytest.raises(OSError, match=words):
+            train.run(quick, tmp_path)
+        assert not (tmp_path / f"checkpoints/{lies + 2}").exists()
+
+
+def test_wildcards_in_a_path_are_letters(quick, whole, tmp_path):
+    workdir = tmp_path / "lr=[1e-3] *?"
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "batch", 6, terminate)
+        train.run(quick, workdir)
+    train.run(quick, workdir)
+    assert_same_run(workdir, whole, QUICK_STEPS)
+
+
 def test_a_run_goes_on_past_a_torn_checkpoint(quick, whole, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     (workdir / f"checkpoints/{QUICK_STEPS + 2}.orbax-checkpoint-tmp-5").mkdir()
@@ -590,23 +737,58 @@ def test_a_run_goes_on_past_a_torn_checkpoint(quick, whole, tmp_path):
     assert_same_run(workdir, whole, QUICK_STEPS)
     left = {str(QUICK_STEPS - 2), str(QUICK_STEPS), f"unreadable_{QUICK_STEPS}"}
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == left
+    shutil.rmtree(workdir / f"checkpoints/{QUICK_STEPS}/state")
+    train.run(quick, workdir)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == left | {f"unreadable_{QUICK_STEPS}_1"}
 
 
 def test_no_checkpoint_that_can_be_read_is_an_error(quick, whole, tmp_path):
     workdir = shutil.copytree(whole, tmp_path / "run")
     for path in (workdir / "checkpoints").glob("*/record/metadata"):
         path.unlink()
-    with pytest.raises(OSError, match=f"no checkpoint in {workdir}/checkpoints can be read"):
+    why = "step 12 is damaged: FileNotFoundError.*step 10 is damaged"
+    with pytest.raises(OSError, match=f"no checkpoint in {workdir}/checkpoints can be read: {why}"):
         train.run(quick, workdir)
     assert len(list((workdir / "checkpoints").iterdir())) == 2  # nothing is deleted where nothing can replace it
 
 
 def test_a_workdir_that_cannot_be_written_is_named(quick, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=f"cannot keep checkpoints.*{tmp_path}/file/run"):
-        train.run(quick, tmp_path / "file/run")
-    with pytest.raises(OSError, match="cannot keep checkpoints.*/proc/run"):
-        train.run(quick, "/proc/run")
+    for workdir in (tmp_path / "file/run", "/proc/run", tmp_path / "file"):
+        with pytest.raises(OSError, match=f"cannot write to {workdir}: "):
+            train.run(quick, workdir)
+    with pytest.raises(ValueError, match="workdir is gs://bucket/run, but must be a folder of this machine"):
+        train.run(quick, "gs://bucket/run")
+
+
+def test_a_second_run_in_a_workdir_is_refused(quick, whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    with locked(workdir):
+        with pytest.raises(OSError, match=f"{workdir} is in use by another run: process {os.getpid()} on .*, since 20"):
+            train.run(quick, workdir)
+        code = f"from mim_jax.lock import locked; from pathlib import Path\nwith locked(Path({str(workdir)!r})): pass"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert other.returncode == 1 and f"in use by another run: process {os.getpid()} on" in other.stderr
+    assert_same_run(workdir, whole, QUICK_STEPS)
+    assert (workdir / "lock").exists()
+    train.run(quick, workdir)  # what a run leaves behind, however it ended, locks nothing
+
+
+def test_without_locks_a_run_says_so(quick, whole, tmp_path, monkeypatch, capfd):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+
+    def no_locks(file, how):
+        raise OSError(errno.ENOTSUP, "Not supported")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    train.run(quick, workdir)
+    assert f"{workdir} cannot be locked (Not supported): take care that one run uses it at a time\n" in capfd.readouterr().err
+
+
+def test_a_workdir_that_was_removed_is_one_line(quick, tmp_path, monkeypatch):
+    interrupt(monkeypatch, "batch", 3, lambda: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(OSError, match=f"{tmp_path}/run/checkpoints failed: .* The folder was removed.$"):
+        train.run(quick, tmp_path / "run")
 
 
 def test_too_little_room_for_a_checkpoint_is_told_before_it_is_begun(quick, whole, tmp_path, monkeypatch):

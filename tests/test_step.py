@@ -231,6 +231,38 @@ def test_the_teacher_follows_the_student_after_its_update(noted):
             np.testing.assert_allclose(new.teacher[part], want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+@pytest.mark.parametrize("section", ["params", "teacher", "opt_state", "extra"])
+def test_a_new_state_that_is_not_finite_is_not_kept(section, bad):
+    """Though the loss and the gradient are."""
+
+    class Spoiled(Method):
+        def init(self, key):
+            return {"part": jnp.ones(3)}, {"mean": jnp.zeros(2)}
+
+        def loss(self, params, teacher, target, extra, views, key, step):
+            return params["part"].sum(), ({"mean": extra["mean"] + 1}, {})
+
+        def after_update(self, state):
+            spoil = lambda x: jnp.where(state.step == 2, bad, x) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
+            return state.replace(**{section: jax.tree.map(spoil, getattr(state, section))})
+
+    schedules = {"momentum_teacher": lambda step: 0.5}
+    optimizer = optax.with_extra_args_support(optax.adam(0.1))
+    method = Spoiled(views=Views((), (0.0,) * 3, (1.0,) * 3), schedules=schedules, optimizer=optimizer, teacher_parts=("part",))
+    config = ConfigDict({"seed": 5, "mesh": {"rules": ()}})
+    train_step = mim_jax.make_train_step(method, config)
+    states, skipped = [create(method, config)], []
+    for _ in range(3):
+        state, metrics = train_step(jax.tree.map(jnp.copy, states[-1]), {}, {})
+        states.append(state)
+        skipped.append(int(metrics["train/skipped"]))
+    assert skipped == [0, 1, 0] and np.isfinite(metrics["train/loss"]) and np.isfinite(metrics["train/grad_norm"])
+    _, first, second, third = jax.device_get(states)
+    assert_same_bits(second, first.replace(step=second.step))
+    assert third.extra["mean"][0] == 2 and not np.array_equal(third.params["part"], first.params["part"])
+
+
 # Collapses
 
 

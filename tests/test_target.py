@@ -15,7 +15,7 @@ from PIL import Image
 
 import mim_jax
 from mim_jax import convert, sharding, train
-from mim_jax.checkpoint import Checkpoints, SavedRun
+from mim_jax.checkpoint import Checkpoints, newest
 from mim_jax.config import resolve_target
 from mim_jax.learned import abstract_target, load_target
 from mim_jax.methods import base
@@ -50,7 +50,7 @@ def test_the_teacher_is_trained_first_and_once(config, tmp_path, capsys):
     target = load_target(method, config)
     assert same(target["backbone"], teacher.params["backbone"])
     assert not same(target, jax.jit(method.target.init_parts)(jax.random.key(config.seed)))
-    saved = SavedRun(tmp_path / "dino")
+    saved = newest(tmp_path / "dino", lambda saved: saved)
     student = saved.read({"params": {"backbone": saved.shapes()["params"]["backbone"]}})
     assert not same(target, student["params"]), "the teacher of the run, not its student"
 

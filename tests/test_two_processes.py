@@ -17,17 +17,22 @@ import two_processes
 from PIL import Image
 
 from mim_jax import journal, train
+from mim_jax.lock import locked
 from mim_jax.sharding import make_mesh
+
+BAD = (3, 20, 37)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    """48 images of two classes, for training and for tests."""
+    """48 images of two classes, for training and for tests. Three are bad."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for i in range(48):
         path = folder / f"class_{i % 2}/{i}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(rng.integers(0, 200, (16, 16, 3), np.uint8) + np.uint8(55 * (i % 2))).save(path)
+    for i in BAD:
+        (folder / f"class_{i % 2}/{i}.png").write_text("no image")
     return folder
 
 
@@ -66,10 +71,13 @@ def test_two_processes_run_as_one(images, tmp_path, monkeypatch):
     shares = [json.loads(output.splitlines()[-1]) for output in (first, second)]
     assert [ours + theirs for ours, theirs in zip(*shares)] == alone and len(alone) == two_processes.STEPS
     assert "report: " in progress and "k-NN" in progress and "step " not in silence
+    assert [progress.count(f"replaced by another one: {images}/class_{i % 2}/{i}.png") for i in BAD] == [1, 1, 1]
+    assert "bad image" not in silence
 
     rows, want = journal.read(tmp_path / "two"), journal.read(tmp_path / "one")
     assert [row["step"] for row in rows] == [row["step"] for row in want]
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 1 + two_processes.STEPS))
+    assert rows[-2]["data/bad_images"] >= 2 * len(BAD)  # in both processes; that all are counted is seen below
     for ours, theirs in zip(rows, want):
         assert ours.keys() == theirs.keys()
         for tag in ours:
@@ -96,3 +104,24 @@ def test_sigterm_to_one_process_stops_both_at_one_step(images, tmp_path):
     assert f"resuming after step {stopped[1]}" in finish(start(images, tmp_path))[0][1]
     steps = [row["step"] for row in journal.read(tmp_path) if "train/loss" in row]
     assert steps == list(range(1, 1 + two_processes.STEPS))
+
+
+@pytest.mark.slow
+def test_damage_and_a_lock_are_seen_by_both(images, tmp_path):
+    finish(start(images, tmp_path))
+    for damage in (b"damaged", b""):  # an array of other numbers or that cannot be read; no record
+        newest = tmp_path / f"checkpoints/{two_processes.STEPS}"
+        if damage:
+            path = max(newest.rglob("d/*"), key=lambda path: path.stat().st_size)
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2] + damage + content[len(content) // 2 + len(damage) :])
+        else:
+            (newest / "record/metadata").unlink()
+        (_, progress), _ = finish(start(images, tmp_path))
+        assert f"step {two_processes.STEPS} is damaged" in progress and "step 4 is taken" in progress
+        assert f"resuming after step 4 of {two_processes.STEPS}" in progress
+    with locked(tmp_path):
+        processes = start(images, tmp_path)
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]
+    assert all("is in use by another run" in error for error in errors)

@@ -28,7 +28,7 @@ def run(images: str, workdir: str) -> list[list[int]]:
     rows, global_batch = [], sharding.global_batch
 
     def recorded(batch):
-        if "place" not in batch:  # not of an evaluation
+        if "index" in batch and "place" not in batch:  # of the training
             rows.append(batch["index"].tolist())
         return global_batch(batch)
 

@@ -405,7 +405,12 @@ def _to_levels(values: Array) -> Array:
 
 
 def _planes(images: Array) -> Planes:
-    """[..., H, W, 3] -> three of [..., H, W]."""
+    """uint8 [..., H, W, 3] -> three of [..., H, W]. Raises ValueError for another type."""
+    if images.dtype != np.uint8:
+        raise ValueError(
+            f'batch["image"] is {images.dtype}, wanted is uint8, levels of 0 to 255: '
+            "(images * 255).round().astype(np.uint8) of floats in 0..1"
+        )
     red, green, blue = jnp.moveaxis(images, -1, 0).astype(jnp.float32)
     return red, green, blue
 

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -85,8 +86,7 @@ def prepare(cache: pathlib.Path) -> pathlib.Path:
     if done.exists():
         return done
     cache.mkdir(parents=True, exist_ok=True)
-    with open(cache / "cifar10.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(cache):
         work = cache / "cifar10.preparing"
         try:
             if not done.exists():
@@ -101,6 +101,45 @@ def prepare(cache: pathlib.Path) -> pathlib.Path:
         finally:
             shutil.rmtree(work, ignore_errors=True)
     return done
+
+
+def load(cache: pathlib.Path, split: str) -> tuple[pathlib.Path, np.ndarray, np.ndarray, list[str]]:
+    """(TFDS directory, images, labels, what there is to tell) of a split, as in `Arrays`, which is prepared if it is missing.
+
+    A cache that cannot be read or is not CIFAR-10 is set aside, that is, renamed, and fetched again. Raises as `prepare`.
+    """
+    folder = prepare(cache)
+    try:
+        return folder, *_read(folder, split), []
+    except (PermissionError, MemoryError):
+        raise
+    except Exception as error:  # of damaged files TFDS raises almost anything
+        reason = " ".join(str(error).split())[:200]
+    with _locked(cache):
+        with contextlib.suppress(Exception):
+            return folder, *_read(folder, split), []  # another process has mended it meanwhile
+        aside = next(path for i in itertools.count(1) if not (path := folder.with_name(f"{folder.name}.damaged{i}")).exists())
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder, aside)
+    note = f"the cache of CIFAR-10 is damaged ({reason}): set aside as {aside}, fetched again"
+    logging.warning("%s", note)
+    folder = prepare(cache)
+    return folder, *_read(folder, split), [note]
+
+
+def _read(folder: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    data = tfds.builder_from_directory(folder).as_data_source(split)
+    rows = data.__getitems__(range(len(data)))
+    images, labels = np.stack([row["image"] for row in rows]), np.array([row["label"] for row in rows], np.uint8)
+    _check({split: (images, labels)})
+    return images, labels
+
+
+@contextlib.contextmanager
+def _locked(cache: pathlib.Path) -> Iterator[None]:
+    with open(cache / "cifar10.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def fetch(folder: pathlib.Path) -> Arrays:

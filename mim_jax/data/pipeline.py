@@ -6,21 +6,33 @@ number of processes, threads and workers does not matter, and there is nothing t
 """
 
 import itertools
+import math
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence, Sized
+import re
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from absl import flags, logging
+from PIL import Image
 
 from mim_jax.data import decode
 from mim_jax.data.sources import ArraySource, Source
 
 MAX_SUBSTITUTES = 100
+NAMED = 1000  # bad images that are logged by their names
+SURVEYED = 64  # images that a survey looks at
+PERCENTILES = (0.1, 99.9)  # of their values, which become black and white
+CONSTANT = 2.0  # images whose levels of 0..255 differ by less (a standard deviation) are nearly constant
 
 Batch = dict[str, np.ndarray]
 OnBad = Callable[[int, str], None]
 DrawMasks = Callable[[np.ndarray], Batch]
+Ahead = Callable[[Generator[Batch, None, None]], Iterator[Batch]]
 
 
 def train_batches(
@@ -35,7 +47,10 @@ def train_batches(
     workers: int = 0,
     masks: DrawMasks | None = None,
     on_bad: OnBad | None = None,
-) -> Iterator[Batch]:
+    levels: decode.Levels | None = None,
+    max_pixels: int = decode.MAX_PIXELS,
+    ahead: Ahead = iter,
+) -> Generator[Batch, None, None]:
     """Endless batches of process p: rows `[p * b, (p + 1) * b)` of each global batch, `b = batch_size / process_count`.
 
     Args:
@@ -46,12 +61,15 @@ def train_batches(
       workers: processes that decode; 0 decodes in threads of this process.
       masks: positions int64 [b] in the stream -> masks by name, each bool [b, crops, N]; called where images are decoded.
       on_bad: called in this process with (row, name) for each bad image; by default, each is logged once.
+      levels, max_pixels: see `decode.decode`.
+      ahead: how the batches are waited for, `Stop.ahead` for example; by default, in the calling thread.
 
     Yields:
       "image" uint8 [b, canvas, canvas, 3], with the image at the top left and zeros around it; "size" int32 [b, 2], its height
       and width; "label" int32 [b], -1 if unknown; "index" int32 [b], the row in the source; and the `masks`.
 
-    Raises ValueError for a bad argument, and while iterating for MAX_SUBSTITUTES bad images in a row.
+    Raises ValueError for a bad argument, and while iterating for MAX_SUBSTITUTES bad images in a row; OSError if a worker is
+    killed.
     """
     if batch_size % process_count:
         raise ValueError(f"The batch size {batch_size} must be divisible by the number of processes {process_count}.")
@@ -60,7 +78,7 @@ def train_batches(
     blocks = rows.batch(size, drop_remainder=True)  # the stream is endless: nothing is dropped
 
     def make(block: int, rows: np.ndarray) -> Batch:
-        batch = load(source, rows, canvas)
+        batch = load(source, rows, canvas, levels, max_pixels)
         return batch if masks is None else batch | masks(block * size + np.arange(size))
 
     batches = blocks.map_with_index(make)[process_index::process_count][start:]
@@ -70,8 +88,32 @@ def train_batches(
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which nobody parses in a notebook.
             flags.FLAGS.mark_as_parsed()
         one_at_a_time = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        iterator = one_at_a_time.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return _report_bad(iterator, source, on_bad or log_once())
+        iterator = one_at_a_time.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
+    return _report_bad(ahead(_of_living_workers(iterator)), source, on_bad or log_once())
+
+
+def _begin_worker(*_: int) -> None:
+    """Runs first in each worker: it ends with its parent, however that ends, and not by a Ctrl-C, which all processes get."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(0)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _of_living_workers(batches: Iterable[Batch]) -> Generator[Batch, None, None]:
+    try:
+        yield from batches
+    except RuntimeError as error:
+        if (match := re.search(r"Worker process was terminated .* exit code (-?\d+)", str(error))) is None:
+            raise
+        code = "by signal 9, as systems do when memory is used up" if match[1] == "-9" else f"with exit code {match[1]}"
+        raise OSError(f"a process that reads the data ended {code}; data.workers is the number of them") from error
 
 
 def choose(source: Sized, count: int, seed: int) -> np.ndarray:
@@ -88,6 +130,8 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     on_bad: OnBad | None = None,
+    levels: decode.Levels | None = None,
+    max_pixels: int = decode.MAX_PIXELS,
 ) -> Iterator[Batch]:
     """The given rows once, in order; process p decodes its share of each global batch, as in `train_batches`.
 
@@ -99,12 +143,18 @@ def eval_batches(
     places = np.minimum(np.arange(-(-len(rows) // batch_size) * batch_size, dtype=np.int32), len(rows) - 1)
     places = places.reshape(-1, process_count, batch_size // process_count)[:, process_index]
     batches = grain.MapDataset.range(len(places)).map(
-        lambda number: load(source, rows[places[number]], canvas) | {"place": places[number]}
+        lambda number: load(source, rows[places[number]], canvas, levels, max_pixels) | {"place": places[number]}
     )
     return _report_bad(batches.to_iter_dataset(_read_options(source)), source, on_bad or log_once())
 
 
-def load(source: Source, rows: Sequence[int] | np.ndarray, canvas: int) -> Batch:
+def load(
+    source: Source,
+    rows: Sequence[int] | np.ndarray,
+    canvas: int,
+    levels: decode.Levels | None = None,
+    max_pixels: int = decode.MAX_PIXELS,
+) -> Batch:
     """A batch, as of `train_batches`, of the given rows; a bad image is replaced by the first good one of its substitutes.
 
     "drawn" int32 [b] are the given rows, "index" those that are used.
@@ -118,10 +168,88 @@ def load(source: Source, rows: Sequence[int] | np.ndarray, canvas: int) -> Batch
         label[:], index[:] = source.labels[rows], rows
     else:
         for i, row in enumerate(rows):
-            index[i], image, label[i] = _first_good(source, int(row), canvas)
+            index[i], image, label[i] = _first_good(source, int(row), canvas, levels, max_pixels)
             size[i] = height, width = image.shape[:2]
             images[i, :height, :width] = image
     return {"image": images, "size": size, "label": label, "index": index, "drawn": rows}
+
+
+class Survey(NamedTuple):
+    """What a sample of a source shows."""
+
+    levels: decode.Levels | None  # the given ones, else measured; None where all images have 8 bits
+    lines: list[str]  # what a person should know; nothing where all is usual
+
+
+def survey(source: Source, canvas: int, levels: decode.Levels | None = None, max_pixels: int = decode.MAX_PIXELS) -> Survey:
+    """Looks at SURVEYED evenly spaced rows, or all of fewer; a function of the source.
+
+    Where some have more than 8 bits and no `levels` are given, these are the PERCENTILES of their values, of at most
+    `decode.SAMPLE` values of each and of all colours together, and whole numbers if the values are. `levels` and
+    `max_pixels` are those of `decode.decode`.
+    """
+    rows = np.unique(np.linspace(0, len(source) - 1, SURVEYED).astype(int)).tolist()
+    facts: list[decode.Facts] = []
+    images: list[np.ndarray] = []
+    bad: list[str] = []
+
+    def each(rows: list[int], look: Callable[[bytes | np.ndarray], Any], found: list[Any]) -> list[int]:
+        """Appends what `look` finds; returns the rows that it can be found of."""
+        good = []
+        for row in rows:
+            try:
+                found.append(look(source[row].image))
+                good.append(row)
+            except (decode.BadImage, OSError) as error:
+                bad.append(f"{source.name(row)}: {error}")
+        return good
+
+    good = each(rows, lambda image: decode.look(image, max_pixels), facts)
+    animated = [source.name(row) for row, fact in zip(good, facts, strict=True) if fact.frames > 1]
+    deep = [fact.values for fact in facts if fact.values is not None]
+    given, values = levels, np.concatenate(deep or [np.zeros(0)])
+    if values.size and levels is None:
+        levels = _measured(values)
+    each(good, lambda image: decode.decode(image, canvas, levels, max_pixels), images)
+
+    of, lines = f"of {len(rows)} sampled images", []
+    if levels is not None and values.size:
+        clipped = np.mean((values < levels[0]) | (values > levels[1]))
+        how = f"the percentiles {PERCENTILES} of their values" if given is None else "as data.levels says"
+        lines.append(
+            f"{len(deep)} {of} have more than 8 bits: their values {levels[0]:.7g} to {levels[1]:.7g} become 0 to 255, {how}; "
+            f"{clipped:.1%} lie outside and are clipped"
+            + f"; the other {len(facts) - len(deep)} have 8 bits and stay as they are"
+            * (len(deep) < len(facts))
+        )
+    elif given is not None:
+        lines.append(f"data.levels is not used: none {of} has more than 8 bits")
+    if animated:
+        lines.append(f"{len(animated)} {of} have several frames, of which only the first is read, such as {animated[0]}")
+    if bad:
+        lines.append(f"{len(bad)} {of} are bad, such as {bad[0]}")
+    return Survey(levels, lines + _constancy(images))
+
+
+def _measured(values: np.ndarray) -> decode.Levels:
+    black, white = (float(f"{level:.6g}") for level in np.percentile(values, PERCENTILES))
+    if values.dtype.kind in "iu":
+        black, white = math.floor(black), math.ceil(white)
+    return black, white if white > black else black + 1
+
+
+def _constancy(images: list[np.ndarray]) -> list[str]:
+    """Lines about images that hardly differ, within themselves or from each other."""
+    lines = []
+    if images and (within := float(np.median([image.std(axis=(0, 1)).mean() for image in images]))) < CONSTANT:
+        lines.append(
+            f"the images are nearly constant: within one the levels of 0 to 255 have a standard deviation of {within:.2g}"
+        )
+    if len(images) > 1:
+        small = [np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BOX), np.float32) for image in images]
+        if (among := float(np.std(small, axis=0).mean())) < CONSTANT:
+            lines.append(f"the images hardly differ from each other: their levels have a standard deviation of {among:.2g}")
+    return lines
 
 
 def candidates(row: int, length: int) -> Iterator[int]:
@@ -130,17 +258,19 @@ def candidates(row: int, length: int) -> Iterator[int]:
     yield from (int(word) % length for word in np.random.SeedSequence(row).generate_state(MAX_SUBSTITUTES))
 
 
-def _first_good(source: Source, row: int, canvas: int) -> tuple[int, np.ndarray, int]:
+def _first_good(
+    source: Source, row: int, canvas: int, levels: decode.Levels | None, max_pixels: int
+) -> tuple[int, np.ndarray, int]:
     for candidate in candidates(row, len(source)):
         try:
             example = source[candidate]
-            return candidate, decode.decode(example.image, canvas), example.label
+            return candidate, decode.decode(example.image, canvas, levels, max_pixels), example.label
         except (decode.BadImage, OSError) as error:
             last = f"{source.name(candidate)}: {error}"
     raise ValueError(f"{MAX_SUBSTITUTES} images in a row are bad in {source.description}. The last: {last}")
 
 
-def _report_bad(batches: Iterator[Batch], source: Source, on_bad: OnBad) -> Iterator[Batch]:
+def _report_bad(batches: Iterable[Batch], source: Source, on_bad: OnBad) -> Generator[Batch, None, None]:
     """The batches without "drawn"; `on_bad` is called for their bad images, in this process and not in the workers."""
     for batch in batches:
         for drawn, used in zip(batch.pop("drawn").tolist(), batch["index"].tolist(), strict=True):
@@ -150,11 +280,11 @@ def _report_bad(batches: Iterator[Batch], source: Source, on_bad: OnBad) -> Iter
 
 
 def log_once() -> OnBad:
-    """An `on_bad` that logs each bad image once."""
-    seen = set()
+    """An `on_bad` that logs each bad image once, and no more than NAMED of them."""
+    seen = set[int]()
 
     def log(row: int, name: str) -> None:
-        if row not in seen:
+        if row not in seen and len(seen) < NAMED:
             seen.add(row)
             logging.warning("Bad image, replaced by another one: %s", name)
 

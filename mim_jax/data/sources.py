@@ -1,15 +1,19 @@
 """Sources of images with random access: CIFAR-10, a folder of images, or a TFDS data set. No TensorFlow."""
 
 import dataclasses
+import functools
+import hashlib
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-EXTENSIONS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-SPLITS = ("train", "val", "validation", "test")
+FINGERPRINTED = 64  # rows whose contents are in a fingerprint
+OFTEN_MEANT = {"cifar10": "cifar10", "cifar": "cifar10", "imagenet": "imagenet2012", "imagenet1k": "imagenet2012"}
+OFTEN_MEANT |= dict.fromkeys(("folder", "imagefolder", "images", "directory"), "folder")
 
 
 class Example(NamedTuple):
@@ -31,11 +35,17 @@ class Source(Protocol):
     @property
     def description(self) -> str: ...  # which data this is, in one line
 
+    @property
+    def notes(self) -> Sequence[str]: ...  # how the data was understood, and what was left out: lines for the start of a run
+
+    @property
+    def fingerprint(self) -> str: ...  # 16 hex digits, the same wherever the data lies; reads a few images
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, row: int) -> Example: ...
 
-    def name(self, row: int) -> str: ...  # a path, or a place in the data set; reads nothing
+    def name(self, row: int) -> str: ...  # a path, or a place in the data set, as `shown`; reads nothing
 
 
 def open_source(name: str, data_dir: str | os.PathLike | None = None, split: str = "train") -> Source:
@@ -46,15 +56,39 @@ def open_source(name: str, data_dir: str | os.PathLike | None = None, split: str
         "name:1.0.0".
       data_dir: for "folder" the folder of images; for "cifar10" the cache, by default $MIM_JAX_CACHE or mim_jax in the user's
         cache; for TFDS the folder of all data sets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      split: "train", "test", ...; for TFDS also sub-splits such as "train[:90%]".
+      split: "train", "test", ...; for TFDS also sub-splits such as "train[:90%]". The rules of a folder: `folder.open_folder`.
 
-    Raises FileNotFoundError if there is no such data, and ValueError if it has no such split or no images.
+    Raises FileNotFoundError if there is no such data, OSError if it cannot be read or fetched, and ValueError if it has no such
+    split or no images.
     """
     if name == "cifar10":
         return _open_cifar10(pathlib.Path(data_dir).expanduser() if data_dir else _cache(), split)
     if name == "folder":
-        return _open_folder(data_dir, split)
+        from mim_jax.data.folder import open_folder
+
+        return open_folder(data_dir, split)
     return _open_tfds(name, data_dir, split)
+
+
+def shown(name: str) -> str:
+    """A name for a terminal, a log or a page: control characters and bytes that are no UTF-8 as escapes such as \\x1b."""
+    return "".join(
+        c if c.isprintable() else f"\\x{ord(c) - 0xDC00:02x}" if 0xDC80 <= ord(c) < 0xDD00 else ascii(c)[1:-1] for c in name
+    )
+
+
+def fingerprint(source: "Source", names: str, labels: Sequence[int] | np.ndarray) -> str:
+    """16 hex digits of these names and labels, and of the images and labels of at most FINGERPRINTED evenly spaced rows."""
+    digest = hashlib.sha256(f"{len(source)} {source.num_classes} {names}".encode(errors="surrogatepass"))
+    digest.update(np.asarray(labels, "<i8").tobytes())
+    for row in np.unique(np.linspace(0, len(source) - 1, FINGERPRINTED).astype(int)).tolist():
+        try:
+            image, label = source[row]
+        except OSError:  # it is a bad image for the run, too
+            image, label = b"", -1
+        form, content = (str((image.dtype, image.shape)), image.tobytes()) if isinstance(image, np.ndarray) else ("", image)
+        digest.update(f"{label} {form} {hashlib.sha256(content).hexdigest()}".encode())
+    return digest.hexdigest()[:16]
 
 
 # Images in memory: CIFAR-10, or a user's arrays.
@@ -62,13 +96,33 @@ def open_source(name: str, data_dir: str | os.PathLike | None = None, split: str
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource:
-    """Images of one size in memory."""
+    """Images of one size in memory. Raises ValueError for other arrays than uint8 [N, h, w, 3] or [N, h, w, 1]."""
 
-    images: np.ndarray  # uint8 [N, h, w, 3]
+    images: np.ndarray  # uint8 [N, h, w, 3]; or [N, h, w, 1], grey
     labels: np.ndarray  # int [N]
     num_classes: int
     description: str = "arrays in memory"
     classes: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        dtype, shape = getattr(self.images, "dtype", type(self.images).__name__), list(np.shape(self.images))
+        if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8:
+            what = {"f": "(images * 255).round().astype(np.uint8) of floats in 0..1", "b": "images * np.uint8(255)"}
+            raise ValueError(
+                f"images are {dtype} {shape}, wanted is uint8 [N, h, w, 3] with levels of 0 to 255, or [N, h, w, 1]: "
+                + (
+                    "move or add the axis of channels, such as images[..., None]"
+                    if dtype == np.uint8
+                    else what.get(getattr(dtype, "kind", ""), "scale them to 0..255 and use .astype(np.uint8)")
+                )
+            )
+        if len(self.labels) != len(self.images):
+            raise ValueError(f"there are {len(self.images)} images and {len(self.labels)} labels")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self, "", self.labels)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,14 +140,12 @@ def _cache() -> pathlib.Path:
 
 
 def _open_cifar10(cache: pathlib.Path, split: str) -> Source:
-    import tensorflow_datasets as tfds  # takes half a second: imported only where it is needed
-
-    from mim_jax.data import cifar10
+    from mim_jax.data import cifar10  # imports TFDS, which takes half a second: only where it is needed
 
     if split not in cifar10.MD5:
         raise ValueError(f"CIFAR-10 has the splits {', '.join(cifar10.MD5)}, not {split!r}.")
     try:
-        folder = cifar10.prepare(cache)
+        folder, images, labels, notes = cifar10.load(cache, split)
     except cifar10.FetchError as error:
         tried = " ".join(str(error).split())
         raise OSError(
@@ -102,81 +154,14 @@ def _open_cifar10(cache: pathlib.Path, split: str) -> Source:
         ) from error
     except OSError as error:
         raise OSError(f"Cannot keep CIFAR-10 in {cache} ({error}). Set MIM_JAX_CACHE to a writable folder.") from error
-    data = tfds.builder_from_directory(folder).as_data_source(split)
-    rows = data.__getitems__(range(len(data)))
     return ArraySource(
-        images=np.stack([row["image"] for row in rows]),
-        labels=np.array([row["label"] for row in rows], np.int32),
+        images=images,
+        labels=labels.astype(np.int32),
         num_classes=len(cifar10.CLASSES),
-        description=f"CIFAR-10 {split} ({len(rows):,} images of 32 x 32), {folder}",
+        description=f"CIFAR-10 {split} ({len(images):,} images of 32 x 32), {folder}",
         classes=cifar10.CLASSES,
+        notes=notes,
     )
-
-
-# A folder of images.
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class FolderSource:
-    """Image files below a folder, sorted by path."""
-
-    root: pathlib.Path
-    files: Sequence[str]  # relative to the root
-    labels: np.ndarray  # int32 [N]
-    classes: Sequence[str]  # empty: no labels
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
-
-    @property
-    def description(self) -> str:
-        classes = f"{self.num_classes:,} classes" if self.classes else "no labels"
-        return f"{self.root} ({len(self):,} image files, {classes})"
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, row: int) -> Example:
-        return Example((self.root / self.files[row]).read_bytes(), int(self.labels[row]))
-
-    def name(self, row: int) -> str:
-        return str(self.root / self.files[row])
-
-
-def _open_folder(data_dir: str | os.PathLike | None, split: str) -> Source:
-    """Finds files by extension, without hidden ones, in `root/split` if the root has folders of splits, else in the root.
-
-    If all images are in two or more sub-folders, these are the classes, in sorted order over all splits (so labels agree even
-    if a split lacks a class). Otherwise the images have no labels.
-    """
-    root = pathlib.Path(data_dir or "").expanduser()
-    if not data_dir or not root.is_dir():
-        where = f"There is no folder {root.absolute()}" if data_dir else "data.dir is missing"
-        raise FileNotFoundError(f"{where}: set --config.data.dir to a folder of images.")
-    roots = [root / name for name in dict.fromkeys((split, *SPLITS)) if (root / name).is_dir()] or [root]
-    if roots != [root]:
-        root = root / split
-        if root not in roots:
-            raise FileNotFoundError(f"There is no split {split!r} in {root.parent.absolute()}, only {[r.name for r in roots]}.")
-    files = sorted(_image_files(root))
-    if not files:
-        raise ValueError(f"No images below {root.resolve()}: no file ends in {', '.join(EXTENSIONS)}.")
-    folders = [pathlib.PurePath(file).parts[0] if os.sep in file else "" for file in files]
-    if "" in folders or len(set(folders)) < 2:
-        return FolderSource(root, files, np.full(len(files), -1, np.int32), ())
-    classes = sorted({entry.name for r in roots for entry in r.iterdir() if entry.is_dir() and entry.name[0] != "."})
-    label = {name: i for i, name in enumerate(classes)}
-    return FolderSource(root, files, np.array([label[folder] for folder in folders], np.int32), classes)
-
-
-def _image_files(root: pathlib.Path) -> list[str]:
-    files = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        images = [name for name in names if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
-        files += [os.path.relpath(os.path.join(folder, name), root) for name in images]
-    return files
 
 
 # TFDS.
@@ -190,6 +175,7 @@ class TfdsSource:
     dataset: str
     split: str
     classes: Sequence[str]
+    notes: Sequence[str] = ()
 
     @property
     def num_classes(self) -> int:
@@ -199,6 +185,11 @@ class TfdsSource:
     def description(self) -> str:
         classes = f"{self.num_classes:,} classes" if self.num_classes else "no labels"
         return f"TFDS {self.dataset}, {self.split} ({len(self):,} images, {classes})"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the labels it has only those of the rows that are read: to read all takes minutes."""
+        return fingerprint(self, self.dataset, ())
 
     def __len__(self) -> int:
         return len(self.data)
@@ -223,8 +214,11 @@ def _open_tfds(name: str, data_dir: str | os.PathLike | None, split: str) -> Sou
     )
     try:  # from files only: the data set's own code might download
         builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
-    except tfds.core.DatasetNotFoundError as error:
-        raise FileNotFoundError(f"There is no TFDS data set {name!r} in {', '.join(data_dirs)}. {how}") from error
+    except ValueError as error:  # DatasetNotFoundError is one, and so is that of a name that none can have
+        meant = OFTEN_MEANT.get(re.sub("[^a-z0-9]", "", name.lower()), "folder" if os.path.isdir(name) else None)
+        where = " with --config.data.dir=FOLDER" if meant == "folder" else ""
+        hint = f"Did you mean --config.data.name={meant}{where}? " if meant else ""
+        raise FileNotFoundError(f"{hint}There is no TFDS data set {name!r} in {', '.join(data_dirs)}. {how}") from error
     features = builder.info.features
     if "image" not in features:
         raise ValueError(f"TFDS {name!r} has no feature 'image', only {sorted(features)}.")

@@ -57,12 +57,23 @@ class Evaluation:
         source: images that k-NN and probe learn from; `eval.bank` of them are chosen by the seed.
         held_out: images on which everything is measured; `eval.test` of them. If it is the same split as `source`, the
             split is divided: at most a fifth is measured on, and these images are not in the bank.
+        on_bad: called with (row, name) for each bad image, at every evaluation; by default, each is logged once.
+
+    k-NN and probe are measured where both have labels of the same classes; `unlabeled` says why they are not, or is empty.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, method: Method, source: Source, held_out: Source):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        method: Method,
+        source: Source,
+        held_out: Source,
+        on_bad: pipeline.OnBad | None = None,
+    ):
         self.config, self.method, self.source, self.held_out = config.eval, method, source, held_out
         self.tokenizer: Any = method  # where "tokens" are among the pictures
         self.seed, self.canvas, self.size = config.seed, config.data.canvas, config.eval.img_size or config.model.img_size
+        self.decoding = dict(levels=config.data.levels, max_pixels=config.data.max_pixels)
         bank, test = config.eval.bank, config.eval.test
         if held_out.description == source.description:
             test = min(test, len(source) // 5)
@@ -70,16 +81,34 @@ class Evaluation:
         else:
             self.bank_rows, self.test_rows = (pipeline.choose(s, n, self.seed) for s, n in ((source, bank), (held_out, test)))
         if not all(self.sizes):
-            raise ValueError(f"{source.description}: {len(source)} images are too few to be divided into a bank and a test")
+            raise ValueError(f"{source.description}: {len(source)} images are too few to be evaluated on, 5 are needed")
         crop = method.views.crops[0].size
         self.detail = 2 * crop if crop <= DETAILED else crop
-        self.on_bad = pipeline.log_once()
+        self.on_bad = on_bad or pipeline.log_once()
         self.encoded: tuple[Any, Arrays, Arrays] | None = None  # of the last state, by its `step`
 
     @property
     def sizes(self) -> tuple[int, int]:
         """The numbers of images in the bank and in the test set."""
         return len(self.bank_rows), len(self.test_rows)
+
+    @property
+    def num_classes(self) -> int:
+        """Of the labels, if the training and the held-out images have the same ones, else 0. Names may be missing of one."""
+        both = self.source, self.held_out
+        count, names = {source.num_classes for source in both}, {tuple(source.classes) for source in both}
+        return count.pop() if len(count) == 1 and len(names - {()}) < 2 else 0
+
+    @property
+    def unlabeled(self) -> str:
+        """Why there is no k-NN and no probe, in one line; empty if they are measured."""
+        if self.num_classes:
+            return ""
+        train, test = (
+            f"{s.num_classes} classes ({', '.join([*s.classes[:3], '...'])})" if s.num_classes else "no labels"
+            for s in (self.source, self.held_out)
+        )
+        return f"no k-NN and no probe: the training images have {train}, the held-out images {test}"
 
     def scores(self, state: TrainState) -> dict[str, float]:
         """`eval/knn`, `eval/knn_top5`, `eval/probe` (of images with labels), `eval/view_retrieval` (shares, 0 to 1),
@@ -100,7 +129,7 @@ class Evaluation:
         measured = ("eval/knn", "eval/probe", "eval/view_retrieval")
         baselines = {f"{tag}_baseline_untrained": scores[tag] for tag in measured if tag in scores}
         labels, pixels = (bank["label"], test["label"]), (bank["pixels"], test["pixels"])
-        if self.source.num_classes:
+        if self.num_classes:
             baselines["eval/knn_baseline_pixels"] = self._knn((pixel_features(pixels[0]), pixel_features(pixels[1])), labels)[0]
             whitened = whitened_features(pixels[0].reshape(len(labels[0]), -1), pixels[1].reshape(len(labels[1]), -1))
             baselines["eval/knn_baseline_whitened"] = self._knn(whitened, labels)[0]
@@ -136,9 +165,9 @@ class Evaluation:
     def _scores(self, bank: Arrays, test: Arrays) -> dict[str, float]:
         scores: dict[str, float] = {}
         labels, features = (bank["label"], test["label"]), (bank["features"], test["features"])
-        if self.source.num_classes:
+        if self.num_classes:
             top1, top5 = self._knn(standardize(*features) if self.config.standardize else features, labels)
-            scores |= {"eval/knn": top1} | ({"eval/knn_top5": top5} if self.source.num_classes > 5 else {})
+            scores |= {"eval/knn": top1} | ({"eval/knn_top5": top5} if self.num_classes > 5 else {})
             scores["eval/probe"] = self._probe(features, labels)
         scores["eval/view_retrieval"] = float(view_retrieval(test["view_1"], test["view_2"]))
         scores["health/rank"] = float(rank_me(test["features"]))
@@ -147,17 +176,18 @@ class Evaluation:
 
     def _knn(self, features: Pair, labels: Pair) -> tuple[float, float]:
         k = min(K, len(features[0]))
-        return knn_accuracy(features[0], labels[0], features[1], labels[1], self.source.num_classes, k, TEMPERATURE)
+        return knn_accuracy(features[0], labels[0], features[1], labels[1], self.num_classes, k, TEMPERATURE)
 
     def _probe(self, features: Pair, labels: Pair) -> float:
-        return probe_accuracy(features[0], labels[0], features[1], labels[1], self.source.num_classes)
+        return probe_accuracy(features[0], labels[0], features[1], labels[1], self.num_classes)
 
     def _stream(self, source: Source, rows: np.ndarray, function: Callable[[Batch], Batch], side: int) -> Arrays:
         """`function(batch)` [B, ...] of the images at `rows`, which it turns into pictures of `side`: arrays [N, ...]."""
         size = self.batch_size(len(rows), side)
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
         results: Arrays = OrderedDict()
-        stream = pipeline.eval_batches(source, rows, canvas=self.canvas, batch_size=size, on_bad=self.on_bad, **processes)
+        options = processes | self.decoding
+        stream = pipeline.eval_batches(source, rows, canvas=self.canvas, batch_size=size, on_bad=self.on_bad, **options)
         for start, batch in zip(range(0, len(rows), size), stream, strict=True):
             for name, part in jax.device_get(gather(OrderedDict(function(global_batch(batch))))).items():
                 if not start:
@@ -250,9 +280,9 @@ class Evaluation:
         images = self._images(self.source, self.bank_rows[nearest.reshape(-1)])
         found = [images[start : start + nearest.shape[1]] for start in range(0, len(images), nearest.shape[1])]
         shown = self._images(self.held_out, self.test_rows[:QUERIES])
-        if not self.source.num_classes:
+        if not self.num_classes:
             return pictures.neighbors(shown, found)
-        names = self.source.classes or [f"class {i}" for i in range(self.source.num_classes)]
+        names = self.source.classes or [f"class {i}" for i in range(self.num_classes)]
         found_names = [[names[label] for label in labels] for labels in bank["label"][nearest]]
         return pictures.neighbors(shown, found, [names[label] for label in test["label"][:QUERIES]], found_names)
 

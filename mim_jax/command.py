@@ -1,0 +1,167 @@
+"""Trains a vision transformer without labels.
+
+  mim_jax --config=dino:demo --workdir=runs/dino
+  mim_jax --config=dino:demo --config.total="20 epochs" --config.data.name=folder --config.data.dir=~/images --workdir=runs/mine
+  JAX_NUM_CPU_DEVICES=8 mim_jax --config=mae:vitb16 --config.mesh.fsdp=8 --config.mesh.data=1 --dry_run
+
+  --config=NAME:VARIANT    a recipe, or a file of one: my/recipe.py:variant
+  --config.KEY=VALUE       changes a value of it
+  --workdir=FOLDER         for metrics, checkpoints, pictures and the report; a run that is there is continued
+  --dry_run                prints the plan (parameters, sharding, memory) and stops
+"""
+
+import difflib
+import functools
+import logging as python_logging
+import re
+import runpy
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from mim_jax import dry_run, train
+from mim_jax.config import PACKAGED, absolute, leaves, load_config
+from mim_jax.stopping import Stop, leave
+
+EXAMPLE = "mim_jax --config=dino:demo --workdir=runs/dino"
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
+
+# Other words for keys, and those of earlier versions.
+RENAMED = (
+    (r"(eval|checkpoint)\.(\w+_)?(steps|epochs|examples|iterations)", r"\1.every"),
+    (r"(.*\.)?((num|max|total|train)_)?(steps|epochs|examples|iterations)", "total"),
+    (r"loss\.warmup_teacher_temp_epochs", "loss.teacher_temp_warmup"),
+    (r"optim\.decay_(steps|epochs)", "optim.decay_at"),
+    (r"loss\.temperature_(steps|epochs)", "loss.temperature_decay"),
+    (r"loss\.kl_(steps|epochs)", "loss.kl_warmup"),
+)
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple, '(0.2, 1.0)'"}
+
+
+def run(stop: Stop) -> None:
+    """The whole command, as it is in `sys.argv`."""
+    app.run(functools.partial(main, stop=stop), flags_parser=parse)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Defines the flag of the config that is asked for, and parses all flags. Exits with one line for what is wrong."""
+    if {"-h", "-help", "--help", "--helpshort", "--helpfull"} & set(argv):
+        print(__doc__, "Recipes:", sep="\n")
+        for path in sorted(PACKAGED.glob("*.py")):
+            print(f"  {path.stem:14}{', '.join(runpy.run_path(str(path))['VARIANTS'])}")
+        sys.exit()
+    spec, rest, arguments = "", list[str](), iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name in ("-config", "--config"):
+            spec = value if equals else next(arguments, "")
+        else:
+            rest.append(argument)
+    if not spec:
+        sys.exit(f"error: --config is missing, for example {EXAMPLE}")
+    try:
+        config = load_config(spec)
+        refuse_unknown_keys(rest, config)
+        config_flags.DEFINE_config_dict("config", config, sys_argv=rest)
+        return flags.FLAGS(rest)
+    except flags.IllegalFlagValueError as error:
+        match = re.match(r"flag --config\.(\S+?)=(.*?): ", str(error), re.DOTALL)
+        if match is None:
+            sys.exit(f"error: {error}")
+        section, _, key = match[1].rpartition(".")
+        kind = (config[section] if section else config).get_type(key)
+        sys.exit(f'error: {match[1]} is "{match[2]}", but must be {KINDS.get(kind, kind.__name__)}')
+    except (IndexError, TypeError) as error:  # of ml_collections
+        sys.exit(f"error: a value on the command line does not fit its key: {error}")
+    except (OSError, ValueError, flags.Error) as error:
+        if isinstance(error, (OSError, ValueError)) and not raised_here(error):
+            raise
+        sys.exit(f"error: {error}")
+
+
+def refuse_unknown_keys(arguments: list[str], config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError, with what may have been meant, for `--config.KEY` of a key that the config does not have."""
+    keys = [key for key, _ in leaves(config)]
+    for argument in arguments:
+        match = re.match(r"--?(no)?config\.([^=\[]+)(\[.*\])?(=(.*))?", argument)
+        if match is None or (key := match[2]) in keys:
+            continue
+        offered = [each for each in keys if each.startswith("target.network.") == key.startswith("target.network.")]
+        if inside := [each for each in offered if each.startswith(f"{key}.")]:
+            raise ValueError(f"{key} is a section of the config, with {', '.join(inside)}")
+        if now := renamed(key, offered):
+            unit = re.search("steps|epochs|examples", key)
+            example = f'--config.{now[0]}="{match[5] or 10} {unit[0] if unit else "steps"}"'
+            raise ValueError(f"the config has no key {key}; it is {' or '.join(now)}, with a unit: {example}")
+        likeness = {each: max(alike(key, each), alike(last(key), last(each))) for each in offered}
+        best = sorted(likeness, key=likeness.__getitem__, reverse=True)[:3]
+        near = [each for each in best if likeness[each] > max(0.6, likeness[best[0]] - 0.1)]
+        raise ValueError(f"the config has no key {key}" + f"; did you mean {' or '.join(near)}?" * bool(near))
+
+
+def renamed(key: str, keys: list[str]) -> list[str]:
+    """What a key of a duration without a unit is now: the one of the table, or those of its name less the unit."""
+    found = [match.expand(now) for pattern, now in RENAMED if (match := re.fullmatch(pattern, key))]
+    if now := [each for each in found if each in keys]:
+        return now[:1]
+    name = re.sub("_(steps|epochs|examples)$", "", key)
+    return [] if name == key else [each for each in keys if each == name] or [each for each in keys if last(each) == last(name)]
+
+
+def alike(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def last(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
+def main(argv: list[str], stop: Stop | None = None) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: not understood: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    logging.get_absl_handler().addFilter(worth_logging)
+    sys.unraisablehook = unraisable
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # of a process that cleans up after data workers
+    config = flags.FLAGS.config
+    config.data.dir, config.init_from, config.resume = map(absolute, (config.data.dir, config.init_from, config.resume))
+    try:
+        if DRY_RUN.value:
+            print(dry_run.plan(config))
+        elif WORKDIR.value:
+            train.run(config, str(absolute(WORKDIR.value)), stop)
+        else:
+            sys.exit(f"error: --workdir is missing, for example {EXAMPLE}")
+    except (OSError, ValueError, train.NotFinite) as error:
+        if not raised_here(error):
+            raise
+        sys.exit(f"error: {error}")
+    if stop and stop.requested:
+        sys.stdout.flush()
+        leave(0)  # at once: a thread may still compile, or wait for a file
+
+
+def worth_logging(record: python_logging.LogRecord) -> bool:
+    """False for Orbax, which logs a failure for every file and thread. It is raised, too, and reported once."""
+    return record.name != "asyncio" and "/orbax/" not in record.pathname
+
+
+def unraisable(what: Any) -> None:
+    """Passes on all but what Orbax leaves behind of a read or write that failed: the error itself is raised, too."""
+    code = getattr(what.object, "cr_code", None)
+    if not (code and "/orbax/" in code.co_filename) and str(what.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(what)
+
+
+def raised_here(error: Exception) -> bool:
+    """Whether this package raised it, or the system for a file: its message is for the user, without a traceback."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    here = frame.f_globals["__name__"].startswith("mim_jax.") or frame.f_code.co_filename == __file__
+    return here or (isinstance(error, OSError) and error.filename is not None)

@@ -1,0 +1,168 @@
+"""SIGTERM and Ctrl-C end a run with no step lost, whatever it is doing.
+
+Until training begins nothing is lost if the program just ends. From then on, a signal lets the step in flight finish, and the
+loop saves. It must not wait for longer than that, but a compilation is a single call of minutes, and a batch may never come. So
+other threads do what may take long (`Stop.wait`, `Stop.ahead`), and the loop waits for them or for a signal. What they were
+doing is then of no use any more. Nothing is ever raised in the midst of the loop's own work.
+
+Imports nothing that takes long: the command line listens before it imports jax.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, NoReturn, TypeVar
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+NOTHING_LOST = "stopped; no step is lost, and the same command goes on from there"
+AT_ONCE = "stopped at once; the same command goes on from the last checkpoint"
+
+T = TypeVar("T")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal has ended what was being waited for, or a run that had not begun to train."""
+
+
+class Stop(contextlib.AbstractContextManager["Stop"]):
+    """Listens to SIGTERM and SIGINT (Ctrl-C).
+
+    Before training, they raise Stopped in the main thread. While `training`, they set `requested` and end the waiting in
+    `wait` and `ahead`; a second SIGINT raises KeyboardInterrupt.
+
+    Args:
+        program: for the command line: before training, the program ends at once, with exit code 0 and a line; a second
+            SIGINT ends it with exit code 130. Both work during any call.
+
+    Outside of the main thread, where Python has no signals, nothing is listened to. Where jax.distributed runs, SIGTERM is
+    left to jax, which tells all processes, and the first SIGINT is passed on as SIGTERM. Processes must compute in step, so
+    `wait` and `ahead` are not ended there.
+    """
+
+    training = requested = False
+
+    def __init__(self, program: bool = False):
+        self.program = program
+        self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # its `put` may be called while a signal interrupts a `get`
+        self._interrupted = self._threads = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup, `command &`
+        if self.program:
+            # Blocked in all threads and processes that are started from now on, and taken from the queue by one.
+            signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+            threading.Thread(target=self._watch, args=(wanted,), daemon=True).start()
+        elif several_processes():
+            self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._pass_on)}
+            return self
+        else:
+            self._before = {number: signal.signal(number, self._handle) for number in wanted}
+        self._threads = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def wait(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(*args)`, called in a thread, with the mesh of this one. Raises Stopped as soon as a stop is requested."""
+        import jax
+
+        mesh = jax.sharding.get_mesh()
+
+        def call() -> T:
+            with contextlib.nullcontext() if mesh.empty or not self._threads else jax.set_mesh(mesh):
+                return function(*args)
+
+        return next(self.ahead(call() for _ in range(1)))
+
+    def ahead(self, items: Generator[T, None, None]) -> Iterator[T]:
+        """The items, each made by a thread while the one before is used. Raises Stopped as soon as a stop is requested."""
+        if not self._threads:
+            yield from items
+            return
+        if self.requested:
+            raise Stopped(NOTHING_LOST)
+        inbox, wanted = queue.SimpleQueue[Any](), threading.Semaphore(0)
+
+        def make() -> None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # here and in what is started here, such as data workers
+            try:
+                with contextlib.closing(items):
+                    for item in items:
+                        inbox.put((item, None))
+                        wanted.acquire()
+                        if closed:
+                            return
+                inbox.put((None, StopIteration()))
+            except BaseException as error:
+                inbox.put((None, error))
+
+        closed, thread = False, threading.Thread(target=make, daemon=True)
+        thread.start()
+        try:
+            while True:
+                item, error = self._next(inbox)
+                if isinstance(error, StopIteration):
+                    return
+                if error is not None:
+                    raise error
+                wanted.release()
+                yield item
+        finally:
+            closed, self._inbox = True, queue.SimpleQueue()  # the next item is of no use
+            wanted.release()
+            if not self.requested:
+                thread.join(timeout=10)  # Python's own end and a thread that ends data workers do not go together
+
+    def _next(self, inbox: queue.SimpleQueue[Any]) -> Any:
+        self._inbox = inbox  # before the question, so that a signal after it is in the inbox
+        found = None if self.requested else inbox.get()
+        if found is None:
+            raise Stopped(NOTHING_LOST)
+        return found
+
+    def _handle(self, number: int, _: object) -> None:
+        """Also called by a thread, for a program."""
+        again = self._interrupted and number == signal.SIGINT
+        self.requested, self._interrupted = True, self._interrupted or number == signal.SIGINT
+        self._inbox.put(None)
+        if self.program and again:
+            leave(130, AT_ONCE)
+        elif self.program and not self.training:
+            leave(0, NOTHING_LOST)
+        elif again:
+            raise KeyboardInterrupt
+        elif not self.training:
+            raise Stopped(NOTHING_LOST)
+
+    def _watch(self, wanted: list[signal.Signals]) -> None:
+        while True:
+            self._handle(signal.sigwait(wanted), None)
+
+    def _pass_on(self, *_: object) -> None:
+        if self._interrupted:
+            leave(130, AT_ONCE)
+        self._interrupted = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def several_processes() -> bool:
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
+def leave(code: int, line: str = "") -> NoReturn:
+    """Ends the program at once, also while other threads are busy."""
+    if line:
+        start = "\n" if sys.stderr.isatty() else ""  # after a bar of progress, or ^C
+        os.write(2, f"{start}{line}\n".encode())  # whatever the main thread is printing
+    os._exit(code)
