@@ -272,6 +272,17 @@ MUTATIONS = (
     M("evaluation drops the last batch", "data/pipeline.py", "np.arange(-(-len(rows) // batch_size) * batch_size",
       "np.arange(len(rows) // batch_size * batch_size",
       "test_data.py::test_eval_batches_hold_each_row_once_in_order_for_any_number_of_hosts"),
+    # Decoding
+    M("the low byte of a colour is its high one", "data/decode.py", '("LB", "BL", "NB")', '("LL", "BB", "NN")',
+      "test_decode.py::test_colors_of_16_bits_keep_the_low_byte"),
+    M("a TIFF's other pages are dropped", "data/decode.py", "if len(full) > 1:", "if len(full) > 9:",
+      "test_decode.py::test_what_would_come_out_wrong_is_refused_in_one_line"),
+    M("white that is zero stays black", "data/decode.py", "levels = levels[::-1]", "levels = levels",
+      "test_decode.py::test_white_may_be_zero_and_alpha_a_value"),
+    M("memory is counted in pixels", "data/decode.py", "if pixels * each > max_pixels * BYTES_PER_PIXEL:",
+      "if pixels > max_pixels * BYTES_PER_PIXEL:", "test_decode.py::test_memory_is_counted_in_bytes"),
+    M("a bomb of weights is unpacked", "learned.py", "for member in members)) > limit:", "for member in members)) > 1e18:",
+      "test_npz.py::test_what_is_no_file_of_arrays_is_refused_in_one_line"),
     # Quantisers and tokenizers
     M("no gradient through the codes", "models/quantizers.py", "return z + jax.lax.stop_gradient(codes - z)",
       "return jax.lax.stop_gradient(codes)", "test_golden_tokenizers.py::test_ema"),
