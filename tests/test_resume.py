@@ -73,6 +73,11 @@ def saved_record(workdir: Path) -> dict:
     return json.loads((newest / "record/metadata").read_text())
 
 
+def measured(workdir: Path) -> dict:
+    """What a run has set in its config.data."""
+    return {key: saved_record(workdir)["config"]["data"][key] for key in ("num_examples", "fingerprint")}
+
+
 def assert_same_bits(got, want):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)):
@@ -624,7 +629,7 @@ def test_a_torn_checkpoint_gives_way_to_the_one_before(quick, whole, tmp_path):
     method, fell_back = make_method(quick), 0
     with jax.set_mesh(make_mesh(1, 1, jax.devices()[:1])):
         abstract = abstract_state(method, quick)
-        quick.data.num_examples = saved_record(whole)["config"]["data"]["num_examples"]
+        quick.data.update(measured(whole))
         for number, file in enumerate(files):
             workdir = shutil.copytree(whole, tmp_path / str(number))
             torn = workdir / "checkpoints" / newest.name / file
@@ -658,7 +663,7 @@ def test_a_flipped_bit_is_noticed(quick, whole, tmp_path):
     chosen = rng.choices(files, [path.stat().st_size for path in files], k=15) + [newest / "record/metadata"] * 15
     with jax.set_mesh(make_mesh(1, 1, jax.devices()[:1])):
         abstract = abstract_state(make_method(quick), quick)
-        quick.data.num_examples = records[QUICK_STEPS]["config"]["data"]["num_examples"]
+        quick.data.update(measured(whole))
         for number, path in enumerate(chosen):
             workdir = shutil.copytree(whole, tmp_path / str(number))
             flip(workdir / path.relative_to(whole), rng.randrange(2**60))
