@@ -248,6 +248,17 @@ MUTATIONS = (
       "test_resume.py::test_a_run_interrupted_anywhere_ends_as_one_left_alone[batch-3-terminate]"),
     M("no evaluation at the end", "train.py", "(step % evaluate_every == 0 or step == total)", "step % evaluate_every == 0",
       "test_resume.py::test_a_longer_plan_goes_on_with_the_optimizers_state"),
+    # Long runs
+    M("points of a long curve are dropped", "journal.py", "((a + c) / 2, (b + d) / 2)", "(a, b)",
+      "test_journal.py::test_a_curve_is_bounded_and_its_points_have_equal_weights"),
+    M("a file takes its place before it is on the disk", "journal.py", "            os.fsync(file.fileno())\n", "",
+      "test_journal.py::test_a_file_is_on_the_disk_before_it_takes_its_place"),
+    M("TensorStore's leak", "checkpoint.py", "if key not in made:", "if True:",
+      "test_long_runs.py::test_saves_do_not_add_up_in_memory"),
+    M("bad images of one process", "bad_images.py", 'batch["counts"].sum()', 'batch["counts"].max()',
+      "test_long_runs.py::test_the_first_process_names_and_counts_the_bad_images_of_all"),
+    M("few held-out images are judged", "health.py", "images < ENOUGH_IMAGES", "images < 0",
+      "test_health.py::test_too_few_held_out_images_give_no_verdict"),
     # Configs and durations
     M("intervals include their ends", "config.py", 'if interval[-1] == "]" else number < high',
       "if interval[-1] else number < high", "test_config.py::test_what_cannot_be_is_refused_in_one_line"),
