@@ -19,7 +19,6 @@ from PIL import Image
 from mim_jax import journal, train
 from mim_jax.sharding import make_mesh
 
-
 BAD = (3, 20, 37)
 
 
