@@ -251,7 +251,7 @@ MUTATIONS = (
     M("no evaluation at the end", "train.py", "(step % evaluate_every == 0 or step == total)", "step % evaluate_every == 0",
       "test_resume.py::test_a_longer_plan_goes_on_with_the_optimizers_state"),
     # Stopping
-    M("an evaluation that was stopped is not made up for", "train.py", 'any(tag.startswith("eval/") for tag in row)', "row",
+    M("an evaluation that was stopped is not made up for", "train.py", "and step > evaluated and", "and",
       "test_resume.py::test_a_run_stops_where_it_would_wait_for_ever[scores-1-terminate-steps2]"),
     M("a signal does not end the waiting", "stopping.py", "self._inbox.put(None)", "self._inbox",
       "test_stopping.py::test_while_training_a_signal_ends_the_waiting_and_nothing_else"),
@@ -259,6 +259,17 @@ MUTATIONS = (
       "test_stopping.py::test_a_second_control_c_is_an_interrupt"),
     M("data workers hear Ctrl-C", "data/pipeline.py", "signal.signal(number, signal.SIG_IGN)", "pass",
       "test_stopping.py::test_only_a_kill_ends_a_worker_and_is_told"),
+    # Long runs
+    M("points of a long curve are dropped", "journal.py", "((a + c) / 2, (b + d) / 2)", "(a, b)",
+      "test_journal.py::test_a_curve_is_bounded_and_its_points_have_equal_weights"),
+    M("a file takes its place before it is on the disk", "journal.py", "            os.fsync(file.fileno())\n", "",
+      "test_journal.py::test_a_file_is_on_the_disk_before_it_takes_its_place"),
+    M("TensorStore's leak", "checkpoint.py", "if key not in made:", "if True:",
+      "test_long_runs.py::test_saves_do_not_add_up_in_memory"),
+    M("bad images of one process", "bad_images.py", 'batch["counts"].sum()', 'batch["counts"].max()',
+      "test_long_runs.py::test_the_first_process_names_and_counts_the_bad_images_of_all"),
+    M("few held-out images are judged", "health.py", "images < ENOUGH_IMAGES", "images < 0",
+      "test_health.py::test_too_few_held_out_images_give_no_verdict"),
     # Configs and durations
     M("intervals include their ends", "config.py", 'if interval[-1] == "]" else number < high',
       "if interval[-1] else number < high", "test_config.py::test_what_cannot_be_is_refused_in_one_line"),
