@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from PIL import Image
 
 from mim_jax import journal, load_config, train
@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
     memory: list[float] = []  # MB, after EVERY, 2 * EVERY, ... steps
     make_train_step, start = train.make_train_step, time.perf_counter()
 
