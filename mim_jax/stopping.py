@@ -31,7 +31,7 @@ class Stopped(KeyboardInterrupt):
 class Stop(contextlib.AbstractContextManager["Stop"]):
     """Listens to SIGTERM and SIGINT (Ctrl-C).
 
-    Before training, they raise Stopped in the main thread. While `training`, they set `requested` and end the waiting in
+    Before training, they raise Stopped in the main thread. From where `training` is set on, they set `requested` and end the waiting in
     `wait` and `ahead`; a second SIGINT raises KeyboardInterrupt.
 
     Args:
@@ -97,25 +97,26 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
             try:
                 with contextlib.closing(items):
                     for item in items:
-                        inbox.put((item, None))
+                        inbox.put([item])
+                        del item  # its memory is not held here while it is used
                         wanted.acquire()
                         if closed:
                             return
-                inbox.put((None, StopIteration()))
+                inbox.put(StopIteration())
             except BaseException as error:
-                inbox.put((None, error))
+                inbox.put(error)
 
         closed, thread = False, threading.Thread(target=make, daemon=True)
         thread.start()
         try:
             while True:
-                item, error = self._next(inbox)
-                if isinstance(error, StopIteration):
+                made = self._next(inbox)
+                if isinstance(made, StopIteration):
                     return
-                if error is not None:
-                    raise error
+                if isinstance(made, BaseException):
+                    raise made
                 wanted.release()
-                yield item
+                yield made.pop()
         finally:
             closed, self._inbox = True, queue.SimpleQueue()  # the next item is of no use
             wanted.release()
@@ -123,6 +124,7 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
                 thread.join(timeout=10)  # Python's own end and a thread that ends data workers do not go together
 
     def _next(self, inbox: queue.SimpleQueue[Any]) -> Any:
+        """Waits for what `ahead` has made, [item] or an exception."""
         self._inbox = inbox  # before the question, so that a signal after it is in the inbox
         found = None if self.requested else inbox.get()
         if found is None:

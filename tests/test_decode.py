@@ -1,8 +1,11 @@
 """Decoding: files and arrays of every kind become uint8 RGB, or are refused in one line and within bounded memory."""
 
+import math
 import os
 import re
 import struct
+import subprocess
+import sys
 import zlib
 
 import jax
@@ -521,3 +524,31 @@ def test_levels_and_pixels_reach_the_batches():
     for stream in pipeline.train_batches(source, seed=0, **options), pipeline.eval_batches(source, np.arange(4), **options):
         with pytest.raises(ValueError, match="data.max_pixels is 15"):
             next(stream)
+
+
+PEAK = """
+import re, sys
+from mim_jax.data import decode
+data = sys.stdin.buffer.read()
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+before = peak()
+try:
+    print(decode.decode(data, 320, levels=(0, 65535)).shape, end=" ")
+except decode.BadImage as error:
+    print(error, end=" ")
+print((peak() - before) // 1000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits, color, bytes_per_pixel", [(8, 6, 5), (8, 4, 5), (16, 0, 3), (16, 2, 9.5), (16, 6, 9.5)])
+def test_peak_memory_of_the_largest_image(bits, color, bytes_per_pixel):
+    """A file of 300 kB; of 8-bit RGBA it once took 1.4 GB."""
+    side = math.isqrt(decode.MAX_PIXELS)
+    row = bytes(side * bits // 8 * {0: 1, 2: 3, 4: 2, 6: 4}[color])
+    data = png(side, side, bits, color, [row] * side)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", PEAK], input=data, capture_output=True, env=env)
+    *shape, peak = done.stdout.decode().split()
+    assert " ".join(shape) == "(320, 320, 3)", done.stderr.decode()
+    assert int(peak) * 1000 < bytes_per_pixel * decode.MAX_PIXELS, f"{len(data):,} bytes take {peak} MB"

@@ -258,7 +258,9 @@ def write_run(workdir: Path) -> None:
 
 def test_report_is_one_whole_file_with_scores_baselines_verdict_pictures_and_config(tmp_path):
     write_run(tmp_path)
-    path = report.write_report(tmp_path, journal.history(tmp_path), title="A <run>", config="lr: 1 < 2", verdict=VERDICT, facts={"jax": "0.10"})
+    facts = {"jax": "0.10"}
+    history = journal.history(tmp_path)
+    path = report.write_report(tmp_path, history, title="A <run>", config="lr: 1 < 2", verdict=VERDICT, facts=facts)
     assert path == tmp_path / "report.html"
     page = path.read_text(encoding="utf-8")
     for text in ("A &lt;run&gt;", "step 1,000", "collapsing", "98% of uniform &lt;b&gt;", "lr: 1 &lt; 2", "train/odd"):
@@ -288,7 +290,8 @@ def test_curves_lie_within_the_axes_and_fall_where_the_loss_falls(tmp_path):
 
 
 def test_report_of_a_run_that_has_logged_nothing_yet(tmp_path):
-    page = report.write_report(tmp_path, journal.history(tmp_path), title="t", config="", verdict=health.verdict({}), facts={}).read_text()
+    history = journal.history(tmp_path)
+    page = report.write_report(tmp_path, history, title="t", config="", verdict=health.verdict({}), facts={}).read_text()
     assert "nothing has been measured yet" in page and "Curves" not in page
 
 

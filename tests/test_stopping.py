@@ -90,9 +90,10 @@ def test_items_are_made_one_ahead_and_closed():
     assert closed.is_set()
 
 
-def test_a_thread_works_with_the_mesh_of_the_caller():
+def test_a_thread_works_with_the_mesh_of_the_caller_and_hears_no_signals():
     with Stop() as stop:
         assert stop.wait(current_mesh) is None
+        assert set(SIGNALS) <= stop.wait(signal.pthread_sigmask, signal.SIG_BLOCK, [])  # nor do data workers hear them
         with jax.set_mesh(make_mesh(4, 2)):
             assert stop.wait(current_mesh) == make_mesh(4, 2)
 
@@ -196,18 +197,15 @@ def images(tmp_path_factory) -> Path:
 
 def test_only_a_kill_ends_a_worker_and_is_told(images):
     source = sources.open_source("folder", images)
-    with Stop() as stop:
-        stream = pipeline.train_batches(source, seed=0, batch_size=2, canvas=8, workers=1, ahead=stop.ahead)
-        with contextlib.closing(stream):
-            next(stream)
-            (worker,) = multiprocessing.active_children()
-            for number in SIGNALS:
-                os.kill(worker.pid, number)
-            for _ in range(9):
-                next(stream)
-            os.kill(worker.pid, signal.SIGKILL)
-            with pytest.raises(OSError, match="a process that reads the data ended by signal 9"):
-                list(itertools.islice(stream, 9))
+    stream = pipeline.train_batches(source, seed=0, batch_size=2, canvas=8, workers=1)
+    next(stream)
+    (worker,) = multiprocessing.active_children()
+    for number in SIGNALS:
+        os.kill(worker.pid, number)
+    assert len(list(itertools.islice(stream, 9))) == 9
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(OSError, match="a process that reads the data ended by signal 9"):
+        list(itertools.islice(stream, 9))
 
 
 PARENT = """

@@ -91,13 +91,13 @@ def test_two_processes_run_as_one(images, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_sigterm_to_one_process_stops_both_at_one_step(images, tmp_path):
+def test_control_c_in_one_process_is_a_sigterm_that_stops_both_at_one_step(images, tmp_path):
     processes = start(images, tmp_path)
     for _ in range(60_000):
         if (tmp_path / "config.json").exists() or processes[0].poll() is not None:
             break
         time.sleep(0.005)
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(signal.SIGINT)
     (_, progress), _ = finish(processes)
     stopped = re.search(f"stopped after step (.) of {two_processes.STEPS}", progress)
     assert stopped and [path.name for path in (tmp_path / "checkpoints").iterdir()] == [stopped[1]]
