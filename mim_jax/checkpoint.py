@@ -43,6 +43,7 @@ MAY_CHANGE = re.compile(
     # Of the frozen target, only what makes the network counts.
     r"|target\.network\.(?!(method|network|model|\w*head|quantizer)\b|data\.(mean|std)$).*)"
 )
+SAID = {"data.fingerprint": " (other images, labels, or another order)"}
 AT_ONCE = 2**30  # bytes that are read back at a time
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -313,7 +314,7 @@ def without_wildcards(folder: Path) -> Path:
 def mismatch(record: dict[str, Any], config: ml_collections.ConfigDict) -> str:
     """Why the run of `config` cannot continue the checkpoint of `record`; "" when it can."""
     if differing := differences(record["config"], as_dict(config)):
-        lines = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in differing)
+        lines = "\n".join(f"  {key}: {old!r} -> {new!r}" + SAID.get(key, "") for key, old, new in differing)
         advice = "Give another workdir, or start a new run from these parameters with --config.init_from."
         return f"is of another configuration. Then and now:\n{lines}\n{advice}"
     if record["step"] > durations.total_steps(config):
