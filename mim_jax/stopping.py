@@ -31,8 +31,8 @@ class Stopped(KeyboardInterrupt):
 class Stop(contextlib.AbstractContextManager["Stop"]):
     """Listens to SIGTERM and SIGINT (Ctrl-C).
 
-    Before training, they raise Stopped in the main thread. From where `training` is set on, they set `requested` and end the waiting in
-    `wait` and `ahead`; a second SIGINT raises KeyboardInterrupt.
+    Before training, they raise Stopped in the main thread. From where `training` is set on, they set `requested` and end the
+    waiting in `wait` and `ahead`; a second SIGINT raises KeyboardInterrupt.
 
     Args:
         program: for the command line: before training, the program ends at once, with exit code 0 and a line; a second
