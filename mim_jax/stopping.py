@@ -55,15 +55,14 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
         if threading.current_thread() is not threading.main_thread():
             return self
         wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup, `command &`
-        if self.program:
-            # Blocked in all threads and processes that are started from now on, and taken from the queue by one.
-            signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
-            threading.Thread(target=self._watch, args=(wanted,), daemon=True).start()
-        elif several_processes():
+        if not self.program and several_processes():
             self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._pass_on)}
             return self
-        else:
-            self._before = {number: signal.signal(number, self._handle) for number in wanted}
+        self._before = {number: signal.signal(number, self._handle) for number in wanted}
+        if self.program:
+            # Blocked in all threads and processes that are started from now on, and waited for by one.
+            signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+            threading.Thread(target=self._watch, args=(wanted,), daemon=True).start()
         self._threads = True
         return self
 
