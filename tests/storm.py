@@ -25,7 +25,6 @@ import json
 import os
 import re
 import resource
-import runpy
 import shutil
 import signal
 import socket
@@ -52,7 +51,6 @@ STEPS = 8
 KEYS = ("total=8 steps", "checkpoint.every=2 steps", "checkpoint.keep=3", "eval.every=4 steps")
 PHASES = ("start-up", "baselines", "compilation", "data wait", "training", "evaluation", "commit")
 KILLS_OF_A_JOB = 5
-PAUSE = 0.3  # seconds by which the baselines and an evaluation are lengthened where a trial aims at them
 TIME = 120  # seconds that a process may take
 MEMORY, BOUND = 3 * 2**30, 3 * 2**29  # bytes resident: a process with more is ended; one with more has failed
 OUTCOMES = ("survived", "lost", "silent", "traceback", "hang")
@@ -136,7 +134,7 @@ class Run:
 
     Args:
       keys: "KEY=VALUE" of the config.
-      phase: with one of `PHASES`, a marker file appears when the run is there, see `child`.
+      phase: with one of `PHASES`, a marker file appears when the run is there, see storm_child.py.
       logs: folder of its output, by default the one that holds the workdir.
       options: of Popen.
     """
@@ -160,7 +158,7 @@ class Run:
         self.workdir, self.begun, self.phase = workdir, last_step(workdir), phase
         program = ["-m", "mim_jax.main"]
         if phase:
-            program = [__file__, "--child", json.dumps({"work": "run", "phase": phase, "marker": str(self.marker)})]
+            program = [str(ROOT / "tests/storm_child.py"), phase, str(self.marker)]
         values = [f"data.dir={storm.images if images is None else images}", *KEYS, *keys]
         command = [sys.executable, *program, f"--config={TINY}:{method}", f"--workdir={workdir}"]
         command += [f"--config.{value}" for value in values]
@@ -215,14 +213,14 @@ class Run:
 
     def reach(self, rng: np.random.Generator) -> bool:
         """Waits for a moment within the phase. Returns whether the process still runs."""
-        spans = {"start-up": 2.0, "baselines": 1.5 * PAUSE, "compilation": 1.0, "evaluation": 1.2 * PAUSE, "commit": 0.1}
+        spans = {"start-up": 2.0, "baselines": 0.4, "compilation": 1.0, "evaluation": 0.4, "commit": 0.1}
         conditions = {
             "compilation": lambda: "resuming" in self.output if self.begun else bool(rows_of(self.workdir)),
             "data wait": lambda: self.marker.exists() and last_step(self.workdir) > self.begun,
             "training": lambda: last_step(self.workdir) > self.begun,
         }
         return self.wait(TIME, conditions.get(self.phase, self.marker.exists)) and self.wait(
-            0.1 * (self.phase == "start-up") + rng.uniform(0, spans.get(self.phase, 0.1))
+            0.2 * (self.phase == "start-up") + rng.uniform(0, spans.get(self.phase, 0.1))
         )
 
 
@@ -1174,14 +1172,14 @@ def main() -> int:
     parser.add_argument("--number", type=int, help="this trial alone")
     parser.add_argument("--out", type=Path, help="a file whose table is replaced, between two marker lines")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    args, rest = parser.parse_known_args()
-    if args.child:
-        child(json.loads(args.child), rest)
-        return 0
-    if rest:
-        parser.error(f"not understood: {' '.join(rest)}")
-    os.environ |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    args = parser.parse_args()
     sys.path[0] = str(ROOT)
+    if args.child:  # a process that trials share
+        spec = json.loads(args.child)
+        for number, outcome, what in WORK[spec["work"]](spec):
+            print(json.dumps([number, outcome, what]), flush=True)
+        return 0
+    os.environ |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end_all)
     warnings.filterwarnings("ignore", "Sharding info not provided", UserWarning)  # of a state that is read to be compared
@@ -1219,56 +1217,6 @@ def main() -> int:
     else:
         shutil.rmtree(storm.folder)
     return int(bad > 0)
-
-
-def child(spec: dict, argv: list[str]) -> None:
-    """In a process of its own: trials that share one, or the program with a marker where a phase begins."""
-    sys.path[0] = str(ROOT)
-    if spec["work"] != "run":
-        for number, outcome, what in WORK[spec["work"]](spec):
-            print(json.dumps([number, outcome, what]), flush=True)
-        return
-    sys.argv = ["mim_jax", *argv]
-    marker, phase = Path(spec["marker"]), spec["phase"]
-    if phase == "start-up":
-        marker.touch()
-    else:
-        mark(phase, marker)
-    runpy.run_module("mim_jax.main", run_name="__main__", alter_sys=True)
-
-
-def mark(phase: str, marker: Path) -> None:
-    """Makes a file appear when the program comes to a phase, which is lengthened where it would be too short to be hit."""
-    from mim_jax import checkpoint, evaluators
-    from mim_jax.data import pipeline
-
-    def marked(function: Callable, pause: float) -> Callable:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            marker.touch()
-            time.sleep(pause)
-            return function(*args, **kwargs)
-
-        return wrapper
-
-    train_batches = pipeline.train_batches
-
-    def blocked(source: Any, *, batch_size: int, start: int = 0, masks: Any = None, **kwargs: Any) -> Any:
-        def wait(positions: np.ndarray) -> dict[str, np.ndarray]:
-            if positions[0] >= (start + 2) * batch_size:
-                marker.touch()
-                time.sleep(3600)
-            return masks(positions) if masks else {}
-
-        return train_batches(source, batch_size=batch_size, start=start, masks=wait, **kwargs)
-
-    if phase == "data wait":
-        pipeline.train_batches = blocked
-    elif phase == "baselines":
-        evaluators.Evaluation.baselines = marked(evaluators.Evaluation.baselines, PAUSE)
-    elif phase == "evaluation":
-        evaluators.Evaluation.scores = marked(evaluators.Evaluation.scores, PAUSE)
-    elif phase == "commit":
-        checkpoint.Checkpoints.save = marked(checkpoint.Checkpoints.save, 0)
 
 
 if __name__ == "__main__":
