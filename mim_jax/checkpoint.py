@@ -130,14 +130,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=False)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            plain = without_wildcards(self.folder)
-            self.manager = ocp.CheckpointManager(plain, options=options, item_names=("state", "record"))
+            self.plain = without_wildcards(self.folder)
+            self.manager = ocp.CheckpointManager(self.plain, options=options, item_names=("state", "record"))
         except OSError as error:
             raise OSError(error.errno, f"cannot keep checkpoints: {error.strerror}", str(self.folder)) from error
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(Exception):  # after `wait` nothing can fail; without it, an earlier error is on its way
             self.manager.close()
+        if self.plain != self.folder:
+            self.plain.unlink(missing_ok=True)
 
     def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """(state, record) of the newest checkpoint that is whole, see `restore`. Later ones are set aside: they are renamed,
