@@ -37,6 +37,7 @@ def main(_: list[str]) -> None:
                 print(f"step {calls:7,}  {memory[-1]:8.1f} MB  {time.perf_counter() - start:6.0f} s", flush=True)
             return train_step(*args)
 
+        step.lower = train_step.lower
         return step
 
     train.make_train_step = watched

@@ -43,6 +43,7 @@ MAY_CHANGE = re.compile(
     # Of the frozen target, only what makes the network counts.
     r"|target\.network\.(?!(method|network|model|\w*head|quantizer)\b|data\.(mean|std)$).*)"
 )
+SAID = {"data.fingerprint": " (other images, labels, or another order)"}
 AT_ONCE = 2**30  # bytes that are read back at a time
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -129,14 +130,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=False)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            plain = without_wildcards(self.folder)
-            self.manager = ocp.CheckpointManager(plain, options=options, item_names=("state", "record"))
+            self.plain = without_wildcards(self.folder)
+            self.manager = ocp.CheckpointManager(self.plain, options=options, item_names=("state", "record"))
         except OSError as error:
             raise OSError(error.errno, f"cannot keep checkpoints: {error.strerror}", str(self.folder)) from error
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(Exception):  # after `wait` nothing can fail; without it, an earlier error is on its way
             self.manager.close()
+        if self.plain != self.folder:
+            self.plain.unlink(missing_ok=True)
 
     def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """(state, record) of the newest checkpoint that is whole, see `restore`. Later ones are set aside: they are renamed,
@@ -313,7 +316,7 @@ def without_wildcards(folder: Path) -> Path:
 def mismatch(record: dict[str, Any], config: ml_collections.ConfigDict) -> str:
     """Why the run of `config` cannot continue the checkpoint of `record`; "" when it can."""
     if differing := differences(record["config"], as_dict(config)):
-        lines = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in differing)
+        lines = "\n".join(f"  {key}: {old!r} -> {new!r}" + SAID.get(key, "") for key, old, new in differing)
         advice = "Give another workdir, or start a new run from these parameters with --config.init_from."
         return f"is of another configuration. Then and now:\n{lines}\n{advice}"
     if record["step"] > durations.total_steps(config):

@@ -168,7 +168,7 @@ def verdict(
     if not signs:
         return Verdict("too early", "nothing has been measured yet.")
     if images is not None and images < ENOUGH_IMAGES:
-        few = f"too few held-out images ({images}) for a verdict; {ENOUGH_IMAGES} are needed. Measured: "
+        few = f"a verdict needs {ENOUGH_IMAGES} held-out images, these are {images}. Measured: "
         return Verdict("too few images", f"{few}{', '.join(signs)}.")
     if std is not None and std < SAME_FEATURES:
         return Verdict("collapsing", f"feature std {std:.2g}: all images have the same features.")

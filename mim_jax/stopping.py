@@ -31,8 +31,8 @@ class Stopped(KeyboardInterrupt):
 class Stop(contextlib.AbstractContextManager["Stop"]):
     """Listens to SIGTERM and SIGINT (Ctrl-C).
 
-    Before training, they raise Stopped in the main thread. From where `training` is set on, they set `requested` and end the waiting in
-    `wait` and `ahead`; a second SIGINT raises KeyboardInterrupt.
+    Before training, they raise Stopped in the main thread. Once `training` is set, they set `requested` and end the waiting
+    in `wait` and `ahead`; a second SIGINT raises KeyboardInterrupt.
 
     Args:
         program: for the command line: before training, the program ends at once, with exit code 0 and a line; a second
@@ -55,15 +55,14 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
         if threading.current_thread() is not threading.main_thread():
             return self
         wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup, `command &`
-        if self.program:
-            # Blocked in all threads and processes that are started from now on, and taken from the queue by one.
-            signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
-            threading.Thread(target=self._watch, args=(wanted,), daemon=True).start()
-        elif several_processes():
+        if not self.program and several_processes():
             self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._pass_on)}
             return self
-        else:
-            self._before = {number: signal.signal(number, self._handle) for number in wanted}
+        self._before = {number: signal.signal(number, self._handle) for number in wanted}
+        if self.program:
+            # Blocked in all threads and processes that are started from now on, and waited for by one.
+            signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
+            threading.Thread(target=self._watch, args=(wanted,), daemon=True).start()
         self._threads = True
         return self
 

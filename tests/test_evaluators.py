@@ -286,7 +286,7 @@ def test_labels_are_compared_only_where_they_are_the_same():
         ("abc", "", "the training images have 3 classes (a, b, c, ...), the held-out images no labels"),
         ("abc", "xyz", "the training images have 3 classes (a, b, c, ...), the held-out images 3 classes (x, y, z, ...)"),
         ("", "abc", "the training images have no labels, the held-out images 3 classes (a, b, c, ...)"),
-        ("", "", "the training images have no labels, the held-out images no labels"),
+        ("", "", "the images have no labels"),
     ):
         compared = evaluation(source=sourced(classes), held_out=sourced(others, 35, "test"))
         assert compared.unlabeled == f"no k-NN and no probe: {why}"

@@ -162,7 +162,7 @@ def test_too_few_held_out_images_give_no_verdict(codes):
     collapsed |= {name: float(value) for name, value in health.codebook_figures(np.float32(np.eye(64)[3])).items()}
     for figures in (collapsed, collapsed | HEALTHY):
         verdict = health.verdict(figures, codes=codes, images=health.ENOUGH_IMAGES - 1)
-        assert verdict.status == "too few images" and "too few held-out images (199) for a verdict" in verdict.sentence
+        assert verdict.status == "too few images" and "a verdict needs 200 held-out images, these are 199" in verdict.sentence
         assert "k-NN 0.200 (untrained 0.400)" in verdict.sentence and "collaps" not in verdict.sentence
     assert health.verdict(collapsed, codes=codes, images=health.ENOUGH_IMAGES).status == "collapsing"
     assert health.verdict(collapsed | {"train/loss": math.nan}, images=5).status == "broken"

@@ -447,6 +447,18 @@ def test_a_checkpoint_of_another_configuration_is_refused(quick, whole, tmp_path
     assert rows_of(workdir) == rows_of(whole)
 
 
+def test_other_images_under_the_same_names_are_refused(quick, whole, images, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "copy")
+    others = shutil.copytree(images, tmp_path / "others")
+    for path in others.glob("[0-9].png"):
+        shutil.copy(images / f"1{path.name}", path)
+    quick.data.dir = str(others)
+    words = r"\n  data.fingerprint: '\w{16}' -> '\w{16}' \(other images, labels, or another order\)\n"
+    with pytest.raises(ValueError, match=words):
+        train.run(quick, workdir)
+    assert rows_of(workdir) == rows_of(whole)
+
+
 def test_keys_that_change_no_number_may_differ(quick, whole, images, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, "batch", 6, terminate)

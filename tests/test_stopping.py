@@ -140,6 +140,13 @@ def test_of_several_processes_the_first_control_c_is_a_sigterm_for_jax(monkeypat
 
 # Programs.
 
+
+def deaf(process: int, how: str) -> bool:
+    """Whether it blocks ("SigBlk") or ignores ("SigIgn") both signals."""
+    mask = int(Path(f"/proc/{process}/status").read_text().partition(f"{how}:")[2].split()[0], 16)
+    return all(mask >> number - 1 & 1 for number in SIGNALS)
+
+
 PROGRAM = """
 import hashlib, sys
 from mim_jax.stopping import Stop
@@ -174,11 +181,8 @@ def test_the_command_listens_before_it_imports_jax():
     code = "import sys, mim_jax.main; print({'jax', 'numpy', 'absl'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
     program = subprocess.Popen([sys.executable, "-m", "mim_jax.main", "--help"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    blocked = sum(1 << number - 1 for number in SIGNALS)
-    while program.poll() is None:
-        status = Path(f"/proc/{program.pid}/status").read_text()
-        if int(status.partition("SigBlk:")[2].split()[0], 16) & blocked == blocked:
-            break
+    while program.poll() is None and not deaf(program.pid, "SigBlk"):
+        pass
     program.send_signal(signal.SIGTERM)
     assert program.communicate(timeout=20)[1] == f"{NOTHING_LOST}\n"
     assert program.returncode == 0
@@ -197,15 +201,16 @@ def images(tmp_path_factory) -> Path:
 
 def test_only_a_kill_ends_a_worker_and_is_told(images):
     source = sources.open_source("folder", images)
-    stream = pipeline.train_batches(source, seed=0, batch_size=2, canvas=8, workers=1)
-    next(stream)
-    (worker,) = multiprocessing.active_children()
-    for number in SIGNALS:
-        os.kill(worker.pid, number)
-    assert len(list(itertools.islice(stream, 9))) == 9
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(OSError, match="a process that reads the data ended by signal 9"):
-        list(itertools.islice(stream, 9))
+    with Stop() as stop:
+        stream = pipeline.train_batches(source, seed=0, batch_size=2, canvas=8, workers=1, ahead=stop.ahead)
+        with contextlib.closing(stream):
+            next(stream)
+            (worker,) = multiprocessing.active_children()
+            assert deaf(worker.pid, "SigBlk") and deaf(worker.pid, "SigIgn")  # while it is started, and then
+            assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(SIGNALS)
+            os.kill(worker.pid, signal.SIGKILL)
+            with pytest.raises(OSError, match="a process that reads the data ended by signal 9"):
+                list(itertools.islice(stream, 9))
 
 
 PARENT = """

@@ -13,6 +13,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import grain
@@ -87,6 +88,9 @@ def train_batches(
     else:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which nobody parses in a notebook.
             flags.FLAGS.mark_as_parsed()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        resource_tracker.ensure_running()  # by Grain, it would be in the thread whose blocked signals the workers inherit
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # it unblocks them
         one_at_a_time = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         iterator = one_at_a_time.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
     return _report_bad(ahead(_of_living_workers(iterator)), source, on_bad or log_once())

@@ -104,6 +104,8 @@ class Evaluation:
         """Why there is no k-NN and no probe, in one line; empty if they are measured."""
         if self.num_classes:
             return ""
+        if not self.source.num_classes and not self.held_out.num_classes:
+            return "no k-NN and no probe: the images have no labels"
         train, test = (
             f"{s.num_classes} classes ({', '.join([*s.classes[:3], '...'])})" if s.num_classes else "no labels"
             for s in (self.source, self.held_out)
