@@ -233,7 +233,7 @@ def test_only_regular_files_of_a_sane_size_are_read(tmp_path):
     with pytest.raises(OSError, match="no regular file"):
         source[0]
     os.truncate(tmp_path / "1.png", 3 * 2**30)  # sparse
-    with pytest.raises(OSError, match="3.0 GiB"):
+    with pytest.raises(OSError, match="3,221,225,472 bytes"):
         source[1]
     with pytest.raises(ValueError, match="100 images in a row are bad"):
         pipeline.load(source, [0, 1], 8)
@@ -313,7 +313,7 @@ def test_fingerprints_of_arrays():
     labels = np.arange(100) % 7
     same = sources.ArraySource(images, labels, 7, "one").fingerprint
     assert same == sources.ArraySource(images.copy(), labels.astype(np.int32), 7, "two").fingerprint
-    others = [(images[::-1], labels), (images, labels[::-1]), (images[:99], labels[:99]), (images.astype(np.int16), labels)]
+    others = [(images[::-1], labels), (images, labels[::-1]), (images[:99], labels[:99]), (255 - images, labels)]
     assert len({same, *(sources.ArraySource(*pair, 7).fingerprint for pair in others)}) == 5
 
 

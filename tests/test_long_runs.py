@@ -39,7 +39,7 @@ def test_a_bad_image_is_named_once_and_counted_each_time(tmp_path):
             bad.count(0, name)
         for name in ("a.png", "c.png", "c.png"):  # of an evaluation
             bad.name(0, name)
-    assert bad.share() == bad.total() == 5 + 3
+    assert bad.share(bad.own) == bad.total(bad.own) == 5 + 3
     assert file.getvalue() == "".join(f"bad image, replaced by another one: {name}.png\n" for name in "abc")
 
 
@@ -50,7 +50,7 @@ def test_names_of_bad_images_are_bounded(tmp_path, caplog):
         for number in range(2 * many):
             bad.count(0, f"{number % many}.png")
             logged(number % many, f"{number % many}.png")
-    assert bad.total() == 2 * many
+    assert bad.total(bad.own) == 2 * many
     told = file.getvalue().splitlines()
     assert len(told) == pipeline.NAMED + 1 and "counted but not named" in told[-1]
     assert len(caplog.messages) == pipeline.NAMED
@@ -77,14 +77,14 @@ def test_the_first_process_names_and_counts_the_bad_images_of_all(tmp_path, monk
             for name in names:
                 other.count(0, name)
             for _ in range(4):
-                other.share()
+                other.share(other.own)
         first = BadImages(log, before=7)
         first.count(0, "a/1.png")
         exchanged, sent[:] = sent[:], []
         for batch in exchanged:
             inbox.append(batch)
-            total = first.share()
-        first.total()  # prints what the last exchange brought
+            total = first.share(first.own)
+        first.total(first.own)  # prints what the last exchange brought
     assert int(total) == 7 + 1 + len(names)
     told = [line.removeprefix("bad image, replaced by another one: ") for line in file.getvalue().splitlines()]
     long = told.pop(2)

@@ -20,6 +20,7 @@ from mim_jax.config import resolve_target
 from mim_jax.learned import abstract_target, load_target
 from mim_jax.methods import base
 from mim_jax.state import TrainState, first_state
+from mim_jax.stopping import Stop
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_the_teacher_is_trained_first_and_once(config, tmp_path, capsys):
     assert words in capsys.readouterr().err
     assert int(state.step) == 2 and set(state.params) == {"encoder", "encode_task", "decoder", "decode_task"}
     assert (tmp_path / "dino/report.html").exists() and (tmp_path / "vqkd/report.html").exists()
-    assert train.train_target(config) is None
+    assert train.train_target(config, Stop()) is None
     assert words not in capsys.readouterr().err
 
     method, teacher = mim_jax.make_method(config), mim_jax.load_run(tmp_path / "dino")
