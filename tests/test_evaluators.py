@@ -209,7 +209,8 @@ VIEWS = Views((CROPS,), (0.5,) * 3, (0.25,) * 3)
 
 def evaluation(method=color_features, source=None, held_out=None, views=VIEWS, **settings):
     """Of a method, or of what has these features and views."""
-    config = ml_collections.ConfigDict({"seed": 0, "data": {"canvas": 12, "levels": None, "max_pixels": 2**26}, "model": {"img_size": 6}})
+    data = {"canvas": 12, "levels": None, "max_pixels": 2**26}
+    config = ml_collections.ConfigDict({"seed": 0, "data": data, "model": {"img_size": 6}})
     config.eval = {"bank": 50, "test": 35, "batch_size": 16, "img_size": None, "resize": 1.0, "tokens": "cls"}
     config.eval.standardize = False
     config.eval.update(settings)
