@@ -1145,16 +1145,27 @@ COLUMNS = {name: name for name in ("trials", *OUTCOMES)} | {"traceback": "traceb
 BEGIN, END = "<!-- storm: begin -->", "<!-- storm: end -->"
 
 
-def table(counts: dict[str, dict[str, int]], seconds: dict[str, float]) -> list[str]:
-    names = ["kind", *COLUMNS.values(), "minutes"]
-    lines = ["| " + " | ".join(names) + " |", "| --- | --- |" + " ---: |" * (len(names) - 1)]
-    lines[0] = "| kind | what | " + " | ".join(names[1:]) + " |"
-    for name, numbers in counts.items():
-        cells = [f"`{name}`", KINDS[name].words, *(f"{numbers[c]:,}" for c in COLUMNS), f"{seconds[name] / 60:.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    sums = [sum(numbers[c] for numbers in counts.values()) for c in COLUMNS]
-    cells = ["all", "", *(f"{number:,}" for number in sums), f"{sum(seconds.values()) / 60:.1f}"]
-    return [*lines, "| " + " | ".join(cells) + " |"]
+def row(name: str, numbers: dict[str, int], seconds: float) -> str:
+    cells = [f"`{name}`", KINDS[name].words, *(f"{numbers[c]:,}" for c in COLUMNS), f"{seconds / 60:.1f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(old: str, new: dict[str, str], seed: int) -> str:
+    """The table with these rows; kinds that were not run now keep their row of `old`."""
+    rows = {line.split("`")[1]: line for line in old.splitlines() if line.startswith("| `")} | new
+    names = ["kind", "what", *COLUMNS.values(), "minutes"]
+    lines = ["| " + " | ".join(names) + " |", "| --- | --- |" + " ---: |" * (len(names) - 2)]
+    lines += [rows[name] for name in KINDS if name in rows]
+    cells = [[float(cell.replace(",", "")) for cell in line.split("|")[3:-1]] for line in lines[2:]]
+    *sums, minutes = map(sum, zip(*cells))
+    lines.append("| all | | " + " | ".join(f"{number:,.0f}" for number in sums) + f" | {minutes:.1f} |")
+    return "\n".join([f"Seed {seed}; {facts()}.", "", *lines])
+
+
+def replace_table(file: Path, new: dict[str, str], seed: int) -> None:
+    before, _, rest = file.read_text().partition(BEGIN)
+    old, _, after = rest.partition(END)
+    file.write_text(f"{before}{BEGIN}\n{table(old, new, seed)}\n{END}{after}")
 
 
 def facts() -> str:
@@ -1192,26 +1203,20 @@ def main() -> int:
     shares = {name: len(numbers) * KINDS[name].seconds for name, numbers in plan.items()}
     estimate = sum(s if KINDS[name].trial is None else s / PROCESSES for name, s in shares.items()) + 60
     print(f"about {estimate / 60:.0f} minutes; in {storm.folder}", file=sys.stderr, flush=True)
-    counts, seconds, killed = {}, {}, collections.Counter[str]()
+    rows, bad = dict[str, str](), 0
     for name, numbers in plan.items():
         start = time.monotonic()
         results = run_kind(name, storm, numbers)
-        counts[name], seconds[name] = count(results), time.monotonic() - start
-        killed.update(phase for result in results for phase in result.phases)
-        words = ", ".join(f"{COLUMNS[c]} {number}" for c, number in counts[name].items())
-        print(f"{name}: {words}; {seconds[name]:.0f} s", file=sys.stderr, flush=True)
-    lines = table(counts, seconds)
-    command = "python tests/storm.py " + " ".join(sys.argv[1:])
-    lines = [f"`{command}`, {facts()}.", "", *lines]
-    if killed:
-        aims = ", ".join(f"{phase} {number}" for phase, number in killed.most_common())
-        lines += ["", f"Kills by what they were aimed at: {aims}."]
-    print("\n".join(lines))
-    if args.out:
-        before, _, rest_of = args.out.read_text().partition(BEGIN)
-        after = rest_of.partition(END)[2]
-        args.out.write_text("\n".join([before + BEGIN, *lines, END]) + after)
-    bad = sum(numbers["trials"] - numbers["survived"] for numbers in counts.values())
+        counts, seconds = count(results), time.monotonic() - start
+        rows[name] = row(name, counts, seconds)
+        bad += counts["trials"] - counts["survived"]
+        words = ", ".join(f"{COLUMNS[c]} {number}" for c, number in counts.items())
+        aims = collections.Counter(phase for result in results for phase in result.phases)
+        words += f"; aimed at: {', '.join(f'{phase} {number}' for phase, number in aims.most_common())}" if aims else ""
+        print(f"{name}: {words}; {seconds:.0f} s", file=sys.stderr, flush=True)
+        if args.out:
+            replace_table(args.out, rows, args.seed)
+    print(table("", rows, args.seed))
     if bad:
         print(f"{bad} trials have failed; what they left is in {storm.folder}", file=sys.stderr)
     else:
