@@ -56,7 +56,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         source, held_out = (sources.open_source(data.name, data.dir, split) for split in (data.split, data.eval_split))
         data.num_examples, data.fingerprint = len(source), source.fingerprint
         survey = pipeline.survey(source, data.canvas, data.levels, data.max_pixels)
-        data.levels = survey.levels
+        of_held_out = pipeline.survey(held_out, data.canvas, survey.levels, data.max_pixels)
+        data.levels = of_held_out.levels
+        lines = [*source.notes, *held_out.notes, *survey.lines]
+        if held_out.description != source.description:
+            lines += [f"held-out images: {line}" for line in of_held_out.lines]
         method = make_method(config)  # with the steps per epoch of this source
         stack.enter_context(locked(workdir))
         begun = checkpoint.saved_steps(workdir / "checkpoints")
@@ -73,7 +77,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
 
         step, bad_images = int(state.step), BadImages(log, before=record.get("bad_images", 0))
         evaluation = Evaluation(config, method, source, held_out, bad_images.name)
-        for line in filter(None, dict.fromkeys([*source.notes, *held_out.notes, *survey.lines, evaluation.unlabeled])):
+        for line in filter(None, dict.fromkeys([*lines, evaluation.unlabeled])):
             log.print(line)
         if record:
             log.print("\n".join([f"resuming after step {step} of {total}", *checkpoint.changes(record, config)]))
@@ -253,10 +257,10 @@ def write_report(log: Journal, config: ml_collections.ConfigDict, evaluation: Ev
     judged = {tag: value for tag, value in figures.items() if tag.split("/")[0] in ("health", "train", "eval")}
     prototypes = config.get("head", {}).get("out_dim")
     bank, test = evaluation.sizes
-    verdict = health.verdict(judged, prototypes, step / total, getattr(evaluation.method, "codes", None), test)
+    verdict = health.verdict(judged, prototypes, step / total, getattr(evaluation.method, "codes", None), evaluation.good())
     facts = {
         "data": evaluation.source.description,
-        "evaluated on": f"bank of {bank:,}, {test:,} held-out images",
+        "evaluated on": f"bank of {bank:,}, {test:,} held-out images, of which {evaluation.good():,} could be read",
         "steps": f"{step:,} of {total:,}, batch {config.data.batch_size}",
         "unreadable images": f"{figures.get('data/bad_images') or 0:,.0f}",
         "device": checkpoint.devices(),

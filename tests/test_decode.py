@@ -448,7 +448,7 @@ def test_grey_arrays_and_labels():
     images = np.arange(32, dtype=np.uint8).reshape(2, 4, 4, 1)
     batch = pipeline.load(sources.ArraySource(images, np.zeros(2, np.int32), 1), [1], 4)
     np.testing.assert_array_equal(batch["image"], images[1:].repeat(3, axis=3))
-    with pytest.raises(ValueError, match="2 images and 3 labels"):
+    with pytest.raises(ValueError, match=r"labels are int32 \[3\], wanted are integers \[2\]"):
         sources.ArraySource(images, np.zeros(3, np.int32), 1)
 
 
@@ -552,3 +552,18 @@ def test_peak_memory_of_the_largest_image(bits, color, bytes_per_pixel):
     *shape, peak = done.stdout.decode().split()
     assert " ".join(shape) == "(320, 320, 3)", done.stderr.decode()
     assert int(peak) * 1000 < bytes_per_pixel * decode.MAX_PIXELS, f"{len(data):,} bytes take {peak} MB"
+
+
+def test_levels_of_a_few_bright_spots_are_their_extremes():
+    spots = np.zeros((100, 100), np.uint16)
+    spots[5, 5] = 4000
+    assert pipeline._measured(spots.reshape(-1)) == (0, 4000)
+    assert pipeline._measured(20_000_000 + np.arange(40)) == (20_000_000, 20_000_039)
+    black, white = pipeline._measured(np.linspace(1000, 1000.001, 1000))
+    assert 1000 < black < 1000.0001 < 1000.0009 < white < 1000.001
+
+
+def test_a_stack_of_imagej_in_one_page_is_refused():
+    data = encode(Image.fromarray(picture()), "TIFF", tiffinfo={270: "ImageJ=1.53\nimages=5\nslices=5\n"})
+    with pytest.raises(decode.BadImage, match="an ImageJ stack of 5 images, of which only the first would be read"):
+        decode.decode(data, 40)

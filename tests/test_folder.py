@@ -1,6 +1,7 @@
 """Folders of images as people have them: links, splits, wrappers, leftovers, names, and what must never be read."""
 
 import os
+import re
 import socket
 
 import numpy as np
@@ -161,7 +162,7 @@ def test_each_image_counts_once(tmp_path):
         (root / link).symlink_to(target)
     source = open_folder(root)
     assert len(source) == 5 + 5 + 3 + 1 and source.classes == ["a", "b", "e"]
-    assert {line.removeprefix("left out: ") for line in source.notes} == {
+    assert {line.removeprefix("left out: ") for line in source.notes if line.startswith("left out")} == {
         "3 links to a folder above: a/all, a/back, b/back",
         "4 links to what is read already: c/, f/, b/0b.png, ...",
         "2 broken links: gone, loop",
@@ -195,7 +196,7 @@ def test_folders_that_are_no_classes(tmp_path):
     (tmp_path / "void").mkdir()
     source = open_folder(tmp_path)
     assert summary(tmp_path) == (6, *TWO)
-    assert {line.removeprefix("left out: ") for line in source.notes} == {
+    assert {line.removeprefix("left out: ") for line in source.notes if line.startswith("left out")} == {
         "2 hidden files or folders: .hidden, cat/._0.png",
         "2 folders of the system: __MACOSX, lost+found",
         "2 files without the ending of an image (.npy 1, .txt 1): arrays/0.npy, arrays/1.txt",
@@ -322,3 +323,38 @@ def test_a_fingerprint_reads_64_images_and_a_listing_none(tmp_path, monkeypatch)
     source = open_folder(make(tmp_path, "cat/", "dog/", count=200))
     monkeypatch.setattr(folder.FolderSource, "__getitem__", lambda self, row: read.append(row) or sources.Example(b"", 0))
     assert source.fingerprint and source.fingerprint and len(read) == 64 and {0, 399} < set(read)
+
+
+@pytest.mark.parametrize(
+    "names", [("seg_train", "seg_test", "seg_pred"), ("train.X1", "train.X2", "val.X"), ("trainA", "testA")]
+)
+def test_names_with_words_of_splits_in_them_are_not_guessed(tmp_path, names):
+    make(tmp_path, *(f"{name}/cat/0.png" for name in names))
+    with pytest.raises(ValueError, match="It is not clear whether .* are splits or classes. Name splits train, val and test"):
+        open_folder(tmp_path)
+
+
+def test_words_in_the_names_of_classes_are_no_splits(tmp_path):
+    make(tmp_path, "test_tube/0.png", "cat/0.png", "Contest/0.png")
+    assert open_folder(tmp_path).classes == ["Contest", "cat", "test_tube"]
+
+
+def test_many_pictures_beside_splits_are_an_error(tmp_path):
+    make(tmp_path, "train/0.png", "val/0.png", "1.png", "2.png")
+    with pytest.raises(ValueError, match="has 2 pictures beside its folders of splits"):
+        open_folder(tmp_path)
+
+
+def test_a_split_is_asked_for_by_an_exact_word(tmp_path):
+    make(tmp_path, "train/0.png", "val/0.png")
+    with pytest.raises(FileNotFoundError, match="no split 'train2' in .*, only 'train', 'val': set data.split and data."):
+        open_folder(tmp_path, "train2")
+
+
+@pytest.mark.parametrize("labels, words", [
+    ([0, 1, 5], "labels are 0 to 5, but there are 3 classes"), ([0, 1], "labels are int64 [2], wanted are integers [3]"),
+    ([0.0, 1.7, 2.0], "labels are float64 [3], wanted are integers [3]"),
+])  # fmt: skip
+def test_labels_of_arrays_are_checked(labels, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        sources.ArraySource(np.zeros((3, 4, 4, 3), np.uint8), np.array(labels), 3)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import os
+import re
 import stat
 import struct
 from collections.abc import Iterator
@@ -178,7 +179,7 @@ def _identified(data: bytes) -> Any:
                 return factory(io.BytesIO(data), "")
             except (SyntaxError, IndexError, TypeError, struct.error) as error:
                 reasons += f"; {name}: {error}" * bool(accepts)
-    raise BadImage(f"no image of the formats that are read ({', '.join(FORMATS)}){reasons}")
+    raise BadImage(f"no image of the formats that are read ({', '.join(FORMATS)}), or of a kind of them that is not{reasons}")
 
 
 def _is_deep_grey(image: Image.Image) -> bool:
@@ -211,6 +212,8 @@ def _check_tiff(data: bytes) -> tuple[int, int]:
     """The size of a tile. Raises BadImage where pages, channels or values would be dropped or changed."""
     pages = _tiff_pages(data)
     first = pages[0] if pages else {}
+    if (stack := re.search(rb"ImageJ=[^\0]{1,300}\bimages=(\d+)", data[:4096])) and int(stack[1]) > max(len(pages), 1):
+        raise BadImage(f"an ImageJ stack of {int(stack[1])} images, of which only the first would be read: save each as a file")
     full = [page for page in pages if not page.get(254, [0])[0] & 5 and page.get(255, [1])[0] != 2]  # 1: reduced, 4: a mask
     if len(full) > 1:
         raise BadImage(f"a TIFF of {len(full)} or more pages, of which only the first would be read: save each as a file")

@@ -82,8 +82,9 @@ def open_folder(data_dir: str | os.PathLike | None, split: str) -> FolderSource:
 
     Splits: sub-folders are splits if all of them are named like one, or if at least a training and a held-out split are among
     them (then all are splits). Named like a split are train, training; val, valid, validation, dev, eval; test, testing, in any
-    case, also with "set", "split", "data", "images" or a number after it. A split is asked for by its folder's name or by
-    a word of its kind. A folder without splits is read whole for any of these words: Evaluation divides it.
+    case, also with "set", "split", "data", "images" or a number after it. Where other names have a word of both kinds in them
+    (seg_train, seg_test), it is not clear what they are: an error. A split is asked for by its folder's name or by one of
+    these words. A folder without splits is read whole for any of these words: Evaluation divides it.
 
     Labels: two or more sub-folders of the split are its classes. Splits with a class of the training split share one list of
     classes, of all of them, in sorted order. A split without such a class has a list of its own.
@@ -105,13 +106,16 @@ def open_folder(data_dir: str | os.PathLike | None, split: str) -> FolderSource:
 
     notes: list[str] = []
     top, inside = _enter(images, "", to_splits=True)
-    splits = _splits(inside)
+    splits, where = _splits(inside), shown(str(root / top))
+    if splits and _mixed(inside):
+        raise ValueError(f"{where} has {inside['']:,} pictures beside its folders of splits: move them into one of these.")
     if splits:
-        chosen = _choose(split, splits, inside, shown(str(root / top)))
+        chosen = _choose(split, splits, where)
         bases = {name: f"{top}{name}/" for name in splits}
-        counts = ", ".join(f"{shown(name)} ({inside[name]:,} images)" for name in splits)
-        notes.append(f"splits in {shown(str(root / top))}: {counts}; {split!r} is {shown(chosen)}")
-    elif _kind(split):
+        counts = _some([f"{name} ({inside[name]:,} images)" for name in splits])
+        notes.append(f"splits in {where}: {counts}; {split!r} is {shown(chosen)}")
+    elif split.lower() in KINDS:
+        _refuse_names_with_splits_in_them(inside, where)
         splits, chosen, bases = {"": "train"}, "", {"": ""}
         if alike := [name for name in inside if _kind(name)]:
             notes.append(f"a class, not a split, since others beside it are classes: {_some(alike)}")
@@ -133,6 +137,8 @@ def open_folder(data_dir: str | os.PathLike | None, split: str) -> FolderSource:
     number = {key: i for i, key in enumerate(sorted(labels))}
     if classes and chosen == "":
         _refuse_splits_in_classes(images, start, shown(str(root / start)))
+    if classes:
+        notes.append(f"classes of {split!r}: {_some(classes)}")
     if start != bases[chosen]:
         notes.append(f"entered, as it has all the images: {shown(start)}")
     if not classes and "" in (beside := _enter(images, start)[1]) and len(beside) > 1:
@@ -287,11 +293,27 @@ def _splits(inside: Iterable[str]) -> dict[str, str]:
     return {}
 
 
-def _choose(split: str, splits: Mapping[str, str], inside: Mapping[str, int], where: str) -> str:
-    """The folder of a split that is asked for by its name or another word of its kind."""
-    chosen = [name for name in splits if name == split] or [name for name in splits if splits[name] == _kind(split)]
+def _refuse_names_with_splits_in_them(inside: Iterable[str], where: str) -> None:
+    words = {name: map(str.lower, re.findall("[A-Z]*[a-z]+|[A-Z]+", name)) for name in inside}
+    kinds = {name: {KINDS[word] for word in found if word in KINDS} for name, found in words.items()}
+    alike = [name for name, found in kinds.items() if found]
+    if len(set[str]().union(*kinds.values()) & {"train", "val", "test"}) > 1 and not any(map(_kind, inside)):
+        raise ValueError(
+            f"It is not clear whether {_some(alike)} in {where} are splits or classes. Name splits train, val and test; if "
+            "these are classes, give them names without these words."
+        )
+
+
+def _choose(split: str, splits: Mapping[str, str], where: str) -> str:
+    """The folder of a split that is asked for by its name or by a word of its kind."""
+    chosen = [name for name in splits if name == split] or [
+        name for name in splits if splits[name] == KINDS.get(split.lower(), "")
+    ]
     if not chosen:
-        raise FileNotFoundError(f"There is no split {split!r} in {where}, only {', '.join(repr(shown(n)) for n in splits)}.")
+        there = _some([repr(name) for name in splits])
+        raise FileNotFoundError(
+            f"There is no split {split!r} in {where}, only {there}: set data.split and data.eval_split to those that there are."
+        )
     if len(chosen) > 1:
         raise ValueError(f"{split!r} may be any of {', '.join(map(shown, chosen))} in {where}: name one of them.")
     return chosen[0]

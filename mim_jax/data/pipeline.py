@@ -5,6 +5,7 @@ the positions [b * batch_size, (b + 1) * batch_size): a batch may have the end o
 number of processes, threads and workers does not matter, and there is nothing to checkpoint.
 """
 
+import functools
 import itertools
 import math
 import multiprocessing
@@ -61,7 +62,7 @@ def train_batches(
       start: number of the first batch; to resume, the number of steps done.
       workers: processes that decode; 0 decodes in threads of this process.
       masks: positions int64 [b] in the stream -> masks by name, each bool [b, crops, N]; called where images are decoded.
-      on_bad: called in this process with (row, name) for each bad image; by default, each is logged once.
+      on_bad: called in this process with (row, "name: reason") for each bad image; by default, each is logged once.
       levels, max_pixels: see `decode.decode`.
       ahead: how the batches are waited for, `Stop.ahead` for example; by default, in the calling thread.
 
@@ -93,7 +94,8 @@ def train_batches(
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # it unblocks them
         one_at_a_time = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         iterator = one_at_a_time.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
-    return _report_bad(ahead(_of_living_workers(iterator)), source, on_bad or log_once())
+    why = functools.lru_cache(NAMED)(lambda row: _why(source, row, canvas, levels, max_pixels))
+    return _report_bad(ahead(_of_living_workers(iterator)), source, range(len(source)), on_bad or log_once(), why)
 
 
 def _begin_worker(*_: int) -> None:
@@ -118,6 +120,8 @@ def _of_living_workers(batches: Iterable[Batch]) -> Generator[Batch, None, None]
             raise
         code = "by signal 9, as systems do when memory is used up" if match[1] == "-9" else f"with exit code {match[1]}"
         raise OSError(f"a process that reads the data ended {code}; data.workers is the number of them") from error
+    except ValueError as error:
+        raise ValueError(str(error).partition("\n-----")[0]) from error  # without what Grain adds about its traceback
 
 
 def choose(source: Sized, count: int, seed: int) -> np.ndarray:
@@ -136,20 +140,23 @@ def eval_batches(
     on_bad: OnBad | None = None,
     levels: decode.Levels | None = None,
     max_pixels: int = decode.MAX_PIXELS,
+    among: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """The given rows once, in order; process p decodes its share of each global batch, as in `train_batches`.
 
     Yields batches as `train_batches`, with "place" int32 [b], the place of each image in `rows`. The last batch is padded with
-    its last image.
+    its last image. A bad image is replaced by one of `among`, by default `rows`, so that no other split gets in.
     """
     if batch_size % process_count:
         raise ValueError(f"The batch size {batch_size} must be divisible by the number of processes {process_count}.")
+    pool = rows if among is None else among
     places = np.minimum(np.arange(-(-len(rows) // batch_size) * batch_size, dtype=np.int32), len(rows) - 1)
     places = places.reshape(-1, process_count, batch_size // process_count)[:, process_index]
     batches = grain.MapDataset.range(len(places)).map(
-        lambda number: load(source, rows[places[number]], canvas, levels, max_pixels) | {"place": places[number]}
+        lambda number: load(source, rows[places[number]], canvas, levels, max_pixels, pool) | {"place": places[number]}
     )
-    return _report_bad(batches.to_iter_dataset(_read_options(source)), source, on_bad or log_once())
+    why = functools.lru_cache(NAMED)(lambda row: _why(source, row, canvas, levels, max_pixels))
+    return _report_bad(batches.to_iter_dataset(_read_options(source)), source, pool, on_bad or log_once(), why)
 
 
 def load(
@@ -158,8 +165,10 @@ def load(
     canvas: int,
     levels: decode.Levels | None = None,
     max_pixels: int = decode.MAX_PIXELS,
+    among: Sequence[int] | np.ndarray | None = None,
 ) -> Batch:
-    """A batch, as of `train_batches`, of the given rows; a bad image is replaced by the first good one of its substitutes.
+    """A batch, as of `train_batches`, of the given rows; a bad image is replaced by the first good one of its substitutes,
+    which are rows of `among`, by default of all.
 
     "drawn" int32 [b] are the given rows, "index" those that are used.
     """
@@ -172,7 +181,8 @@ def load(
         label[:], index[:] = source.labels[rows], rows
     else:
         for i, row in enumerate(rows):
-            index[i], image, label[i] = _first_good(source, int(row), canvas, levels, max_pixels)
+            pool = range(len(source)) if among is None else among
+            index[i], image, label[i] = _first_good(source, int(row), pool, canvas, levels, max_pixels)
             size[i] = height, width = image.shape[:2]
             images[i, :height, :width] = image
     return {"image": images, "size": size, "label": label, "index": index, "drawn": rows}
@@ -219,10 +229,10 @@ def survey(source: Source, canvas: int, levels: decode.Levels | None = None, max
     of, lines = f"of {len(rows)} sampled images", []
     if levels is not None and values.size:
         clipped = np.mean((values < levels[0]) | (values > levels[1]))
-        how = f"the percentiles {PERCENTILES} of their values" if given is None else "as data.levels says"
+        how = f"measured on them (percentiles {PERCENTILES})" if given is None else "as data.levels says"
         lines.append(
-            f"{len(deep)} {of} have more than 8 bits: their values {levels[0]:.7g} to {levels[1]:.7g} become 0 to 255, {how}; "
-            f"{clipped:.1%} lie outside and are clipped"
+            f"{len(deep)} {of} have more than 8 bits: their values {levels[0]:.12g} to {levels[1]:.12g} become 0 to 255, {how};"
+            f" {clipped:.1%} lie outside and are clipped"
             + f"; the other {len(facts) - len(deep)} have 8 bits and stay as they are"
             * (len(deep) < len(facts))
         )
@@ -236,7 +246,10 @@ def survey(source: Source, canvas: int, levels: decode.Levels | None = None, max
 
 
 def _measured(values: np.ndarray) -> decode.Levels:
-    black, white = (float(f"{level:.6g}") for level in np.percentile(values, PERCENTILES))
+    """The percentiles; the extremes where those are equal, as of a few bright spots on black."""
+    black, white = np.percentile(values.astype(np.float64), PERCENTILES).tolist()
+    if white <= black:
+        black, white = float(values.min()), float(values.max())
     if values.dtype.kind in "iu":
         black, white = math.floor(black), math.ceil(white)
     return black, white if white > black else black + 1
@@ -256,16 +269,16 @@ def _constancy(images: list[np.ndarray]) -> list[str]:
     return lines
 
 
-def candidates(row: int, length: int) -> Iterator[int]:
-    """The row, then its substitutes in the order in which they are tried; a function of the row."""
+def candidates(row: int, among: Sequence[int] | np.ndarray) -> Iterator[int]:
+    """The row, then its substitutes in the order in which they are tried; a function of the row and of `among`."""
     yield row
-    yield from (int(word) % length for word in np.random.SeedSequence(row).generate_state(MAX_SUBSTITUTES))
+    yield from (int(among[int(word) % len(among)]) for word in np.random.SeedSequence(row).generate_state(MAX_SUBSTITUTES))
 
 
 def _first_good(
-    source: Source, row: int, canvas: int, levels: decode.Levels | None, max_pixels: int
+    source: Source, row: int, among: Sequence[int] | np.ndarray, canvas: int, levels: decode.Levels | None, max_pixels: int
 ) -> tuple[int, np.ndarray, int]:
-    for candidate in candidates(row, len(source)):
+    for candidate in candidates(row, among):
         try:
             example = source[candidate]
             return candidate, decode.decode(example.image, canvas, levels, max_pixels), example.label
@@ -274,12 +287,26 @@ def _first_good(
     raise ValueError(f"{MAX_SUBSTITUTES} images in a row are bad in {source.description}. The last: {last}")
 
 
-def _report_bad(batches: Iterable[Batch], source: Source, on_bad: OnBad) -> Generator[Batch, None, None]:
+def _why(source: Source, row: int, canvas: int, levels: decode.Levels | None, max_pixels: int) -> str:
+    try:
+        decode.decode(source[row].image, canvas, levels, max_pixels)
+    except (decode.BadImage, OSError) as error:
+        return str(error)
+    return "it could not be read"  # and now it can
+
+
+def _report_bad(
+    batches: Iterable[Batch],
+    source: Source,
+    among: Sequence[int] | np.ndarray,
+    on_bad: OnBad,
+    why: Callable[[int], str],
+) -> Generator[Batch, None, None]:
     """The batches without "drawn"; `on_bad` is called for their bad images, in this process and not in the workers."""
     for batch in batches:
         for drawn, used in zip(batch.pop("drawn").tolist(), batch["index"].tolist(), strict=True):
-            for row in itertools.takewhile(used.__ne__, candidates(drawn, len(source))):
-                on_bad(row, source.name(row))
+            for row in itertools.takewhile(used.__ne__, candidates(drawn, among)):
+                on_bad(row, f"{source.name(row)}: {why(row)}")
         yield batch
 
 

@@ -117,8 +117,11 @@ class ArraySource:
                     else what.get(getattr(dtype, "kind", ""), "scale them to 0..255 and use .astype(np.uint8)")
                 )
             )
-        if len(self.labels) != len(self.images):
-            raise ValueError(f"there are {len(self.images)} images and {len(self.labels)} labels")
+        labels = np.asarray(self.labels)
+        if labels.shape != (len(self.images),) or labels.dtype.kind not in "iu":
+            raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}, wanted are integers [{len(self.images)}]")
+        if len(labels) and not -1 <= labels.min() <= labels.max() < max(self.num_classes, 1):
+            raise ValueError(f"labels are {labels.min()} to {labels.max()}, but there are {self.num_classes} classes")
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -85,12 +85,17 @@ class Evaluation:
         crop = method.views.crops[0].size
         self.detail = 2 * crop if crop <= DETAILED else crop
         self.on_bad = on_bad or pipeline.log_once()
+        self.read: int | None = None
         self.encoded: tuple[Any, Arrays, Arrays] | None = None  # of the last state, by its `step`
 
     @property
     def sizes(self) -> tuple[int, int]:
         """The numbers of images in the bank and in the test set."""
         return len(self.bank_rows), len(self.test_rows)
+
+    def good(self) -> int:
+        """The number of held-out images that could be read, after the first evaluation; before it, of all."""
+        return len(self.test_rows) if self.read is None else self.read
 
     @property
     def num_classes(self) -> int:
@@ -150,14 +155,17 @@ class Evaluation:
             return found | ({"pixels": self._small(batch)} if pixels else {})
 
         def test(batch: Batch) -> Batch:
-            found = bank(batch)
+            found = bank(batch) | {"index": batch["index"]}
             for i, view in enumerate(self._views(batch), 1):
                 found[f"view_{i}"] = self._features(params, view)
                 found |= {f"pixels_{i}": self._small_view(view)} if pixels else {}
             return found
 
         side = max(self.size, self.method.views.crops[0].size)
-        return self._stream(self.source, self.bank_rows, bank, side), self._stream(self.held_out, self.test_rows, test, side)
+        of_bank = self._stream(self.source, self.bank_rows, bank, side)
+        of_test = self._stream(self.held_out, self.test_rows, test, side)
+        self.read = len(np.unique(of_test.pop("index")))
+        return of_bank, of_test
 
     def batch_size(self, count: int, side: int) -> int:
         """How many of `count` pictures of `side` are encoded at a time: a multiple of the number of devices."""
@@ -188,7 +196,9 @@ class Evaluation:
         size = self.batch_size(len(rows), side)
         processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
         results: Arrays = OrderedDict()
-        options = processes | self.decoding
+        parts = (self.bank_rows, self.source), (self.test_rows, self.held_out)
+        among = next(part for part, of in parts if of is source and np.isin(rows, part).all())
+        options = processes | self.decoding | {"among": among}
         stream = pipeline.eval_batches(source, rows, canvas=self.canvas, batch_size=size, on_bad=self.on_bad, **options)
         for start, batch in zip(range(0, len(rows), size), stream, strict=True):
             for name, part in jax.device_get(gather(OrderedDict(function(global_batch(batch))))).items():
