@@ -7,12 +7,14 @@ digest is another: the checkpoint is set aside, and the one before is taken.
 
 import contextlib
 import copy
+import errno
 import functools
 import glob
 import hashlib
 import importlib.metadata
 import itertools
 import json
+import os
 import platform
 import re
 import shutil
@@ -43,7 +45,10 @@ MAY_CHANGE = re.compile(
     # Of the frozen target, only what makes the network counts.
     r"|target\.network\.(?!(method|network|model|\w*head|quantizer)\b|data\.(mean|std)$).*)"
 )
-SAID = {"data.fingerprint": " (other images, labels, or another order)"}
+SAID = {
+    "data.fingerprint": " (other images, labels, or another order)",
+    "target.fingerprint": " (other parameters of the frozen network)",
+}
 AT_ONCE = 2**30  # bytes that are read back at a time
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -111,6 +116,8 @@ class SavedRun:
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
+        except Damaged:
+            raise
         except Exception as error:  # of any type that Orbax and TensorStore raise
             raise Damaged(f"step {self.step} is damaged: {brief(error)}") from error
 
@@ -130,6 +137,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=False)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise OSError(errno.EACCES, "it cannot be written to")
             self.plain = without_wildcards(self.folder)
             self.manager = ocp.CheckpointManager(self.plain, options=options, item_names=("state", "record"))
         except OSError as error:
@@ -316,9 +325,10 @@ def without_wildcards(folder: Path) -> Path:
 def mismatch(record: dict[str, Any], config: ml_collections.ConfigDict) -> str:
     """Why the run of `config` cannot continue the checkpoint of `record`; "" when it can."""
     if differing := differences(record["config"], as_dict(config)):
-        lines = "\n".join(f"  {key}: {old!r} -> {new!r}" + SAID.get(key, "") for key, old, new in differing)
+        changed = [f"{key}: {old!r} -> {new!r}" + SAID.get(key, "") for key, old, new in differing]
+        lines = f" {changed[0]}. " if len(changed) == 1 else "".join(f"\n  {line}" for line in changed) + "\n"
         advice = "Give another workdir, or start a new run from these parameters with --config.init_from."
-        return f"is of another configuration. Then and now:\n{lines}\n{advice}"
+        return f"is of another configuration. Then and now:{lines}{advice}"
     if record["step"] > durations.total_steps(config):
         return f"is past the end of this run: total is {config.total}"
     return ""
@@ -370,7 +380,7 @@ def saved_steps(folder: Path) -> list[int]:
     """Steps of the finished checkpoints in a folder, newest first; [] without the folder. Orbax renames a checkpoint to its
     step at the end."""
     names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    return sorted((int(name) for name in names if name.isdigit()), reverse=True)
+    return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True)
 
 
 def brief(error: Exception) -> str:
@@ -381,6 +391,12 @@ def brief(error: Exception) -> str:
 def as_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """As JSON has it: tuples are lists."""
     return json.loads(config.to_json_best_effort())
+
+
+def fingerprint(tree: Any) -> str:
+    """16 hex digits that depend on every array in a tree; "" if it has none."""
+    arrays = described(tree)
+    return record_digest(arrays)[:16] if arrays else ""
 
 
 def _end_leak() -> None:

@@ -142,10 +142,11 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     except (OSError, ValueError, train.NotFinite) as error:
         if not raised_here(error):
             raise
+        if stop:
+            leave(1, f"error: {error}")
         sys.exit(f"error: {error}")
     if stop and stop.requested:
-        sys.stdout.flush()
-        leave(0)  # at once: a thread may still compile, or wait for a file
+        leave(0)
 
 
 def worth_logging(record: python_logging.LogRecord) -> bool:

@@ -5,6 +5,7 @@ Tags of figures: `train/...`, `health/...`, `eval/...`, `perf/...`, `data/...`.
 
 import builtins
 import contextlib
+import errno
 import io
 import json
 import math
@@ -127,8 +128,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         with named_errors(self.path):
             board = self.workdir / "tensorboard"
             board.mkdir(parents=True, exist_ok=True)
+            lost, there = list[str](), self.path.exists()
             with replacing(self.path) as draft:
-                for row in rows(workdir) if resume_step is not None else ():
+                for row in rows(workdir, lost.append) if resume_step is not None else ():
                     if row["step"] <= self.step:
                         draft.write(json.dumps(row).encode() + b"\n")
                         self.history.add(row)
@@ -138,6 +140,10 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
             # TensorBoard hides what older files hold from this step on.
             start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
             self._event(0 if resume_step is None else resume_step + 1, session_log=start)
+        if lost:
+            self.print(f"{self.path}: {len(lost):,} damaged lines are left out, such as {lost[0][:60]!r}")
+        elif resume_step and not there:
+            self.print(f"there is no {self.path}: the figures up to step {resume_step:,} are lost")
         if self._file.isatty() or hasattr(builtins, "__IPYTHON__"):
             layout = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
             self._bar = tqdm(total=total_steps, initial=self.step, file=self._file, dynamic_ncols=True, bar_format=layout)
@@ -150,6 +156,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         row = {"step": int(step), **finite}
         with named_errors(self.path):
+            if not os.fstat(self._lines.fileno()).st_nlink:
+                raise OSError(errno.ENOENT, "it was removed")
             self._lines.write(json.dumps(row, allow_nan=False) + "\n")
             self.history.add(row)
             scalars = [summary.scalar(tag, value).value[0] for tag, value in finite.items() if value is not None]
@@ -241,9 +249,9 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def rows(workdir: str | os.PathLike) -> Iterator[dict[str, Any]]:
+def rows(workdir: str | os.PathLike, on_bad: Callable[[str], None] = lambda line: None) -> Iterator[dict[str, Any]]:
     """The lines of `workdir/metrics.jsonl` in order (none without the file), one at a time. A line that is not whole, or that
-    is no row of numbers, is left out."""
+    is no row of numbers, is left out; `on_bad` is called with it."""
     path = Path(workdir) / FILE
     if not path.exists():
         return
@@ -252,9 +260,11 @@ def rows(workdir: str | os.PathLike) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
-                continue
+                row = None
             if isinstance(row, dict) and type(row.get("step")) is int and all(map(_is_figure, row.values())):
                 yield row
+            elif line.endswith("\n"):  # not cut short by a kill
+                on_bad(line)
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -278,8 +288,10 @@ def inherit(old: Path, new: Path) -> None:
     """Copies figures and pictures of a run to the workdir where it goes on. First process only."""
     if jax.process_index() == 0:
         with named_errors(new):
-            shutil.copy(old / FILE, new / FILE)
-            shutil.copytree(old / "pictures", new / "pictures", dirs_exist_ok=True)
+            if (old / FILE).exists():
+                shutil.copy(old / FILE, new / FILE)
+            if (old / "pictures").exists():
+                shutil.copytree(old / "pictures", new / "pictures", dirs_exist_ok=True)
 
 
 @contextlib.contextmanager

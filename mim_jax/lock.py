@@ -45,5 +45,5 @@ def take(workdir: Path, stack: contextlib.ExitStack) -> str:
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
     except OSError as error:
-        return f"cannot write to {workdir}: {error.strerror}"
+        return f"cannot write to {error.filename or workdir}: {error.strerror}"
     return ""

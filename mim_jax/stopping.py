@@ -162,7 +162,8 @@ def several_processes() -> bool:
 
 
 def leave(code: int, line: str = "") -> NoReturn:
-    """Ends the program at once, also while other threads are busy."""
+    """Ends the program at once: other threads may still compile, wait for a file, or wait for a disk that fails."""
+    sys.stdout.flush()
     if line:
         start = "\n" if sys.stderr.isatty() else ""  # after a bar of progress, or ^C
         os.write(2, f"{start}{line}\n".encode())  # whatever the main thread is printing

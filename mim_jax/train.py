@@ -25,7 +25,7 @@ from mim_jax.evaluators import Evaluation
 from mim_jax.journal import Journal
 from mim_jax.lock import locked
 from mim_jax.methods.base import Method, make_method
-from mim_jax.state import TrainState, abstract_state, init_state
+from mim_jax.state import TrainState, abstract_state, first_state
 from mim_jax.step import make_train_step
 from mim_jax.stopping import Stop, Stopped
 
@@ -63,6 +63,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
             lines += [f"held-out images: {line}" for line in of_held_out.lines]
         method = make_method(config)  # with the steps per epoch of this source
         stack.enter_context(locked(workdir))
+        if config.get("target", {}).get("workdir") == str(workdir):
+            raise ValueError(f"target.workdir is the workdir of this run, {workdir}: it needs one of its own")
         begun = checkpoint.saved_steps(workdir / "checkpoints")
         if not begun and (unfinished := train_target(config, stop)) is not None:
             return unfinished
@@ -171,15 +173,20 @@ def start(
     1. the run's own checkpoint; 2. that of the workdir `config.resume`, continued here; 3. a new run, which begins with
     what the run in `config.init_from` has learned if one is named.
     """
+    target = learned.load_target(method, config)
+    if target:
+        with config.target.unlocked():
+            config.target.fingerprint = checkpoint.fingerprint(target)
     if checkpoint.saved_steps(checkpoints.folder):
         state, record = checkpoints.restore(abstract_state(method, config))
     elif config.resume:
         state, record = checkpoint.restore(config.resume, abstract_state(method, config), config)
         journal.inherit(checkpoint.absolute(config.resume), checkpoints.workdir)
     else:
-        state, target = init_state(method, config)
-        return (learned.begin_with(method, config, state) if config.init_from else state), target, {}
-    return state, learned.load_target(method, config), record
+        state, record = first_state(method, config), {}
+        if config.init_from:
+            state = learned.begin_with(method, config, state)
+    return state, target, record
 
 
 def compile_step(train_step: jax.stages.Wrapped, *args: Any) -> bool:
@@ -234,8 +241,9 @@ class StepLog:
             self.log.show(figures)
         if self.skipped >= self.max_skipped:
             raise NotFinite(
-                f"the loss or the gradient was not finite for {self.skipped} steps in a row, up to step {step}. "
-                f"The state is as it was before them. Lower optim.lr, or look at the data. {self.checkpoints.kept()}"
+                f"the loss, the gradient or the new state was not finite for {self.skipped} steps in a row, up to step {step}. "
+                "The state is as it was before them. Look at the data, or start another run with a lower optim.lr. "
+                f"{self.checkpoints.kept()}"
             )
 
     def close(self) -> None:

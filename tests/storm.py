@@ -802,8 +802,8 @@ IMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "a PNG of 625 megapixels": ("hostile.png", bomb, "hostile"),
     "a PNG with a bad sum": ("hostile.png", bad_sum, "hostile"),
     "a TIFF of three pages": ("hostile.tif", pages, "pages?|frames?"),
-    "grey of 12 bits": ("hostile.png", saved(lambda: sixteen_bits(16), "PNG"), "levels|range|12 bit|16 bit|hostile"),
-    "grey of 32 bits": ("hostile.tif", saved(lambda: sixteen_bits(16).convert("I"), "TIFF"), "levels|range|32 bit|hostile"),
+    "grey of 12 bits": ("hostile.png", saved(lambda: sixteen_bits(16), "PNG"), "more than 8 bits|hostile"),
+    "grey of 32 bits": ("hostile.tif", saved(lambda: sixteen_bits(16).convert("I"), "TIFF"), "more than 8 bits|hostile"),
     "grey of floats with NaN": (
         "hostile.tif", saved(lambda: Image.fromarray(np.full((16, 16), np.nan, np.float32)), "TIFF"), "hostile"
     ),

@@ -229,15 +229,15 @@ def patched():
             steps[training(config)] = step.make_train_step(method, config)
         return steps[training(config)]
 
-    def init_state(method, config):
+    def first_state(method, config):
         if training(config) not in states:
-            states[training(config)] = state.init_state(method, config)
+            states[training(config)] = state.first_state(method, config)
         return jax.tree.map(jnp.copy, states[training(config)])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Views, "make", poisoned_views)
         patch.setattr(train, "make_train_step", make_train_step)
-        patch.setattr(train, "init_state", init_state)
+        patch.setattr(train, "first_state", first_state)
         patch.setattr(train, "Evaluation", StubEvaluation)
         patch.setattr(train.sharding, "make_mesh", lambda *args: make_mesh(1, 1, jax.devices()[:1]))
         yield
@@ -456,7 +456,7 @@ def test_other_images_under_the_same_names_are_refused(quick, whole, images, tmp
     for path in others.glob("[0-9].png"):
         shutil.copy(images / f"1{path.name}", path)
     quick.data.dir = str(others)
-    words = r"\n  data.fingerprint: '\w{16}' -> '\w{16}' \(other images, labels, or another order\)\n"
+    words = r"Then and now: data.fingerprint: '\w{16}' -> '\w{16}' \(other images, labels, or another order\)\. Give"
     with pytest.raises(ValueError, match=words):
         train.run(quick, workdir)
     assert rows_of(workdir) == rows_of(whole)
@@ -574,7 +574,8 @@ def test_a_key_that_a_newer_version_added_has_its_default_in_an_older_record():
 @pytest.mark.parametrize("key, value, differs", [
     ("seed", 1, True), ("optim.lr", 1e-9, True), ("data.num_examples", 7, True), ("model.depth", 9, True),
     ("data.split", "test", True), ("loss.teacher_temp_warmup", "9 steps", True), ("crops.local_crops_number", 9, True),
-    ("target.family", "dalle", True), ("target.network.model.dim", 9, True), ("target.network.method", "dino", True),
+    ("target.fingerprint", "0", True), ("data.fingerprint", "0", True), ("target.family", "dalle", True),
+    ("target.network.model.dim", 9, True), ("target.network.method", "dino", True),
     ("target.network.head.out_dim", 9, True), ("target.network.data.mean", (0, 0, 0), True),
     ("total", "9 steps", False), ("recipe", "other.py", False), ("init_from", "there", False), ("init_parts", ("head",), False),
     ("log_every", "never", False), ("eval.bank", 9, False), ("checkpoint.keep", 9, False), ("mesh.fsdp", 8, False),
@@ -742,6 +743,23 @@ def test_what_was_written_is_read_back(quick, tmp_path, monkeypatch):
         assert not (tmp_path / f"checkpoints/{lies + 2}").exists()
 
 
+def test_figures_that_are_damaged_or_gone_are_told(quick, whole, tmp_path, capfd):
+    workdir = shutil.copytree(whole, tmp_path / "run")
+    lines = (workdir / journal.FILE).read_text().splitlines(keepends=True)
+    (workdir / journal.FILE).write_text("".join([*lines[:3], lines[3].replace("{", "[", 1), *lines[4:], '{"step": 12, "cut']))
+    train.run(quick, workdir)
+    assert f"{workdir}/metrics.jsonl: 1 damaged lines are left out, such as '[" in capfd.readouterr().err
+    (workdir / journal.FILE).unlink()
+    train.run(quick, workdir)
+    assert f"there is no {workdir}/metrics.jsonl: the figures up to step 12 are lost" in capfd.readouterr().err
+
+
+def test_only_whole_numbers_are_steps(tmp_path):
+    for name in ("3", "0", "12", "07", "²", "5.orbax-checkpoint-tmp", "unreadable_4"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.saved_steps(tmp_path) == [12, 3, 0]
+
+
 def test_wildcards_in_a_path_are_letters(quick, whole, tmp_path):
     workdir = tmp_path / "lr=[1e-3] *?"
     with pytest.MonkeyPatch.context() as patch:
@@ -775,11 +793,15 @@ def test_no_checkpoint_that_can_be_read_is_an_error(quick, whole, tmp_path):
     assert len(list((workdir / "checkpoints").iterdir())) == 2  # nothing is deleted where nothing can replace it
 
 
-def test_a_workdir_that_cannot_be_written_is_named(quick, tmp_path):
+def test_a_workdir_that_cannot_be_written_is_named(quick, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    for workdir in (tmp_path / "file/run", "/proc/run", tmp_path / "file"):
-        with pytest.raises(OSError, match=f"cannot write to {workdir}: "):
-            train.run(quick, workdir)
+    (tmp_path / "locked/lock").mkdir(parents=True)
+    for workdir, named in (("file/run", "file/run"), ("file", "file"), ("/proc/run", "/proc/run"), ("locked", "locked/lock")):
+        with pytest.raises(OSError, match=f"cannot write to {tmp_path / named}: "):
+            train.run(quick, tmp_path / workdir)
+    monkeypatch.setattr(os, "access", lambda path, how: how != os.W_OK)
+    with pytest.raises(OSError, match=f"cannot keep checkpoints: it cannot be written to: '{tmp_path}/run/checkpoints'"):
+        train.run(quick, tmp_path / "run")
     with pytest.raises(ValueError, match="workdir is gs://bucket/run, but must be a folder of this machine"):
         train.run(quick, "gs://bucket/run")
 
@@ -810,7 +832,7 @@ def test_without_locks_a_run_says_so(quick, whole, tmp_path, monkeypatch, capfd)
 
 def test_a_workdir_that_was_removed_is_one_line(quick, tmp_path, monkeypatch):
     interrupt(monkeypatch, "batch", 3, lambda: shutil.rmtree(tmp_path / "run"))
-    with pytest.raises(OSError, match=f"{tmp_path}/run/checkpoints failed: .* The folder was removed.$"):
+    with pytest.raises(OSError, match=f"cannot write: it was removed: '{tmp_path}/run/metrics.jsonl'"):
         train.run(quick, tmp_path / "run")
 
 

@@ -14,7 +14,7 @@ from arrays import prefixed
 from PIL import Image
 
 import mim_jax
-from mim_jax import convert, sharding, train
+from mim_jax import checkpoint, convert, sharding, train
 from mim_jax.checkpoint import Checkpoints, newest
 from mim_jax.config import resolve_target
 from mim_jax.learned import abstract_target, load_target
@@ -43,6 +43,8 @@ def test_the_teacher_is_trained_first_and_once(config, tmp_path, capsys):
     words = f"vqkd needs the dino run in {tmp_path / 'dino'}: training it first"
     assert words in capsys.readouterr().err
     assert int(state.step) == 2 and set(state.params) == {"encoder", "encode_task", "decoder", "decode_task"}
+    taken = newest(tmp_path / "vqkd", lambda saved: saved.record["config"]["target"]["fingerprint"])
+    assert taken == checkpoint.fingerprint(load_target(mim_jax.make_method(config), config)) and len(taken) == 16
     assert (tmp_path / "dino/report.html").exists() and (tmp_path / "vqkd/report.html").exists()
     assert train.train_target(config, Stop()) is None
     assert words not in capsys.readouterr().err

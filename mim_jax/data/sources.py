@@ -120,7 +120,7 @@ class ArraySource:
         labels = np.asarray(self.labels)
         if labels.shape != (len(self.images),) or labels.dtype.kind not in "iu":
             raise ValueError(f"labels are {labels.dtype} {list(labels.shape)}, wanted are integers [{len(self.images)}]")
-        if len(labels) and not -1 <= labels.min() <= labels.max() < max(self.num_classes, 1):
+        if self.num_classes and len(labels) and not -1 <= labels.min() <= labels.max() < self.num_classes:
             raise ValueError(f"labels are {labels.min()} to {labels.max()}, but there are {self.num_classes} classes")
 
     @functools.cached_property
