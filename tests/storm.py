@@ -149,6 +149,7 @@ class Run:
         images: Path | None = None,
         logs: Path | None = None,
         environment: Mapping[str, str] = MappingProxyType({}),
+        prefix: Sequence[str] = (),
         **options: Any,
     ):
         logs = logs or workdir.parent
@@ -160,7 +161,7 @@ class Run:
         if phase:
             program = [str(ROOT / "tests/storm_child.py"), phase, str(self.marker)]
         values = [f"data.dir={storm.images if images is None else images}", *KEYS, *keys]
-        command = [sys.executable, *program, f"--config={TINY}:{method}", f"--workdir={workdir}"]
+        command = [*prefix, sys.executable, *program, f"--config={TINY}:{method}", f"--workdir={workdir}"]
         command += [f"--config.{value}" for value in values]
         self.started, self.peak = time.monotonic(), 0
         with self.log.open("wb") as log:
@@ -945,8 +946,7 @@ def folders(storm: Storm, number: int, folder: Path) -> Result:
     data, options = folder / "images", {}
     make(data)
     if "permission" in what and os.geteuid() == 0:  # root may read all
-        folder.chmod(0o777)
-        options = {"user": 65534, "group": 65534, "extra_groups": [], "environment": {"HOME": str(folder)}}
+        options = {"prefix": ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]}
     elsewhere = data / "runs" if what == "the workdir in the data" else folder
     try:
         for _ in range(2 if elsewhere == data / "runs" else 1):

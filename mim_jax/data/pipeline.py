@@ -229,7 +229,8 @@ def survey(source: Source, canvas: int, levels: decode.Levels | None = None, max
     of, lines = f"of {len(rows)} sampled images", []
     if levels is not None and values.size:
         clipped = np.mean((values < levels[0]) | (values > levels[1]))
-        how = f"measured on them (percentiles {PERCENTILES})" if given is None else "as data.levels says"
+        measured = f"measured on them (percentiles {PERCENTILES}; data.levels sets others)"
+        how = measured if given is None else "as data.levels says"
         lines.append(
             f"{len(deep)} {of} have more than 8 bits: their values {levels[0]:.12g} to {levels[1]:.12g} become 0 to 255, {how};"
             f" {clipped:.1%} lie outside and are clipped"
