@@ -299,7 +299,8 @@ def test_words_of_a_run(finished):
     workdir, result = finished
     assert "Traceback" not in result.stderr
     lines = result.stderr.splitlines()
-    named = [line.rpartition("/")[2] for line in lines if line.startswith("bad image, replaced by another one: ")]
+    told = [line for line in lines if line.startswith("bad image, replaced by another one: ")]
+    named = [Path(line.removeprefix("bad image, replaced by another one: ").partition(": ")[0]).name for line in told]
     assert sorted(named) == sorted(BAD)  # once, by training and evaluation together
     assert "3 of 27 sampled images are bad, such as " in result.stderr
     steps = [line for line in lines if line.startswith("step ")]
