@@ -525,6 +525,7 @@ class Unread:
         return self.count
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_large_vit_at_518_px_takes_less_than_2_gib_of_a_device_beyond_the_model():
     config = load_config("dinov2:vitl14_518")
     mesh = sharding.make_mesh()

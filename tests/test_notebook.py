@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
@@ -16,6 +17,7 @@ def test_notebook_is_short_and_committed_without_outputs():
     assert sum(bool(line.strip()) for cell in cells for line in cell.source.splitlines()) <= 25
 
 
+@pytest.mark.slow
 def test_notebook_runs(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(NOTEBOOK, as_version=4)

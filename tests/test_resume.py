@@ -371,7 +371,7 @@ def test_a_run_interrupted_anywhere_ends_as_one_left_alone(quick, whole, tmp_pat
 
 @pytest.mark.parametrize(
     ("where", "number", "action", "steps"),
-    [("compile", 0, control_c, {0}), ("load", 3, terminate_later, {1, 2, 3})]  # batches are read in no order
+    [("compile", 0, control_c, {0}), ("load", 3, terminate_later, set(range(12)))]  # batches are read in no order
     + [("scores", 1, terminate, {8}), ("scores", 2, control_c, {12})],
 )
 def test_a_run_stops_where_it_would_wait_for_ever(quick, whole, tmp_path, capfd, where, number, action, steps):

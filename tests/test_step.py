@@ -289,6 +289,7 @@ def figures_after(steps, **loss):
     return {tag: float(value) for tag, value in metrics.items() if tag.startswith("health/") or tag == "train/loss"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss, status, sentence", [
     (dict(), "healthy", ""),
     (dict(center_momentum=1.0), "collapsing", "all images are assigned to the same prototype"),  # the center stays at 0

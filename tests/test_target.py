@@ -38,6 +38,7 @@ def same(a, b):
     return jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, b), a, b))
 
 
+@pytest.mark.slow
 def test_the_teacher_is_trained_first_and_once(config, tmp_path, capsys):
     state = train.run(config, tmp_path / "vqkd")
     words = f"vqkd needs the dino run in {tmp_path / 'dino'}: training it first"
