@@ -377,7 +377,7 @@ def failure(folder: Path, *tests: str) -> str | None:
 
     Raises RuntimeError if pytest could not run them.
     """
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-m", "", "-p", "no:cacheprovider"]
     command += [f"tests/{name}" for name in dict.fromkeys(tests)]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "300"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
