@@ -56,11 +56,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         source, held_out = (sources.open_source(data.name, data.dir, split) for split in (data.split, data.eval_split))
         data.num_examples, data.fingerprint = len(source), source.fingerprint
         survey = pipeline.survey(source, data.canvas, data.levels, data.max_pixels)
-        of_held_out = pipeline.survey(held_out, data.canvas, survey.levels, data.max_pixels)
-        data.levels = of_held_out.levels
         lines = [*source.notes, *held_out.notes, *survey.lines]
         if held_out.description != source.description:
-            lines += [f"held-out images: {line}" for line in of_held_out.lines]
+            survey = pipeline.survey(held_out, data.canvas, survey.levels, data.max_pixels)
+            lines += [f"held-out images: {line}" for line in survey.lines]
+        data.levels = survey.levels
         method = make_method(config)  # with the steps per epoch of this source
         stack.enter_context(locked(workdir))
         if config.get("target", {}).get("workdir") == str(workdir):
@@ -265,10 +265,10 @@ def write_report(log: Journal, config: ml_collections.ConfigDict, evaluation: Ev
     judged = {tag: value for tag, value in figures.items() if tag.split("/")[0] in ("health", "train", "eval")}
     prototypes = config.get("head", {}).get("out_dim")
     bank, test = evaluation.sizes
-    verdict = health.verdict(judged, prototypes, step / total, getattr(evaluation.method, "codes", None), evaluation.good())
+    verdict = health.verdict(judged, prototypes, step / total, getattr(evaluation.method, "codes", None), evaluation.good)
     facts = {
         "data": evaluation.source.description,
-        "evaluated on": f"bank of {bank:,}, {test:,} held-out images, of which {evaluation.good():,} could be read",
+        "evaluated on": f"bank of {bank:,}, {test:,} held-out images, of which {evaluation.good:,} could be read",
         "steps": f"{step:,} of {total:,}, batch {config.data.batch_size}",
         "unreadable images": f"{figures.get('data/bad_images') or 0:,.0f}",
         "device": checkpoint.devices(),

@@ -23,11 +23,10 @@ from absl import flags, logging
 from PIL import Image
 
 from mim_jax.data import decode
-from mim_jax.data.sources import ArraySource, Source
+from mim_jax.data.sources import ArraySource, Source, sample
 
 MAX_SUBSTITUTES = 100
 NAMED = 1000  # bad images that are logged by their names
-SURVEYED = 64  # images that a survey looks at
 PERCENTILES = (0.1, 99.9)  # of their values, which become black and white
 CONSTANT = 2.0  # images whose levels of 0..255 differ by less (a standard deviation) are nearly constant
 
@@ -94,8 +93,8 @@ def train_batches(
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # it unblocks them
         one_at_a_time = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         iterator = one_at_a_time.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
-    why = functools.lru_cache(NAMED)(lambda row: _why(source, row, canvas, levels, max_pixels))
-    return _report_bad(ahead(_of_living_workers(iterator)), source, range(len(source)), on_bad or log_once(), why)
+    why = functools.partial(_why, source, canvas, levels, max_pixels)
+    return _report_bad(ahead(_plain_errors(iterator)), source, range(len(source)), on_bad or log_once(), why)
 
 
 def _begin_worker(*_: int) -> None:
@@ -112,7 +111,8 @@ def _begin_worker(*_: int) -> None:
     threading.Thread(target=end, daemon=True).start()
 
 
-def _of_living_workers(batches: Iterable[Batch]) -> Generator[Batch, None, None]:
+def _plain_errors(batches: Iterable[Batch]) -> Generator[Batch, None, None]:
+    """The batches; errors of Grain as one line."""
     try:
         yield from batches
     except RuntimeError as error:
@@ -155,8 +155,8 @@ def eval_batches(
     batches = grain.MapDataset.range(len(places)).map(
         lambda number: load(source, rows[places[number]], canvas, levels, max_pixels, pool) | {"place": places[number]}
     )
-    why = functools.lru_cache(NAMED)(lambda row: _why(source, row, canvas, levels, max_pixels))
-    return _report_bad(batches.to_iter_dataset(_read_options(source)), source, pool, on_bad or log_once(), why)
+    why = functools.partial(_why, source, canvas, levels, max_pixels)
+    return _report_bad(_plain_errors(batches.to_iter_dataset(_read_options(source))), source, pool, on_bad or log_once(), why)
 
 
 def load(
@@ -196,13 +196,13 @@ class Survey(NamedTuple):
 
 
 def survey(source: Source, canvas: int, levels: decode.Levels | None = None, max_pixels: int = decode.MAX_PIXELS) -> Survey:
-    """Looks at SURVEYED evenly spaced rows, or all of fewer; a function of the source.
+    """Looks at the rows of `sources.sample`; a function of the source.
 
     Where some have more than 8 bits and no `levels` are given, these are the PERCENTILES of their values, of at most
     `decode.SAMPLE` values of each and of all colours together, and whole numbers if the values are. `levels` and
     `max_pixels` are those of `decode.decode`.
     """
-    rows = np.unique(np.linspace(0, len(source) - 1, SURVEYED).astype(int)).tolist()
+    rows = sample(source)
     facts: list[decode.Facts] = []
     images: list[np.ndarray] = []
     bad: list[str] = []
@@ -288,7 +288,7 @@ def _first_good(
     raise ValueError(f"{MAX_SUBSTITUTES} images in a row are bad in {source.description}. The last: {last}")
 
 
-def _why(source: Source, row: int, canvas: int, levels: decode.Levels | None, max_pixels: int) -> str:
+def _why(source: Source, canvas: int, levels: decode.Levels | None, max_pixels: int, row: int) -> str:
     try:
         decode.decode(source[row].image, canvas, levels, max_pixels)
     except (decode.BadImage, OSError) as error:
@@ -304,6 +304,7 @@ def _report_bad(
     why: Callable[[int], str],
 ) -> Generator[Batch, None, None]:
     """The batches without "drawn"; `on_bad` is called for their bad images, in this process and not in the workers."""
+    why = functools.lru_cache(NAMED)(why)
     for batch in batches:
         for drawn, used in zip(batch.pop("drawn").tolist(), batch["index"].tolist(), strict=True):
             for row in itertools.takewhile(used.__ne__, candidates(drawn, among)):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-FINGERPRINTED = 64  # rows whose contents are in a fingerprint
+SAMPLED = 64  # rows that a fingerprint and a survey read
 OFTEN_MEANT = {"cifar10": "cifar10", "cifar": "cifar10", "imagenet": "imagenet2012", "imagenet1k": "imagenet2012"}
 OFTEN_MEANT |= dict.fromkeys(("folder", "imagefolder", "images", "directory"), "folder")
 
@@ -77,11 +77,16 @@ def shown(name: str) -> str:
     )
 
 
+def sample(source: "Source") -> list[int]:
+    """SAMPLED evenly spaced rows, or all of fewer."""
+    return np.unique(np.linspace(0, len(source) - 1, SAMPLED).astype(int)).tolist()
+
+
 def fingerprint(source: "Source", names: str, labels: Sequence[int] | np.ndarray) -> str:
-    """16 hex digits of these names and labels, and of the images and labels of at most FINGERPRINTED evenly spaced rows."""
+    """16 hex digits of these names and labels, and of the images and labels of the rows of `sample`."""
     digest = hashlib.sha256(f"{len(source)} {source.num_classes} {names}".encode(errors="surrogatepass"))
     digest.update(np.asarray(labels, "<i8").tobytes())
-    for row in np.unique(np.linspace(0, len(source) - 1, FINGERPRINTED).astype(int)).tolist():
+    for row in sample(source):
         try:
             image, label = source[row]
         except OSError:  # it is a bad image for the run, too

@@ -85,17 +85,13 @@ class Evaluation:
         crop = method.views.crops[0].size
         self.detail = 2 * crop if crop <= DETAILED else crop
         self.on_bad = on_bad or pipeline.log_once()
-        self.read: int | None = None
+        self.good = len(self.test_rows)  # held-out images that could be read, once they have been
         self.encoded: tuple[Any, Arrays, Arrays] | None = None  # of the last state, by its `step`
 
     @property
     def sizes(self) -> tuple[int, int]:
         """The numbers of images in the bank and in the test set."""
         return len(self.bank_rows), len(self.test_rows)
-
-    def good(self) -> int:
-        """The number of held-out images that could be read, after the first evaluation; before it, of all."""
-        return len(self.test_rows) if self.read is None else self.read
 
     @property
     def num_classes(self) -> int:
@@ -164,7 +160,7 @@ class Evaluation:
         side = max(self.size, self.method.views.crops[0].size)
         of_bank = self._stream(self.source, self.bank_rows, bank, side)
         of_test = self._stream(self.held_out, self.test_rows, test, side)
-        self.read = len(np.unique(of_test.pop("index")))
+        self.good = len(np.unique(of_test.pop("index")))
         return of_bank, of_test
 
     def batch_size(self, count: int, side: int) -> int:
