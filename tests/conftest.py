@@ -1,5 +1,6 @@
 """Set-up shared by all tests: 8 simulated CPU devices, absl flags marked as parsed, and the golden arrays."""
 
+import importlib.metadata
 import json
 import os
 from collections.abc import Callable
@@ -8,8 +9,17 @@ from typing import Any
 
 # Here and in the processes that tests start. Before jax is imported: an accelerator is slow to start and rarely exact.
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the time of the tests goes into compiling, a third of it less if LLVM does not optimize what runs but briefly.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# Most of the time of the tests goes into compiling. It is a third less if LLVM does not optimize what runs but briefly, and
+# half of the rest without the fusion emitters (later versions of XLA know no other way).
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib").startswith("0.10.") else "",
+    ]
+)
+# Tests count traces and read what the compiler reports, so nothing may come compiled from an earlier run.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 import jax
 import numpy as np
@@ -18,8 +28,6 @@ from absl import flags
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# Tests count traces and read what the compiler reports, so nothing may come compiled from an earlier run.
-jax.config.update("jax_enable_compilation_cache", False)
 # Grain's workers read absl flags, which only `app.run` parses.
 flags.FLAGS.mark_as_parsed()
 

@@ -105,7 +105,7 @@ def test_head(golden, variant, x64):
     assert relative_error(grad_x, case["grad_x"]) < 1e-11
     got = convert.to_torch({"head": grads, **({"batch_stats": stats} if stats else {})}, "dino")
     for key, want in prefixed(case, "grads/").items():
-        np.testing.assert_allclose(got[key], want, rtol=1e-10, atol=1e-14, err_msg=key)
+        np.testing.assert_allclose(got[key], want, rtol=1e-10, atol=1e-13, err_msg=key)
     if variant != "unfrozen_g":
         assert not np.any(got["last_layer.weight_g"])
     if variant == "bn":
