@@ -8,6 +8,8 @@
   --config.KEY=VALUE       changes a value of it
   --workdir=FOLDER         for metrics, checkpoints, pictures and the report; a run that is there is continued
   --dry_run                prints the plan (parameters, sharding, memory) and stops
+  --compiled=FOLDER        keeps compiled programs, so that the next start is fast; by default ~/.cache/mim_jax/compiled,
+                           with "" nowhere
 """
 
 import difflib
@@ -18,19 +20,22 @@ import runpy
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import Any
 
 import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mim_jax import dry_run, train
+from mim_jax import compiled, dry_run, train
 from mim_jax.config import PACKAGED, absolute, leaves, load_config
+from mim_jax.data.sources import user_cache
 from mim_jax.stopping import Stop, leave
 
 EXAMPLE = "mim_jax --config=dino:demo --workdir=runs/dino"
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
+COMPILED = flags.DEFINE_string("compiled", None, "Folder of compiled programs; empty: none are kept.")
 
 # Other words for keys, and those of earlier versions.
 RENAMED = (
@@ -131,6 +136,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # of a process that cleans up after data workers
     config = flags.FLAGS.config
+    if COMPILED.value != "":
+        compiled.keep(Path(COMPILED.value or user_cache() / "compiled").expanduser().absolute())
     config.data.dir, config.init_from, config.resume = map(absolute, (config.data.dir, config.init_from, config.resume))
     try:
         if DRY_RUN.value:

@@ -257,11 +257,11 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("MIM_JAX_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert sources._cache() == tmp_path / ".cache" / "mim_jax"
+    assert sources.user_cache() == tmp_path / ".cache" / "mim_jax"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert sources._cache() == tmp_path / "xdg" / "mim_jax"
+    assert sources.user_cache() == tmp_path / "xdg" / "mim_jax"
     monkeypatch.setenv("MIM_JAX_CACHE", "~/mine")
-    assert sources._cache() == tmp_path / "mine"
+    assert sources.user_cache() == tmp_path / "mine"
 
 
 DAMAGE = {

@@ -106,6 +106,7 @@ class Runs:
     def __init__(self, images: Path, folder: Path):
         self.images, self.folder = images, folder
         self.environment = os.environ | {
+            "JAX_ENABLE_COMPILATION_CACHE": "1",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -62,7 +62,7 @@ def open_source(name: str, data_dir: str | os.PathLike | None = None, split: str
     split or no images.
     """
     if name == "cifar10":
-        return _open_cifar10(pathlib.Path(data_dir).expanduser() if data_dir else _cache(), split)
+        return _open_cifar10(pathlib.Path(data_dir).expanduser() if data_dir else user_cache(), split)
     if name == "folder":
         from mim_jax.data.folder import open_folder
 
@@ -142,9 +142,10 @@ class ArraySource:
         return f"image {row} of {self.description}"
 
 
-def _cache() -> pathlib.Path:
-    user_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return pathlib.Path(os.environ.get("MIM_JAX_CACHE") or user_cache / "mim_jax").expanduser()
+def user_cache() -> pathlib.Path:
+    """Where this package keeps what it can make again: $MIM_JAX_CACHE, or `mim_jax` in the user's cache."""
+    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return pathlib.Path(os.environ.get("MIM_JAX_CACHE") or caches / "mim_jax").expanduser()
 
 
 def _open_cifar10(cache: pathlib.Path, split: str) -> Source:
