@@ -2,8 +2,8 @@
 
     python benchmarks/long_run.py [--steps=100000]
 
-Prints every 1,000 steps the process's resident memory, and what glibc has allocated and not freed; at the end the slopes of both
-by least squares, without the first tenth. What is resident swings by 20 MB, as free memory lies between what is in use. Linux.
+Prints every 1,000 steps the process's resident memory, and what glibc has allocated and not freed; at the end the slopes of
+both by least squares, without the first tenth. What is resident swings by 20 MB, as free memory lies in between. Linux only.
 """
 
 import ctypes
