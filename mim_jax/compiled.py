@@ -27,22 +27,19 @@ def keep(folder: Path) -> None:
     if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     ours, size = folder / processor(), 0
-    try:
-        ours.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError):
         for file in sorted(folder.glob("*/*"), key=lambda file: -file.stat().st_mtime):
             size += file.stat().st_size
             if size > KEPT:
                 file.unlink(missing_ok=True)
-    except OSError as error:
-        print(f"no compiled programs are kept: {error}", file=sys.stderr)
-        return
     show = warnings.showwarning
 
     def shown(message: Warning | str, *rest: Any, **options: Any) -> None:
         if "persistent compilation cache" not in str(message):
             return show(message, *rest, **options)
-        print(f"compiled programs in {ours}: {message}; the folder is emptied", file=sys.stderr)
-        for file in ours.iterdir():
+        entries = list(ours.glob("*"))
+        print(f"compiled programs: {message}{'; the folder is emptied' if entries else ''}", file=sys.stderr)
+        for file in entries:
             file.unlink(missing_ok=True)
 
     warnings.showwarning = shown

@@ -358,8 +358,11 @@ def test_initial_distributions(golden):
         assert abs(got.std() / want["std"] - 1) < 2 * spread, key
 
 
-@pytest.mark.parametrize("centering", ["center", "sk"])
-@pytest.mark.parametrize("heads", ["sep", "shared"])
+SLOW = {"marks": pytest.mark.slow}
+STEP_KINDS = [("center", "shared"), ("sk", "sep"), pytest.param("center", "sep", **SLOW), pytest.param("sk", "shared", **SLOW)]
+
+
+@pytest.mark.parametrize("centering, heads", STEP_KINDS)
 def test_two_training_steps(golden, monkeypatch, centering, heads, x64):
     """Two official steps through the real train_step: losses, gradients, their norms by part, centres, student, teacher."""
     arrays, meta = golden(f"dinov2_step_{centering}_{heads}")
