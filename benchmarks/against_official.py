@@ -16,6 +16,8 @@ and for DINO and iBOT 8 local crops as in DINOv2. Other than in the recipes stoc
     SimMIM's demo  learns its positions, and its targets are not normalised: the official ViT can do no other
     BEiT's demo    has finished tokens on both sides, drawn at random: the official code has no tokenizer of this kind. In the
                    other size both have DALL-E's, with random weights
+    DINOv2's ViT-S has LayerScale 1 at the start: with 1e-5 the class tokens of all images are alike in an untrained network,
+                   and KoLeo, the logarithm of their distances, depends on rounding (1.2e-4 of the loss; without it 1e-9)
 
 Runs on Linux alone: peak memory is the largest resident set of a process, with Python, its libraries and the views in it.
 """
@@ -84,7 +86,7 @@ def recipe():
         if "local_crops_number" in config.crops:
             config.crops.local_crops_number = 8
         if METHOD.value == "dinov2":
-            config.mask.group_size = 8
+            config.mask.group_size, config.model.layerscale = 8, 1.0
     elif METHOD.value == "simmim":
         config.model.pos, config.loss.norm_target_window = "learned", 0
     return config

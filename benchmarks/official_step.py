@@ -30,25 +30,21 @@ NORM = partial(torch.nn.LayerNorm, eps=1e-6)
 
 def network_of(c):
     m = c.model
-    return dict(
-        img_size=m.img_size, patch_size=m.patch_size, embed_dim=m.dim, depth=m.depth, num_heads=m.heads, mlp_ratio=m.mlp_ratio
-    )
+    sizes = {name: getattr(m, name) for name in ("img_size", "patch_size", "depth", "mlp_ratio")}
+    return sizes | dict(embed_dim=m.dim, num_heads=m.heads)
 
 
 def head_of(head):
     return {name: getattr(head, name) for name in ("out_dim", "hidden_dim", "bottleneck_dim", "nlayers")}
 
 
-def at_rates(optimizer, c):
-    """Sets the rates as the loops do before each step: groups without weight decay keep none."""
+def adamw(groups, c):
+    """With the rates that the loops set before each step; a group without weight decay has none."""
+    optimizer = torch.optim.AdamW(groups, betas=(c.optim.beta1, c.optim.beta2), eps=c.optim.eps)
     for group in optimizer.param_groups:
         group["lr"] = c.now.lr * group.get("lr_multiplier", 1)
         group["weight_decay"] = c.now.weight_decay * group.get("wd_multiplier", 1) if group["weight_decay"] else 0
     return optimizer
-
-
-def adamw(groups, c):
-    return at_rates(torch.optim.AdamW(groups, betas=(c.optim.beta1, c.optim.beta2), eps=c.optim.eps), c)
 
 
 def begin_alike(student, teacher):
