@@ -80,6 +80,8 @@ def recipe():
     named = {"mae": "vitb16", "simmim": "vitb16", "beit": "vitb16"}.get(METHOD.value, "vits16")
     config = load_config(f"{METHOD.value}:{named if SIZE.value == 'vits16' else 'demo'}").unlock()
     config.model.update(drop_path_rate=0.0, dtype="float32")
+    if METHOD.value == "beit":
+        config.target.network.model.dtype = "float32"  # in bfloat16 some of its tokens are others
     if SIZE.value == "vits16":
         config.data.batch_size = 8
         config.model.update(dim=384, depth=12, heads=6)
