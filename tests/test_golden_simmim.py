@@ -12,7 +12,7 @@ from arrays import channels_last, double, follow_four_steps, official, prefixed,
 import mim_jax
 from mim_jax import convert, losses, optim, sharding
 from mim_jax.masking import RandomMask
-from mim_jax.models.positions import interpolate_bias_table, progression, relative_position_index
+from mim_jax.models.positions import bias_of_pairs, interpolate_bias_table, progression, relative_position_index
 
 
 def config_of(meta, dtype="float64"):
@@ -211,6 +211,17 @@ def test_relative_position_index(golden):
     arrays, _ = golden("simmim_vit")
     want = arrays["w/encoder.rel_pos_bias.relative_position_index"]
     np.testing.assert_array_equal(relative_position_index(4, 4, cls=True), want)
+
+
+@pytest.mark.parametrize("cls", [False, True])
+def test_the_bias_of_each_pair_is_the_table_s_entry(cls):
+    table = np.random.default_rng(0).normal(size=(15 * 5 + 3 * cls, 2)).astype(np.float32)
+    index = relative_position_index(8, 3, cls)
+    bias, vjp = jax.vjp(lambda table: bias_of_pairs(table, 8, 3, cls), table)
+    np.testing.assert_array_equal(bias, np.moveaxis(table[index], -1, 0))
+    back = np.zeros_like(table)
+    np.add.at(back, index.reshape(-1), np.moveaxis(table[index], -1, 2).reshape(-1, 2))
+    np.testing.assert_allclose(vjp(bias)[0], back, rtol=1e-5)
 
 
 def test_relative_position_index_of_an_oblong():

@@ -1,5 +1,6 @@
 """Attention and what is around it, against plain re-derivations."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +50,16 @@ def test_lengths_are_padded_for_the_fused_kernel_and_nobody_sees_it(monkeypatch,
     np.testing.assert_allclose(got.astype(float), by_hand(q, k, v, bias), atol=0.03)
 
 
+def test_layer_norm_is_flax_s(x64):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, scale, bias = (jax.random.normal(key, shape) for key, shape in zip(keys, ((2, 5, 8), (8,), (8,))))
+    ours, theirs = (
+        lambda *args, norm=norm: norm.apply({"params": {"scale": args[1], "bias": args[2]}}, args[0])
+        for norm in (layers.LayerNorm("float64"), nn.LayerNorm(dtype="float64", use_fast_variance=False))
+    )
+    check_alike(ours, theirs, 3 + x, scale, bias, atol=1e-12)
+
+
 def test_windows_and_back():
     x = np.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
     parts = windows(x, 2)
@@ -62,9 +73,9 @@ def test_shifted_windows_hide_what_was_not_near(golden):
     np.testing.assert_array_equal(shift_mask(8, 8, 4, 2), arrays["w/encoder.layers.0.blocks.1.attn_mask"])
 
 
-@pytest.mark.parametrize("size, stride, padding", [(4, 2, 1), (3, 1, 1), (1, 1, 0), (7, 1, 3)])
+@pytest.mark.parametrize("size, stride, padding", [(4, 2, 1), (3, 2, 1), (2, 2, 0)])
 def test_convolutions_are_those_of_jax(size, stride, padding):
-    """Values and gradients of the products that stand in for them on a CPU."""
+    """Values and gradients of the products that stand in on a CPU for those with a stride."""
     keys = jax.random.split(jax.random.key(0), 2)
     x, kernel = jax.random.normal(keys[0], (2, 6, 10, 3)), jax.random.normal(keys[1], (size, size, 3, 5))
     window = (stride, stride), ((padding, padding),) * 2
@@ -80,10 +91,11 @@ def test_transposed_convolutions_are_those_of_jax():
     check_alike(layers.convolve_to_twice, lambda x, k: jax.lax.conv_transpose(x, k, (2, 2), "SAME"), x, kernel)
 
 
-def check_alike(ours, theirs, x, kernel):
-    got, want = ours(x, kernel), theirs(x, kernel)
-    np.testing.assert_allclose(got, want, atol=1e-4)
-    weights = jnp.cos(want)
-    gradients = [jax.grad(lambda x, k, f=f: jnp.sum(f(x, k) * weights), argnums=(0, 1))(x, kernel) for f in (ours, theirs)]
+def check_alike(ours, theirs, *args, atol=1e-3):
+    """Values and gradients of both."""
+    got, want = ours(*args), theirs(*args)
+    np.testing.assert_allclose(got, want, atol=atol)
+    weights, places = jnp.cos(want), tuple(range(len(args)))
+    gradients = [jax.grad(lambda *args, f=f: jnp.sum(f(*args) * weights), argnums=places)(*args) for f in (ours, theirs)]
     for a, b in zip(*gradients):
-        np.testing.assert_allclose(a, b, atol=1e-3)
+        np.testing.assert_allclose(a, b, atol=atol)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mim_jax.methods import beit
 from mim_jax.methods.base import Params
-from mim_jax.models.layers import TORCH_UNIFORM, layer_norm, param_dtype, torch_bias
+from mim_jax.models.layers import TORCH_UNIFORM, LayerNorm, param_dtype, torch_bias
 from mim_jax.models.vit import rescale_residual, stack
 
 
@@ -61,7 +61,7 @@ class Beit2(beit.Beit):
         rates = jnp.asarray(np.linspace(0, vit.drop_path_rate, max(vit.depth, end))[self.early_layers : end])
         layers = self.cls_layers(1 + n, train and vit.drop_path_rate > 0, crops)
         x, _ = layers.apply({"params": params["cls_layers"]["blocks"]}, x, rates, kept["biases"][0], rngs=rngs[1])
-        norm = layer_norm(param_dtype(vit.dtype))
+        norm = LayerNorm(param_dtype(vit.dtype))
         x = norm.apply({"params": params["backbone"]["norm"]}, x.reshape(batch, crops, 1 + n, dim)[:, :, 1:])
         return [self.scores(params, patch, places) for patch in (out["patch"], x)]
 

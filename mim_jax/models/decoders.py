@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.layers import TORCH_UNIFORM, Initializer, dense, layer_norm, param_dtype, torch_bias
+from mim_jax.models.layers import TORCH_UNIFORM, Initializer, LayerNorm, dense, param_dtype, torch_bias
 from mim_jax.models.positions import sincos_positions
 from mim_jax.models.vit import stack, visible_first
 from mim_jax.sharding import pin_batch
@@ -46,7 +46,7 @@ class MaeDecoder(nn.Module):
         settings = dict(heads=self.heads, mlp_ratio=self.mlp_ratio, kernel_init=self.kernel_init, dtype=self.dtype)
         blocks = stack(self.depth, self.unroll, layout=((n, 1 + count),), stochastic=False, **settings)
         x, _ = blocks(x.reshape(batch, -1, self.dim), jnp.zeros(self.depth), (None,))
-        x = layer_norm(self.dtype, name="norm")(x.reshape(batch, n, 1 + count, self.dim)[:, :, 1:])
+        x = LayerNorm(self.dtype, name="norm")(x.reshape(batch, n, 1 + count, self.dim)[:, :, 1:])
         x = dense(self.out_dim, self.dtype, self.kernel_init, name="pred")(x.reshape(-1, self.dim))
         return pin_batch(x.reshape(batch, n, count, self.out_dim).astype(dtype))
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.layers import TORCH_UNIFORM, Initializer, dense, gelu, layer_norm, param_dtype
+from mim_jax.models.layers import TORCH_UNIFORM, Initializer, LayerNorm, dense, gelu, param_dtype, sums
 from mim_jax.sharding import pin_batch
 
 
@@ -54,7 +54,7 @@ class WeightNormDense(nn.Module):
         g = self.param("weight_g", nn.initializers.ones, (1, self.features), dtype)
         v = self.param("weight_v", TORCH_UNIFORM, (x.shape[-1], self.features), dtype)
         g = g if self.train_norm else jax.lax.stop_gradient(g)
-        kernel = v * (g * jax.lax.rsqrt(jnp.sum(v * v, axis=0, keepdims=True)))
+        kernel = v * (g * jax.lax.rsqrt(sums(v * v, 0)))
         return x.astype(self.dtype) @ kernel.astype(self.dtype)
 
 
@@ -127,7 +127,7 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.norm == "layer":
-            x = layer_norm(self.dtype, name="fc_norm")(x)
+            x = LayerNorm(self.dtype, name="fc_norm")(x)
         elif self.norm == "batch":
             x = BatchNorm(eps=1e-6, affine=False, name="bn")(x, train)
         return dense(self.num_classes, self.dtype, nn.initializers.normal(self.init_std), name="linear")(x)

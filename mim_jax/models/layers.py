@@ -4,6 +4,7 @@ Dense layers are given flat tokens [N, D], not [B, T, D]: in the weight gradient
 than two, and other backends are as fast.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,21 +21,19 @@ def param_dtype(dtype: Any) -> Any:
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU, x * Phi(x) (Hendrycks & Gimpel 2016); Phi is stored for the backward pass."""
-    return _gelu_fwd(x)[0]
+    """The exact GELU, x * Phi(x) (Hendrycks & Gimpel 2016); only x is stored for the backward pass."""
+    return x * _cdf(x)
 
 
-def _gelu_fwd(x):
-    cdf = 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
-    return x * cdf, (x, cdf)
+def _cdf(x):
+    return 0.5 * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
-def _gelu_bwd(residuals, dy):
-    x, cdf = residuals
-    return (dy * (cdf + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5),)
+def _gelu_bwd(x, dy):
+    return (dy * (_cdf(x) + x * jnp.exp(-0.5 * x * x) * (2 * jnp.pi) ** -0.5),)
 
 
-gelu.defvjp(_gelu_fwd, _gelu_bwd)
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_bwd)
 
 
 TORCH_UNIFORM = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # PyTorch's default, within 1 / sqrt(fan_in)
@@ -72,10 +71,10 @@ def unpatchify(patches: jax.Array, size: int, grid: tuple[int, int] | None = Non
 def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **rest: Any) -> jax.Array:
     """`jax.lax.conv_general_dilated` without dilation, as `flax.linen.Conv` calls it: x [B, H, W, I], kernel [h, w, I, O].
 
-    On a CPU it is one matrix product with the concatenated shifted images: XLA's gradients of convolutions with a stride are
-    slow there, and the others are no faster.
+    With a stride, on a CPU, it is one matrix product with the concatenated shifted images: XLA's gradients of such are
+    slow there.
     """
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or tuple(strides) == (1, 1):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **rest)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     (height, width, _, out), (rows, columns) = kernel.shape, strides
@@ -118,9 +117,47 @@ def fill_masked(images: jax.Array, filling: jax.Array, mask: jax.Array) -> jax.A
     return jnp.where(pixels[..., None], filling, images)
 
 
-def layer_norm(dtype: Any, name: str | None = None, eps: float = 1e-6) -> nn.LayerNorm:
-    """Layer normalisation, by default with the eps of ViTs; its statistics are at least float32, its output has `dtype`."""
-    return nn.LayerNorm(eps, dtype=dtype, param_dtype=param_dtype(dtype), use_fast_variance=False, name=name)
+def sums(x: jax.Array, axis: int) -> jax.Array:
+    """The sums of a matrix along an axis, which is kept, as a product with ones: fast on a CPU, and a reduction elsewhere."""
+    ones = jnp.ones((x.shape[axis], 1), x.dtype)
+    return jnp.matmul(ones.T, x, precision="highest") if axis == 0 else jnp.matmul(x, ones, precision="highest")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
+    """Rows of x [N, D] with mean 0 and variance 1, times `scale` [D], plus `bias` [D] (Ba et al. 2016)."""
+    return _normalize_fwd(x, scale, bias, eps)[0]
+
+
+def _normalize_fwd(x, scale, bias, eps):
+    x = x - sums(x, 1) / x.shape[1]
+    inverse = jax.lax.rsqrt(sums(x * x, 1) / x.shape[1] + eps)
+    x = x * inverse
+    return x * scale + bias, (x, inverse, scale)
+
+
+def _normalize_bwd(eps, residuals, dy):
+    x, inverse, scale = residuals
+    dx, width = dy * scale, x.shape[1]
+    dx = inverse * (dx - sums(dx, 1) / width - x * (sums(dx * x, 1) / width))
+    return dx, sums(dy * x, 0)[0], sums(dy, 0)[0]
+
+
+normalize.defvjp(_normalize_fwd, _normalize_bwd)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation: [..., D] -> [..., D]. Its statistics are at least float32, its output has `dtype`."""
+
+    dtype: Any
+    eps: float = 1e-6  # of ViTs
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype, shape = param_dtype(self.dtype), x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape, dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, dtype)
+        return normalize(x.reshape(-1, *shape).astype(dtype), scale, bias, self.eps).astype(self.dtype).reshape(x.shape)
 
 
 def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array | None = None) -> jax.Array:
@@ -150,5 +187,28 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None =
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, length, depth) for x in (q, k, v))
     if bias is not None:
         bias = jnp.broadcast_to(bias, (batch, heads, length, length)).reshape(batch * heads, length, length)
-    out = attention_weights(q, k, bias).astype(v.dtype) @ v
-    return out.reshape(batch, heads, length, depth).transpose(0, 2, 1, 3)
+    return _attend(q, k, v, bias).reshape(batch, heads, length, depth).transpose(0, 2, 1, 3)
+
+
+@jax.custom_vjp
+def _attend(q, k, v, bias):
+    """q, k, v [N, T, d], bias [N, T, T] or None -> [N, T, d]. The weights are stored once for the backward pass."""
+    return _attend_fwd(q, k, v, bias)[0]
+
+
+def _attend_fwd(q, k, v, bias):
+    weights = attention_weights(q, k, bias).astype(v.dtype)
+    out = weights @ v
+    return out, (q, k, v, None if bias is None else jnp.zeros((), bias.dtype), weights, out)
+
+
+def _attend_bwd(residuals, dy):
+    q, k, v, bias, weights, out = residuals
+    along = jnp.sum((dy * out).astype(param_dtype(q.dtype)), axis=-1, keepdims=True)
+    dlogits = weights * (jnp.einsum("ntd,nsd->nts", dy, v, preferred_element_type=along.dtype) - along)
+    dscaled = (dlogits * q.shape[-1] ** -0.5).astype(q.dtype)
+    dq, dk = dscaled @ k, jnp.einsum("nts,ntd->nsd", dscaled, q)
+    return dq, dk, jnp.einsum("nts,ntd->nsd", weights, dy), None if bias is None else dlogits.astype(bias.dtype)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

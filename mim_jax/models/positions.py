@@ -78,8 +78,28 @@ def relative_position_index(rows: int, columns: int, cls: bool) -> np.ndarray:
 
 def relative_bias(table: jax.Array, grid: int, to: tuple[int, int]) -> jax.Array:
     """The bias [heads, 1 + N, 1 + N] of CLS and the patches of the grid `to`, from the table [rows, heads] of a square grid."""
-    table = interpolate_bias_table(table, (grid, grid), to, cls=True)
-    return jnp.moveaxis(table[relative_position_index(*to, cls=True)], -1, 0)
+    return bias_of_pairs(interpolate_bias_table(table, (grid, grid), to, cls=True), *to, cls=True)
+
+
+def bias_of_pairs(table: jax.Array, rows: int, columns: int, cls: bool) -> jax.Array:
+    """The table's entry for each pair of tokens: [R, heads] -> [heads, T, T], by `relative_position_index`.
+
+    By products with constant zeros and ones, which are exact: the gradient of a gather is a slow scatter.
+    """
+
+    def pairs(n: int) -> jax.Array:
+        places = np.arange(n)
+        return jnp.asarray(np.eye(2 * n - 1)[places[:, None] - places + n - 1], table.dtype)
+
+    sides, heads = (2 * rows - 1, 2 * columns - 1), table.shape[1]
+    patches = table[: sides[0] * sides[1]].reshape(*sides, heads)
+    bias = jnp.einsum("yYa,xXb,abh->hyxYX", pairs(rows), pairs(columns), patches, precision="highest")
+    bias = bias.reshape(heads, rows * columns, rows * columns)
+    if not cls:
+        return bias
+    to_patch, from_patch, itself = (jnp.broadcast_to(row[:, None], (heads, rows * columns)) for row in table[-3:])
+    first = jnp.concatenate([itself[:, :1], to_patch], axis=1)[:, None]
+    return jnp.concatenate([first, jnp.concatenate([from_patch[..., None], bias], axis=2)], axis=1)
 
 
 def progression(size: int, to: int) -> tuple[float, np.ndarray]:

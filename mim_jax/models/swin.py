@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mim_jax.models.layers import TORCH_UNIFORM, Initializer, attention, dense, layer_norm, param_dtype
-from mim_jax.models.positions import relative_position_index
+from mim_jax.models.layers import TORCH_UNIFORM, Initializer, LayerNorm, attention, dense, param_dtype
+from mim_jax.models.positions import bias_of_pairs
 from mim_jax.models.vit import Block, Layout, PatchEmbed, split_heads
 from mim_jax.sharding import pin_batch
 
@@ -56,7 +56,7 @@ class SwinBlock(Block):
         width, size = tokens // self.height, self.window
         shape, init = ((2 * size - 1) ** 2, self.heads), nn.initializers.normal(0.02)
         table = self.param("relative_position_bias_table", init, shape, param_dtype(self.dtype))
-        bias = jnp.moveaxis(table[relative_position_index(size, size, cls=False)], -1, 0)[None]
+        bias = bias_of_pairs(table, size, size, cls=False)[None]
         qkv = qkv.reshape(batch, self.height, width, -1)
         if self.shift:
             qkv = jnp.roll(qkv, (-self.shift, -self.shift), (1, 2))
@@ -115,7 +115,7 @@ class Stage(nn.Module):
             return x
         x = jnp.concatenate([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], axis=-1)
         dtype, kernel_init = block.keywords["dtype"], block.keywords["kernel_init"]
-        x = layer_norm(dtype, "merge_norm", EPS)(x).reshape(-1, 4 * dim)
+        x = LayerNorm(dtype, EPS, name="merge_norm")(x).reshape(-1, 4 * dim)
         merged = dense(2 * dim, dtype, kernel_init, name="merge", use_bias=False)(x)
         return pin_batch(merged.reshape(batch, height // 2, width // 2, 2 * dim))
 
@@ -152,7 +152,7 @@ class Swin(nn.Module):
         batch, n = images.shape[:2]
         dtype = param_dtype(self.dtype)
         patch_embed = PatchEmbed(self.patch_size, self.dim, TORCH_UNIFORM, self.dtype, name="patch_embed")
-        x = layer_norm(self.dtype, "patch_norm", EPS)(patch_embed(images.reshape(-1, *images.shape[2:])))
+        x = LayerNorm(self.dtype, EPS, name="patch_norm")(patch_embed(images.reshape(-1, *images.shape[2:])))
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim), dtype)
         if masks is not None:
             x = jnp.where(masks[0].reshape(*x.shape[:3], 1), mask_token.astype(self.dtype), x)
@@ -162,5 +162,5 @@ class Swin(nn.Module):
             settings = dict(mlp_ratio=self.mlp_ratio, kernel_init=self.kernel_init, dtype=self.dtype)
             block = functools.partial(SwinBlock, heads=heads, stochastic=train and self.drop_path_rate > 0, **settings)
             x = Stage(block, self.window, merge=i < len(rates) - 1, unroll=self.unroll, name=f"stage_{i}")(x, of_stage)
-        x = layer_norm(dtype, "norm", EPS)(x).reshape(batch, n, -1, x.shape[-1])
+        x = LayerNorm(dtype, EPS, name="norm")(x).reshape(batch, n, -1, x.shape[-1])
         return [{"cls": x.mean(2), "patch": x}]

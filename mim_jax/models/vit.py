@@ -17,11 +17,11 @@ import numpy as np
 from mim_jax.models.layers import (
     TORCH_UNIFORM,
     Initializer,
+    LayerNorm,
     attention,
     attention_weights,
     dense,
     gelu,
-    layer_norm,
     param_dtype,
     patchify,
     torch_bias,
@@ -118,7 +118,7 @@ class Block(nn.Module):
 
     def attention_branch(self, x: jax.Array, layout: Layout, biases: Sequence[jax.Array | None]) -> jax.Array:
         batch, tokens, dim = x.shape
-        y = layer_norm(self.dtype, "norm1", self.norm_eps)(x)
+        y = LayerNorm(self.dtype, self.norm_eps, name="norm1")(x)
         qkv = self.linear(3 * dim, "qkv", use_bias=self.k_bias)(y.reshape(-1, dim))
         if not self.k_bias:
             q_bias, v_bias = (
@@ -130,7 +130,7 @@ class Block(nn.Module):
 
     def mlp_branch(self, x: jax.Array, layout: Layout) -> jax.Array:
         dim = x.shape[-1]
-        y, hidden = layer_norm(self.dtype, "norm2", self.norm_eps)(x).reshape(-1, dim), int(dim * self.mlp_ratio)
+        y, hidden = LayerNorm(self.dtype, self.norm_eps, name="norm2")(x).reshape(-1, dim), int(dim * self.mlp_ratio)
         if self.ffn == "swiglu":
             gate, value = jnp.split(self.linear(2 * swiglu_width(hidden), "w12")(y), 2, axis=-1)
             y = self.linear(dim, "w3")(nn.silu(gate) * value)
@@ -367,7 +367,7 @@ class ViT(nn.Module):
         blocks = stack(self.depth, self.unroll, **self.block(layout, train and self.drop_path_rate > 0, grids))
         x, _ = blocks(x, jnp.linspace(0, self.drop_path_rate, self.depth), biases)
 
-        norm = layer_norm(dtype, name="norm") if self.final_norm else lambda x: x.astype(dtype)
+        norm = LayerNorm(dtype, name="norm") if self.final_norm else lambda x: x.astype(dtype)
         out, start = [], 0
         for n, length in layout:
             part = x[:, start : start + n * length].reshape(-1, n, length, self.dim)
@@ -407,7 +407,7 @@ def masked_first(mask: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 def intermediate_layers(vit: ViT, params: Any, images: jax.Array, n: int = 1) -> jax.Array:
     """The outputs of the last `n` blocks after the final norm, oldest first: [n, B, 1 + N, D]."""
-    norm = layer_norm(param_dtype(vit.dtype))
+    norm = LayerNorm(param_dtype(vit.dtype))
     return norm.apply({"params": params["norm"]}, hidden_states(vit, params, images)[0][-n:])
 
 
