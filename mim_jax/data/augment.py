@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ Array = jax.Array
 TRIES = 10  # draws of a crop's box until one fits, as in torchvision
 BOX_DRAWS, JITTER_DRAWS, OTHER_DRAWS = 2 * TRIES + 2, 6, 5  # uniform numbers that a crop needs
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+IMAGES_A_CORE, CORES = 4, os.cpu_count() or 1
 BLOCK = 32  # a resized row or column is made in blocks of so many pixels or a few more
 ORDERS = np.array(list(itertools.permutations(range(4))))
 
@@ -99,23 +101,42 @@ def augment(
         `batch` without `image` and `size`, with normalised views [B, len(policies), size, size, 3] under each group's name,
         and a group's targets, in 0..1, under "target".
     """
-    planes = _planes(batch["image"])
+    # Some images at a time: a CPU is several times slower on what its caches do not hold. Each part has equally many images of
+    # every device, so none are moved.
+    parts = _parts(len(batch["image"]))
+    planes, sizes, index = (
+        x.reshape(-1, parts, *x.shape[1:]) for x in (_planes(batch["image"]), batch["size"], batch["index"])
+    )
     # all random numbers in one call: each call of the generator adds to the compilation
-    each_example = jax.vmap(random_numbers, (None, 0, None))
-    draws = jax.vmap(each_example, (None, None, 0))(key, batch["index"], jnp.arange(sum(len(c.policies) for c in crops)))
+    draw = jax.vmap(jax.vmap(jax.vmap(random_numbers, (None, 0, None)), (None, 1, None)), (None, None, 0))
+    draws = draw(key, index, jnp.arange(sum(len(c.policies) for c in crops)))
     views = {name: value for name, value in batch.items() if name not in ("image", "size")}
     first = 0
     for group in crops:
-        end = first + len(group.policies)
-        policies = jax.tree.map(lambda *leaves: jnp.array(leaves, jnp.float32), *group.policies)
+        count = len(group.policies)
+        policies = jax.tree.map(lambda *leaves: jnp.repeat(jnp.array(leaves, jnp.float32), parts), *group.policies)
         view = jax.vmap(functools.partial(random_view, group=group), (0, 0, 0, None))
-        # One crop of all images after the other: on a CPU, half of the time went into memory that was touched for the first time.
-        levels, target = jax.lax.map(lambda crop: view(planes, batch["size"], *crop), (draws[first:end], policies))
-        views[group.name] = _normalize(levels.swapaxes(0, 1), mean, std).astype(dtype)
+
+        def in_order(levels, count=count):  # [count * parts, B / parts, ...] -> [B, count, ...]
+            levels = jnp.moveaxis(levels.reshape(count, parts, *levels.shape[1:]), 2, 0)
+            return levels.swapaxes(1, 2).reshape(-1, count, *levels.shape[3:])
+
+        part = jnp.tile(jnp.arange(parts), count)
+        some = draws[first : first + count].reshape(-1, *draws.shape[2:])
+        levels, target = jax.lax.map(lambda x, view=view: view(planes[:, x[0]], sizes[:, x[0]], *x[1:]), (part, some, policies))
+        views[group.name] = _normalize(in_order(levels), mean, std).astype(dtype)
         if target is not None:
-            views["target"] = _normalize(target.swapaxes(0, 1), (0.0,) * 3, (1.0,) * 3).astype(dtype)
-        first = end
+            views["target"] = _normalize(in_order(target), (0.0,) * 3, (1.0,) * 3).astype(dtype)
+        first += count
     return views
+
+
+def _parts(images: int) -> int:
+    """In how many parts to work on a batch: on a CPU in parts of about four images a core, elsewhere in one."""
+    each, rest = divmod(images, jax.device_count())
+    if jax.default_backend() != "cpu" or rest:
+        return 1
+    return max(n for n in range(1, each + 1) if each % n == 0 and (n == 1 or each // n >= IMAGES_A_CORE * CORES))
 
 
 def random_numbers(key: Array, index: Array, crop: Array) -> Array:
@@ -137,7 +158,7 @@ def random_view(image: Array, size: Array, draws: Array, policy: Policy, group: 
     box = sample_box(box_draws, size, group.scale, group.ratio)
     jitter = functools.partial(color_jitter, jitter=sample_jitter(jitter_draws, policy), hue=wanted("hue"))
     if wanted("jitter") and group.color_first:
-        image = jitter(image, size=size)
+        image = jitter(image.astype(jnp.float32), size=size)
     cut = functools.partial(crop_resize, image, box, flip=flip < policy.flip, longest=longest_side(group, image.shape[-1]))
     view = cut(out=group.size, interpolation=group.interpolation)
     target = None
@@ -270,14 +291,14 @@ def crop_resize(
 
 
 def _resample(image: Array, above: Array, rows: tuple[Array, Array], columns: tuple[Array, Array], height: int) -> Array:
-    """Array [3, S, S], of which `height` rows from `above` are read -> levels [3, out, out]."""
+    """Planes [3, S, S], of which `height` rows from `above` are read -> levels [3, out, out]."""
     # As Pillow: horizontally first, then rounded. Full precision, because TPUs and GPUs round the factors of a float32
     # product to 8 or 10 bits. The loop, because a CPU is fast on memory that it has just used.
     first, weights = columns
     blocks, each, span = weights.shape
 
     def make_block(wide, i):
-        cut = jax.lax.dynamic_slice(image, (0, above, first[i]), (3, height, span)).astype(jnp.float32)
+        cut = jax.lax.dynamic_slice(image, (jnp.int32(0), above, first[i]), (3, height, span)).astype(jnp.float32)
         made = jnp.einsum("hcw,ow->hco", cut.swapaxes(0, 1), weights[i], precision="highest")
         return jax.lax.dynamic_update_slice_in_dim(wide, _to_levels(made), i * each, 2), None
 
@@ -400,7 +421,7 @@ def gaussian_blur(image: Array, radius: Array, max_radius: float) -> Array:
 
     def transpose_and_blur_columns(image, _):
         padded = jnp.pad(image.swapaxes(1, 2), ((0, 0), (reach, reach), (0, 0)))
-        return _to_levels(sum(weights[:, t, None] * padded[:, t : t + n] for t in range(taps))), None
+        return _to_levels(sum((weights[:, t, None] * padded[:, t : t + n] for t in range(taps)), jnp.zeros(()))), None
 
     return jax.lax.scan(transpose_and_blur_columns, image, None, length=2)[0]
 
