@@ -27,7 +27,7 @@ Array = jax.Array
 TRIES = 10  # draws of a crop's box until one fits, as in torchvision
 BOX_DRAWS, JITTER_DRAWS, OTHER_DRAWS = 2 * TRIES + 2, 6, 5  # uniform numbers that a crop needs
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
-IMAGES_A_CORE, CORES = 4, os.cpu_count() or 1
+CORES, PIXELS_A_CORE = os.cpu_count() or 1, 3 * 2**16  # how much is worked on at a time on a CPU
 BLOCK = 32  # a resized row or column is made in blocks of so many pixels or a few more
 ORDERS = np.array(list(itertools.permutations(range(4))))
 
@@ -103,7 +103,7 @@ def augment(
     """
     # Some images at a time: a CPU is several times slower on what its caches do not hold. Each part has equally many images of
     # every device, so none are moved.
-    parts = _parts(len(batch["image"]))
+    parts = _parts(len(batch["image"]), max(group.size for group in crops) ** 2)
     planes, sizes, index = (
         x.reshape(-1, parts, *x.shape[1:]) for x in (_planes(batch["image"]), batch["size"], batch["index"])
     )
@@ -131,12 +131,12 @@ def augment(
     return views
 
 
-def _parts(images: int) -> int:
-    """In how many parts to work on a batch: on a CPU in parts of about four images a core, elsewhere in one."""
+def _parts(images: int, pixels: int) -> int:
+    """In how many parts to work on a batch of `images` of which crops of `pixels` are made: in one but on a CPU."""
     each, rest = divmod(images, jax.device_count())
     if jax.default_backend() != "cpu" or rest:
         return 1
-    return max(n for n in range(1, each + 1) if each % n == 0 and (n == 1 or each // n >= IMAGES_A_CORE * CORES))
+    return max(n for n in range(1, each + 1) if each % n == 0 and (n == 1 or each // n * pixels >= PIXELS_A_CORE * CORES))
 
 
 def random_numbers(key: Array, index: Array, crop: Array) -> Array:
@@ -417,11 +417,12 @@ def gaussian_blur(image: Array, radius: Array, max_radius: float) -> Array:
     # the filter is the same everywhere but near the borders
     small = blur_weights(radius, min(n, taps), max_radius)
     row = np.maximum(np.minimum(at, reach), at - (n - len(small)))[:, None]
-    weights = jnp.pad(small, ((0, 0), (reach, reach)))[row, row + np.arange(taps)]
+    weights = jnp.pad(small, ((0, 0), (reach, reach)))[row, row + np.arange(taps)].T[:, :, None]
 
     def transpose_and_blur_columns(image, _):
         padded = jnp.pad(image.swapaxes(1, 2), ((0, 0), (reach, reach), (0, 0)))
-        return _to_levels(sum((weights[:, t, None] * padded[:, t : t + n] for t in range(taps)), jnp.zeros(()))), None
+        shifted = [jax.lax.slice_in_dim(padded, t, t + n, axis=1) for t in range(taps)]
+        return _to_levels(sum((w * x for w, x in zip(weights, shifted)), jnp.zeros(()))), None
 
     return jax.lax.scan(transpose_and_blur_columns, image, None, length=2)[0]
 
