@@ -118,8 +118,8 @@ def augment(
         view = jax.vmap(functools.partial(random_view, group=group), (0, 0, 0, None))
 
         def in_order(levels, count=count):  # [count * parts, B / parts, ...] -> [B, count, ...]
-            levels = jnp.moveaxis(levels.reshape(count, parts, *levels.shape[1:]), 2, 0)
-            return levels.swapaxes(1, 2).reshape(-1, count, *levels.shape[3:])
+            levels = levels.reshape(count, parts, *levels.shape[1:])
+            return levels.swapaxes(0, 2).reshape(-1, count, *levels.shape[3:])
 
         part = jnp.tile(jnp.arange(parts), count)
         some = draws[first : first + count].reshape(-1, *draws.shape[2:])
@@ -236,7 +236,7 @@ def longest_side(group: Crops, canvas: int) -> int:
     # A drawn side; one of the largest centered box, taken where all drawn ones are longer than the image; and one where a side
     # of a drawn box would have no pixel.
     share = max(math.sqrt(most * ratio), most * high / low)
-    return min(canvas, max(math.ceil(canvas * share) + 1, math.ceil(ratio * math.sqrt(ratio / max(least, 1e-9)))))
+    return min(canvas, max(math.ceil(canvas * share) + 1, math.ceil(ratio * math.sqrt(ratio / max(least, 1e-9)) / 2)))
 
 
 def resize_weights(
@@ -422,7 +422,7 @@ def gaussian_blur(image: Array, radius: Array, max_radius: float) -> Array:
     def transpose_and_blur_columns(image, _):
         padded = jnp.pad(image.swapaxes(1, 2), ((0, 0), (reach, reach), (0, 0)))
         shifted = [jax.lax.slice_in_dim(padded, t, t + n, axis=1) for t in range(taps)]
-        return _to_levels(sum((w * x for w, x in zip(weights, shifted)), jnp.zeros(()))), None
+        return _to_levels(sum((w * x for w, x in zip(weights, shifted)), jnp.float32(0))), None
 
     return jax.lax.scan(transpose_and_blur_columns, image, None, length=2)[0]
 
