@@ -105,7 +105,7 @@ def augment(
     # every device, so none are moved.
     parts = _parts(len(batch["image"]), max(group.size for group in crops) ** 2)
     planes, sizes, index = (
-        x.reshape(-1, parts, *x.shape[1:]) for x in (_planes(batch["image"]), batch["size"], batch["index"])
+        jnp.asarray(x).reshape(-1, parts, *x.shape[1:]) for x in (_planes(batch["image"]), batch["size"], batch["index"])
     )
     # all random numbers in one call: each call of the generator adds to the compilation
     draw = jax.vmap(jax.vmap(jax.vmap(random_numbers, (None, 0, None)), (None, 1, None)), (None, None, 0))
