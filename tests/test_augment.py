@@ -32,7 +32,7 @@ def smooth(height, width, seed=0):
 
 
 def planes(image):
-    return tuple(jnp.moveaxis(jnp.asarray(image, jnp.float32), -1, 0))
+    return jnp.moveaxis(jnp.asarray(image, jnp.float32), -1, 0)
 
 
 def picture(planes):
@@ -91,7 +91,8 @@ def resize_by_hand(image, size):
 # (top, left, height, width) in a picture of 64 x 80: inside, at every border, whole, tiny; wide ones and high ones.
 WIDE = [(3, 5, 20, 40), (0, 0, 13, 31), (44, 20, 20, 60), (0, 0, 64, 80), (10, 70, 8, 10), (63, 79, 1, 1)]
 HIGH = [(1, 1, 50, 30), (0, 70, 64, 10), (24, 50, 40, 30), (2, 3, 9, 7)]
-crop_resize = jax.jit(A.crop_resize, static_argnames=("out", "interpolation"))
+center_crop = jax.jit(A.center_crop, static_argnames=("out", "fraction", "mean", "std"))
+crop_resize = jax.jit(A.crop_resize, static_argnames=("out", "interpolation", "longest"))
 
 
 @pytest.mark.parametrize("out", [8, 16, 32, 96])
@@ -135,9 +136,32 @@ def test_crop_of_random_boxes_is_equal_nearly_everywhere():
     assert np.mean(equal) > 0.9998
 
 
+def test_a_crop_does_not_depend_on_the_bound_of_its_sides():
+    canvas = planes(noise(80, 80))
+    for seed in range(20):
+        rng = random.Random(seed)
+        height, width = rng.randint(1, 40), rng.randint(1, 40)
+        box = np.array([rng.randint(0, 80 - height), rng.randint(0, 80 - width), height, width])
+        tight, loose = (picture(crop_resize(canvas, box, 64, longest=bound)) for bound in (40, None))
+        assert np.abs(tight - loose).max() <= 1 and np.mean(tight == loose) > 0.999
+
+
+@pytest.mark.parametrize("scale", [(0.05, 0.25), (0.32, 0.5), (0.25, 1.0), (0.001, 0.02)])
+def test_no_box_has_a_side_above_the_bound(scale):
+    canvas = 60
+    bound = A.longest_side(A.Crops("view", 8, scale, (NOTHING,)), canvas)
+    sides = np.array([(h, w) for h in range(1, canvas + 1) for w in range(1, canvas + 1)])
+    draws = jax.random.uniform(jax.random.key(0), (len(sides), 8, A.BOX_DRAWS))
+    draws = draws.at[:, 0].set(1 - 2**-24).at[:, 1, : A.TRIES].set(1 - 2**-24).at[:, 1, A.TRIES :].set(0)
+    draws = draws.at[:, 2].set(0)
+    draw = jax.vmap(jax.vmap(lambda draws, size: A.sample_box(draws, size, scale), (0, None)))
+    largest = np.asarray(jax.jit(draw)(draws, sides))[..., 2:].max()
+    assert bound / 2 < largest <= bound <= canvas
+
+
 def test_flip_mirrors_the_crop():
     image, box = planes(noise(64, 64)), np.array([3, 5, 20, 40])
-    straight, mirrored = (picture(A.crop_resize(image, box, 16, flip)) for flip in (False, True))
+    straight, mirrored = (picture(crop_resize(image, box, 16, flip)) for flip in (False, True))
     np.testing.assert_array_equal(mirrored, straight[:, ::-1])
 
 
@@ -147,7 +171,7 @@ def test_padding_never_leaks_in():
     for name in ("global", "local"):
         np.testing.assert_array_equal(black[name], white[name])
     black, white = (
-        A.center_crop(jnp.asarray(b["image"]), jnp.asarray(b["size"]), 24, 1.0, MEAN, STD)
+        center_crop(jnp.asarray(b["image"]), jnp.asarray(b["size"]), 24, 1.0, MEAN, STD)
         for b in (batch_of(images, 32, 0), batch_of(images, 32, 255))
     )
     np.testing.assert_array_equal(black, white)
@@ -215,9 +239,7 @@ def test_boxes_keep_scale_and_ratio():
     assert 0.498 < ratio.min() < 0.502 and 1.99 < ratio.max() < 2.01 and abs(np.log(ratio).mean()) < 0.02
 
 
-@pytest.mark.parametrize(
-    "size, box", [((11, 100), (0, 42, 11, 15)), ((100, 11), (42, 0, 15, 11)), ((1, 50), (0, 24, 1, 1))]
-)
+@pytest.mark.parametrize("size, box", [((11, 100), (0, 42, 11, 15)), ((100, 11), (42, 0, 15, 11)), ((1, 50), (0, 24, 1, 1))])
 def test_fallback_is_the_largest_centered_box(size, box):
     boxes = sample_boxes(50, size, (0.9, 1.0))
     np.testing.assert_array_equal(boxes, np.tile(box, (50, 1)))
@@ -274,7 +296,7 @@ blur = jax.jit(A.gaussian_blur, static_argnames="max_radius")
 
 @pytest.mark.parametrize("radius", [0.0, 0.1, 0.34, 1.0, 1.7, 4.3])
 def test_blur_equals_pillow(radius):
-    for image in (noise(32, 40), smooth(32, 40)):
+    for image in (noise(40, 40), smooth(40, 40)):
         theirs = np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius))).astype(float)
         ours = picture(blur(planes(image), radius, max_radius=max(2.0, radius)))
         error = np.abs(ours - theirs)
@@ -314,7 +336,7 @@ def test_jitter_in_every_order_equals_pillow_in_that_order():
     factors, shift = np.array([1.3, 0.65, 1.18], np.float32), 0.08
     ours = jax.vmap(lambda order: A.color_jitter(planes(image), (order, factors, jnp.float32(shift))))(A.ORDERS)
     results = []
-    for order, result in zip(A.ORDERS, np.stack(ours, axis=-1), strict=True):
+    for order, result in zip(A.ORDERS, np.moveaxis(ours, 1, -1), strict=True):
         theirs = Image.fromarray(image)
         for operation in order:
             if operation == A.HUE:
@@ -392,12 +414,13 @@ def test_what_happens_to_a_crop_is_drawn_independently():
 
 def test_the_radius_of_a_blur_has_a_draw_of_its_own(monkeypatch):
     """It is uniform in the range, whatever number decided that the crop is blurred; it is 0 where it is not."""
+    monkeypatch.setattr(A, "crop_resize", lambda image, *_, **__: image)
     monkeypatch.setattr(A, "gaussian_blur", lambda image, radius, max_radius: radii.append(float(radius)) or image)
     policy, radii = A.Policy(flip=0, jitter=0, gray=0, blur=0.5, blur_radius=(0.5, 2.5)), []
     group = A.Crops("view", 2, (1.0, 1.0), (policy,))
     for happens, radius in ((0.1, 0.75), (0.4, 0.75), (0.4, 0.0), (0.6, 0.75)):
         draws = jnp.full(A.BOX_DRAWS + A.JITTER_DRAWS + A.OTHER_DRAWS, 0.5).at[-3:-1].set(jnp.array([happens, radius]))
-        A.random_view((jnp.zeros((2, 2)),) * 3, jnp.array([2, 2]), draws, policy, group)
+        A.random_view(jnp.zeros((3, 2, 2)), jnp.array([2, 2]), draws, policy, group)
     assert radii == [2.0, 2.0, 0.5, 0.0]
 
 
@@ -507,18 +530,24 @@ def test_views_are_the_same_in_float64_programs():
     assert np.mean(levels(plain["global"]) == levels(double["global"])) > 0.999
 
 
-def test_eight_devices_make_the_views_of_one_without_talking():
-    batch = batch_of([smooth(32, 30, i) for i in range(8)], 32)
+def test_eight_devices_make_the_views_of_one_without_talking(monkeypatch):
+    batch = batch_of([smooth(32, 30, i) for i in range(16)], 32)
+    halves = [
+        run({name: x[half] for name, x in batch.items()}, DINO, jax.random.key(0), MEAN, STD)
+        for half in (slice(8), slice(8, 16))
+    ]
+    monkeypatch.setattr(A, "PIXELS_A_CORE", 0)  # each device works on one image at a time
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
     key = jax.random.key(0)
+    assert A._parts(16, 1) == 2
     compiled = run.lower(sharded, DINO[:1], key, MEAN, STD).compile()
     text = compiled.as_text()
     assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
     spread = compiled(sharded, key)
-    alone = run(batch, DINO, key, MEAN, STD)
     assert len(spread["global"].sharding.device_set) == 8
-    np.testing.assert_array_equal(levels(spread["global"]), levels(alone["global"]))
+    alone = np.concatenate([half["global"] for half in halves])
+    np.testing.assert_array_equal(levels(spread["global"]), levels(alone))
 
 
 # Evaluation and pictures
@@ -528,7 +557,7 @@ def test_eight_devices_make_the_views_of_one_without_talking():
 def test_center_crop_equals_pillow(out, fraction):
     images = [noise(64, 80), smooth(80, 60), noise(40, 40)]
     batch = batch_of(images, 80, filling=255)
-    views = A.center_crop(jnp.asarray(batch["image"]), jnp.asarray(batch["size"]), out, fraction, MEAN, STD)
+    views = center_crop(jnp.asarray(batch["image"]), jnp.asarray(batch["size"]), out, fraction, MEAN, STD)
     assert views.shape == (3, out, out, 3) and views.dtype == jnp.float32
     for image, view in zip(images, levels(views).astype(float), strict=True):
         height, width = image.shape[:2]
