@@ -50,6 +50,19 @@ def test_lengths_are_padded_for_the_fused_kernel_and_nobody_sees_it(monkeypatch,
     np.testing.assert_allclose(got.astype(float), by_hand(q, k, v, bias), atol=0.03)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_attention_has_the_gradient_of_the_plain_one(x64, biased):
+    keys = jax.random.split(jax.random.key(0), 4)
+    args = [jax.random.normal(key, (2, 5, 3, 8)) for key in keys[:3]]
+    args += [jax.random.normal(keys[3], (1, 3, 5, 5))] * biased
+
+    def plain(q, k, v, bias=0.0):
+        weights = jax.nn.softmax(jnp.einsum("btnd,bsnd->bnts", q, k) / 8**0.5 + bias)
+        return jnp.einsum("bnts,bsnd->btnd", weights, v)
+
+    check_alike(layers.attention, plain, *args, atol=1e-12)
+
+
 def test_layer_norm_is_flax_s(x64):
     keys = jax.random.split(jax.random.key(0), 3)
     x, scale, bias = (jax.random.normal(key, shape) for key, shape in zip(keys, ((2, 5, 8), (8,), (8,))))
