@@ -46,7 +46,7 @@ def test_while_training_a_signal_ends_the_waiting_and_nothing_else(number):
         batches = stop.ahead(i for i in range(3))
         assert next(batches) == 0 and stop.wait(max, 1, 2) == 2 and not stop.requested
         with pytest.raises(Stopped):
-            stop.wait(lambda: (send(number), ended.wait(20)))
+            stop.wait(lambda: (time.sleep(0.3), send(number), ended.wait(20)))  # it waits when the signal comes
         assert stop.requested
         for wait in (lambda: stop.wait(ended.set), lambda: next(batches)):
             with pytest.raises(Stopped):
