@@ -251,13 +251,7 @@ MUTATIONS = (
       "test_resume.py::test_a_run_interrupted_anywhere_ends_as_one_left_alone[batch-3-control_c]"),
     M("no evaluation at the end", "train.py", "(step % evaluate_every == 0 or step == total)", "step % evaluate_every == 0",
       "test_resume.py::test_a_longer_plan_goes_on_with_the_optimizers_state"),
-    # Stopping
-    M("an evaluation that was stopped is not made up for", "train.py", "and step > evaluated and", "and",
-      "test_resume.py::test_a_run_stops_where_it_would_wait_for_ever[scores-1-terminate-steps2]"),
-    M("compiled programs without end", "compiled.py", "if size > KEPT", "if size > 2 * KEPT",
-      "test_compiled.py::test_the_oldest_entries_go"),
-    M("a damaged program stays", "compiled.py", "for file in entries:", "for file in ():",
-      "test_compiled.py::test_a_damaged_entry_is_compiled_anew_and_the_folder_emptied"),
+    # Gradients that are written out
     M("a norm's gradient keeps the mean", "models/layers.py", "dx - sums(dx, 1) / width - x", "dx - x",
       "test_layers.py::test_layer_norm_is_flax_s"),
     M("attention's softmax is not normalised in its gradient", "models/layers.py",
@@ -266,6 +260,14 @@ MUTATIONS = (
     M("the bias of the opposite pair", "models/positions.py",
       "places[:, None] - places + n - 1", "places - places[:, None] + n - 1",
       "test_golden_simmim.py::test_the_bias_of_each_pair_is_the_table_s_entry"),
+    # Kept programs
+    M("compiled programs without end", "compiled.py", "if size > KEPT", "if size > 2 * KEPT",
+      "test_compiled.py::test_the_oldest_entries_go"),
+    M("a damaged program stays", "compiled.py", "for file in entries:", "for file in ():",
+      "test_compiled.py::test_a_damaged_entry_is_compiled_anew_and_the_folder_emptied"),
+    # Stopping
+    M("an evaluation that was stopped is not made up for", "train.py", "and step > evaluated and", "and",
+      "test_resume.py::test_a_run_stops_where_it_would_wait_for_ever[scores-1-terminate-steps2]"),
     M("a signal does not end the waiting", "stopping.py", "self._inbox.put(None)", "self._inbox",
       "test_stopping.py::test_while_training_a_signal_ends_the_waiting_and_nothing_else"),
     M("a second Ctrl-C does not count", "stopping.py", "again = self._interrupted and", "again = False and",

@@ -42,7 +42,10 @@ class BatchNorm(nn.Module):
 
 
 class WeightNormDense(nn.Module):
-    """A linear map [N, I] -> [N, O] without bias whose columns are weight_g * v / |v| (Salimans & Kingma 2016)."""
+    """A linear map [N, I] -> [N, O] without bias whose columns are weight_g * v / |v| (Salimans & Kingma 2016).
+
+    The output is at least float32, for any `dtype`.
+    """
 
     features: int
     train_norm: bool  # False: weight_g gets no gradient
@@ -94,7 +97,7 @@ class DinoHead(nn.Module):
 
         def prototypes(number: int, name: str) -> Callable[[jax.Array], jax.Array]:
             layer = WeightNormDense(number, not self.norm_last_layer, self.dtype, name=name)
-            return lambda x: pin_batch(layer(x.reshape(-1, x.shape[-1])).astype(dtype).reshape(*x.shape[:-1], number))
+            return lambda x: pin_batch(layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], number))
 
         last_layer = prototypes(self.out_dim, "last_layer")
         if patch is None:
