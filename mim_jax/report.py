@@ -222,12 +222,12 @@ def _chart(chart: Chart, history: History) -> str:
     )
     return (
         f'<figure class="chart"><h3>{escape(chart.title)}</h3><ul class="legend">{legend}</ul>'
-        f"{_plot(chart, list(curves.values()), list(baselines.values()), last_step=max(latest['step'], 1))}"
+        f"{plot(chart, list(curves.values()), list(baselines.values()), last_step=max(latest['step'], 1))}"
         f"{f'<figcaption>{escape(chart.caption)}</figcaption>' if chart.caption else ''}</figure>"
     )
 
 
-def _plot(chart: Chart, curves: Sequence[Sequence[tuple[float, float]]], baselines: Sequence[float], last_step: int) -> str:
+def plot(chart: Chart, curves: Sequence[Sequence[tuple[float, float]]], baselines: Sequence[float], last_step: int) -> str:
     width, height, left, right, top, bottom = 520, 230, 52, 14, 8, 26
     ys = [y for curve in curves for _, y in curve] + list(baselines)
     spread = max(ys) - min(ys) or abs(ys[0]) or 1.0
