@@ -1,0 +1,463 @@
+"""All methods side by side, at one equal budget: what the features are worth, and what they cost.
+
+  python -m mim_jax.compare --out=runs/compare               pretrains and fine-tunes all of them on CIFAR-10, three seeds
+  python -m mim_jax.compare --out=runs/compare --budget=600  with ten times as many images
+  python -m mim_jax.compare --out=page --runs='runs/*'       a page of runs that exist, on anybody's data
+
+Writes comparison.md and comparison.html to --out, again after each run. All methods have one network and see equally many
+images; their other settings are those of their demos. Each run is one command of `python -m mim_jax.main` in a process of its
+own, in a workdir under --out, and the same command goes on after a kill. Scores over the steps are of validation images, a
+tenth of the training images. The test images are read once, after the last step.
+"""
+
+import dataclasses
+import glob
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from absl import app, flags, logging
+
+from mim_jax import checkpoint, durations, journal, report, sharding
+from mim_jax.config import leaves, load_config, resolve_target
+from mim_jax.data import sources
+from mim_jax.dry_run import step_flops
+from mim_jax.evaluators import Evaluation
+from mim_jax.learned import load_run
+from mim_jax.state import TrainState
+
+OUT = flags.DEFINE_string("out", "runs/compare", "Folder of the page and of the runs.")
+BUDGET = flags.DEFINE_float("budget", 60, "Minutes on 2 CPU cores, roughly; the number of images follows from it.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.")
+METHODS = flags.DEFINE_list("methods", None, "Some of the methods; by default all.")
+RUNS = flags.DEFINE_string("runs", None, "Workdirs, as a pattern: only makes the page of these.")
+
+IMAGES_A_MINUTE = 1000  # that each run sees, for a minute of the budget
+BATCH = 64
+NETWORK = {"patch_size": 8, "dim": 128, "depth": 3, "heads": 4, "unroll": 3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A row of the table.
+
+    `published` is the top-1 accuracy on ImageNet-1k (fine-tuned, linear) with its model and source. `changes` are config keys,
+    with {workdir} for the workdir of the entry `needs`.
+    """
+
+    recipe: str
+    title: str
+    input: str  # what the student sees of an image
+    published: tuple[str, str, str]
+    needs: str = ""
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+MASKS = {"mask.count": 6, "mask.smallest": 2}
+ENTRIES = {
+    "dino": Entry("dino:demo", "DINO", "2 large, 2 small crops", ("82.8", "78.2", "ViT-B, MAE table 3")),
+    "mocov3": Entry("mocov3:demo", "MoCo v3", "2 crops", ("83.2", "76.7", "ViT-B, its repository")),
+    "masked_patch": Entry("masked_patch:demo", "ViT", "50 % corrupted", ("79.9", "", "ViT-B, 384 px, on JFT, its B.1.2")),
+    "beit": Entry(
+        "beit:demo", "BEiT", "38 % masked", ("83.2", "56.7", "ViT-B, its table 4"), "vqvae",
+        {"target.workdir": "{workdir}", "crops.target_size": 16} | MASKS,
+    ),
+    "simmim": Entry("simmim:demo", "SimMIM", "60 % masked", ("83.8", "56.7", "ViT-B, its repository")),
+    "mae": Entry("mae:demo", "MAE", "the visible 25 %", ("83.6", "68.0", "ViT-B, its table 3")),
+    "ibot": Entry("ibot:demo", "iBOT", "2 large, 2 small crops, masked", ("84.0", "79.5", "ViT-B, its repository")),
+    "dinov2": Entry("dinov2:demo", "DINOv2", "2 large, 2 small crops, masked", ("88.9", "86.5", "ViT-g, 448 px, its code")),
+    "eva": Entry(
+        "eva:demo", "EVA", "38 % masked", ("89.6", "", "ViT-g, 336 px, its repository"), "dino",
+        {"target.workdir": "{workdir}"} | MASKS,
+    ),
+    "beit2": Entry(
+        "beit2:demo", "BEiT v2", "38 % masked", ("85.5", "80.1", "ViT-B, its paper"), "vqkd",
+        {"target.workdir": "{workdir}", "crops.target_size": 16} | MASKS,
+    ),
+}  # fmt: skip
+
+TARGETS = {  # runs that others learn from
+    "vqvae": Entry("vqvae:demo", "VQ-VAE", "", ("", "", "")),
+    "vqkd": Entry("vqkd:demo", "VQ-KD", "", ("", "", ""), "dino", {"target.workdir": "{workdir}"}),
+}
+SCRATCH = "supervised"
+PUBLISHED_SCRATCH = ("82.3", "", "ViT-B, MAE table 3")
+KNN, PROBE, RETRIEVAL, ACCURACY = "eval/knn", "eval/probe", "eval/view_retrieval", "eval/accuracy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One command and its workdir."""
+
+    workdir: Path
+    recipe: str
+    changes: Mapping[str, Any]
+
+    @property
+    def command(self) -> list[str]:
+        given = [f"--config.{key}={value}" for key, value in self.changes.items()]
+        return [sys.executable, "-m", "mim_jax.main", f"--config={self.recipe}", *given, f"--workdir={self.workdir}"]
+
+    @property
+    def config(self) -> ml_collections.ConfigDict:
+        return ml_collections.ConfigDict(json.loads((self.workdir / "config.json").read_text()))
+
+    @property
+    def finished(self) -> bool:
+        return "seconds" in self.record and done(self.workdir)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Seconds and peak memory, over all the starts that it took, and what was measured once at the end."""
+        file = self.workdir / "compare.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+    def note(self, **facts: Any) -> None:
+        journal.write_whole(self.workdir / "compare.json", json.dumps(self.record | facts, indent=1).encode())
+
+    def go(self) -> None:
+        """Runs the command to its end. Raises ChildProcessError, with what it said last, if it fails."""
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        start, log = time.monotonic(), self.workdir / "log.txt"
+        with log.open("ab") as file:
+            process = subprocess.Popen(self.command, stdout=file, stderr=file)
+            try:
+                _, status, usage = os.wait4(process.pid, 0)
+            except KeyboardInterrupt:  # the child gets it too, and saves
+                os.wait4(process.pid, 0)
+                raise
+        before = self.record
+        seconds = before.get("seconds", 0) + time.monotonic() - start
+        self.note(seconds=seconds, mib=max(before.get("mib", 0), usage.ru_maxrss / 1024))
+        if status or not done(self.workdir):
+            lines = log.read_text(errors="replace").splitlines() or [""]
+            raise ChildProcessError(f"{shlex.join(self.command)}\n  ended early: {lines[-1]}\n  see {log}")
+
+
+def done(workdir: Path) -> bool:
+    """Whether the run in a workdir has reached its end."""
+    saved, config = checkpoint.saved_steps(workdir / "checkpoints"), workdir / "config.json"
+    return (
+        bool(saved)
+        and config.is_file()
+        and max(saved) >= durations.total_steps(ml_collections.ConfigDict(json.loads(config.read_text())))
+    )
+
+
+def pretraining(out: Path, name: str, seed: int, images: int) -> Run:
+    """The run of an entry, without those that it needs."""
+    entry = (ENTRIES | TARGETS)[name]
+    base, needed = load_config(entry.recipe), f"{entry.needs}_{0 if entry.needs in TARGETS else seed}"
+    warmup = images // 20
+    changes: dict[str, Any] = {"total": f"{images} examples", "data.batch_size": BATCH, "seed": seed}
+    changes |= {"data.split": "train[:90%]", "data.eval_split": "train[90%:]", "optim.warmup": f"{warmup} examples"}
+    changes |= {"eval.every": f"{images // 4} examples", "checkpoint.every": f"{images // 4} examples"}
+    changes |= {"eval.bank": 2000, "eval.test": 1000, "log_every": f"{max(images // 100 // BATCH, 1)} steps"}
+    if name not in TARGETS:
+        changes |= {f"model.{key}": value for key, value in NETWORK.items()}
+    if "mask" in base and "start" in base.mask:  # iBOT's demo masks nothing in the first 1,500 of its 3,500 steps
+        changes["mask.start"] = f"{images * 3 // 7} examples"
+    changes |= {key: str(value).format(workdir=out / needed) for key, value in entry.changes.items()}
+    return Run(out / f"{name}_{seed}", entry.recipe, changes)
+
+
+def fine_tuning(out: Path, name: str, seed: int, images: int) -> Run:
+    """The supervised run that begins with what `pretraining` learned, or with nothing."""
+    changes: dict[str, Any] = {"total": f"{images} examples", "data.batch_size": BATCH, "seed": seed}
+    changes |= {"optim.warmup": f"{images // 20} examples", "eval.every": f"{images} examples", "checkpoint.every": "never"}
+    changes |= {"eval.bank": 2000, "eval.test": 10_000, "log_every": f"{max(images // 100 // BATCH, 1)} steps"}
+    if name == SCRATCH:
+        changes |= {f"model.{key}": value for key, value in NETWORK.items()}
+    else:
+        changes["init_from"] = out / f"{name}_{seed}"
+    return Run(out / f"{name}_{seed}_fine", "supervised:demo", changes)
+
+
+def plan(out: Path, names: Sequence[str], seeds: int, images: int) -> Iterator[tuple[str, int, str, Run]]:
+    """(entry, seed, what is done, run) in an order in which each finds what it needs."""
+
+    def needed(name: str, seed: int, given: set[Path]) -> Iterator[tuple[str, int, str, Run]]:
+        seed = 0 if name in TARGETS else seed
+        run = pretraining(out, name, seed, images)
+        if run.workdir in given:
+            return
+        given.add(run.workdir)
+        if needs := (ENTRIES | TARGETS)[name].needs:
+            yield from needed(needs, seed, given)
+        yield name, seed, "pretraining", run
+
+    given: set[Path] = set()
+    for seed in range(seeds):
+        for name in names:
+            if name != SCRATCH:
+                yield from needed(name, seed, given)
+            yield name, seed, "fine-tuning", fine_tuning(out, name, seed, images)
+
+
+def on_test_images(run: Run) -> dict[str, float]:
+    """k-NN, linear probe and view retrieval of what a run has learned: bank and probe of 10,000 training images, measured on
+    the test images."""
+    learned = load_run(run.workdir)
+    config = learned.config.copy_and_resolve_references().unlock()
+    config.eval.update(bank=10_000, test=10_000)
+    with jax.set_mesh(sharding.make_mesh(-1, 1)):
+        source, held_out = (sources.open_source(config.data.name, config.data.dir, split) for split in ("train", "test"))
+        state = TrainState(learned.step, learned.params, {}, None, learned.extra)
+        scores = Evaluation(config, learned.method, source, held_out).scores(state)
+    return {tag: scores[tag] for tag in (KNN, PROBE, RETRIEVAL)}
+
+
+def command_of(config: ml_collections.ConfigDict, workdir: Path) -> str:
+    """The command of a run: its recipe, and what is different in its config."""
+    recipe, found = (
+        dict(leaves(load_config(config.recipe))),
+        r"(target\.network|encoder)\..*|data\.(num_\w+|fingerprint|levels)",
+    )
+    changed = [
+        f"--config.{key}={value}"
+        for key, value in leaves(config)
+        if key in recipe and plain(value) != plain(recipe[key]) and not re.fullmatch(found, key)
+    ]
+    return shlex.join(["mim_jax", f"--config={config.recipe}", *changed, f"--workdir={workdir}"])
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: lists for tuples."""
+    return json.loads(json.dumps(value))
+
+
+def flops_per_image(config: ml_collections.ConfigDict) -> float:
+    config = config.copy_and_resolve_references().unlock()
+    resolve_target(config)
+    with jax.set_mesh(sharding.make_mesh(-1, 1)):
+        return step_flops(config) / config.data.batch_size
+
+
+def seconds_per_image(workdir: Path) -> float | None:
+    """The median over the run, without compilation, evaluation and checkpoints."""
+    rates = [row["perf/images_per_s"] for row in journal.rows(workdir) if row.get("perf/images_per_s")]
+    return 1 / statistics.median(rates) if rates else None
+
+
+@dataclasses.dataclass
+class Row:
+    """A method in the table: the figures of its runs, one number for each seed. Costs are those of pretraining."""
+
+    title: str
+    input: str
+    published: tuple[str, str, str]
+    fine: list[float] = dataclasses.field(default_factory=list)
+    linear: list[float] = dataclasses.field(default_factory=list)
+    knn: list[float] = dataclasses.field(default_factory=list)
+    retrieval: list[float] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)  # of the steps alone
+    mib: list[float] = dataclasses.field(default_factory=list)
+    images: int = 0
+    flops: float = 0.0  # of an image
+    curves: dict[str, list[tuple[float, float]]] = dataclasses.field(default_factory=dict)  # tag -> of the first seed
+    commands: list[str] = dataclasses.field(default_factory=list)
+
+
+def table_of(runs: Sequence[Run]) -> list[Row]:
+    """The rows of finished runs: one for each recipe, with the supervised runs that began with one of its runs."""
+    found: dict[str, Row] = {}
+    recipes: dict[str, str] = {}  # workdir -> recipe
+    order = {load.recipe.partition(":")[0]: place for place, load in enumerate(ENTRIES.values())}
+    configs = [(run, run.config) for run in runs]
+    configs.sort(key=lambda pair: (order.get(pair[1].method, len(order)), pair[1].seed))
+    for run, config in configs:
+        latest = journal.history(run.workdir).latest
+        if config.method == SCRATCH and not config.init_from:
+            row = found.setdefault(SCRATCH, Row("supervised, from scratch", "whole, with labels", PUBLISHED_SCRATCH))
+            row.fine.append(latest[ACCURACY])
+        elif config.method != SCRATCH:
+            entry = ENTRIES.get(config.method)
+            title, seen, published = (entry.title, entry.input, entry.published) if entry else (config.recipe, "", ("",) * 3)
+            row = found.setdefault(config.recipe, Row(title, seen, published))
+            recipes[os.path.abspath(run.workdir)] = config.recipe
+            test = run.record.get("test") or latest
+            for values, tag in ((row.linear, PROBE), (row.knn, KNN), (row.retrieval, RETRIEVAL)):
+                values += [test[tag]] if tag in test else []
+            row.images = durations.total_steps(config) * config.data.batch_size
+            row.seconds += [row.images * each] if (each := seconds_per_image(run.workdir)) else []
+            row.mib += [run.record["mib"]] if "mib" in run.record else []
+            if not row.curves:
+                row.flops, curves = flops_per_image(config), journal.history(run.workdir).curves
+                row.curves = {tag: curves[tag].points() for tag in (KNN, RETRIEVAL) if tag in curves}
+        else:
+            continue
+        row.commands.append(command_of(config, run.workdir))
+    for run, config in configs:
+        if config.method == SCRATCH and config.init_from and (recipe := recipes.get(os.path.abspath(config.init_from))):
+            found[recipe].fine.append(journal.history(run.workdir).latest[ACCURACY])
+            found[recipe].commands.append(command_of(config, run.workdir))
+    scratch = [found.pop(SCRATCH)] if SCRATCH in found else []
+    return scratch + list(found.values())
+
+
+HEADINGS = (
+    *("method", "input", "fine-tuned", "linear", "k-NN", "view retrieval", "images seen", "GFLOP an image"),
+    *("cost", "peak memory", "ImageNet-1k: fine-tuned", "linear", "of"),
+)
+
+
+def cells(row: Row, reference: float | None) -> list[str]:
+    """The row as text, in the order of HEADINGS; costs relative to `reference` seconds, if it is given."""
+    seconds = statistics.mean(row.seconds) if row.seconds else None
+    cost = "" if seconds is None else f"{seconds:,.0f} s"
+    if seconds and reference:
+        cost = f"{seconds / reference:.2f} ({cost})"
+    return [
+        *(row.title, row.input, *(spread(values) for values in (row.fine, row.linear, row.knn, row.retrieval))),
+        *(f"{row.images:,}" if row.images else "", f"{row.flops / 1e9:.3f}" if row.flops else "", cost),
+        *(f"{max(row.mib):,.0f} MiB" if row.mib else "", *row.published),
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard error over the seeds."""
+    if not values:
+        return ""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{error}"
+
+
+NOTES = (
+    "Scores are shares of the test images, which were read once, after the last step: mean ± standard error over the seeds. "
+    "Fine-tuned: the accuracy of the supervised run that began with what was learned, with as many labeled steps as the one "
+    "from scratch. Linear: ridge regression on frozen features. k-NN: 20 neighbors. View retrieval: how often the nearest of "
+    "all second crops is of the same image.",
+    "Cost: time of the pretraining steps, relative to SimMIM, without compilation and evaluation, and without the run that a "
+    "method learns from (a tokenizer or a teacher). GFLOP: of a step, forward and backward, as XLA counts them. Peak memory: "
+    "of the whole process.",
+)
+
+
+def write_page(out: Path, rows: Sequence[Row]) -> None:
+    """comparison.md and comparison.html."""
+    simmim = [row for row in rows if row.title == ENTRIES["simmim"].title and row.seconds]
+    reference = statistics.mean(simmim[0].seconds) if simmim else None
+    lines = [cells(row, reference) for row in rows]
+    markdown = ["| " + " | ".join(HEADINGS) + " |", "|" + " --- |" * len(HEADINGS)]
+    markdown += ["| " + " | ".join(line) + " |" for line in lines]
+    commands = [command for row in rows for command in row.commands]
+    text = "\n\n".join(["# Comparison", "\n".join(markdown), *NOTES, "```\n" + "\n".join(commands) + "\n```"])
+    journal.write_whole(out / "comparison.md", text.encode() + b"\n")
+
+    head = "".join(f"<th>{escape(heading)}</th>" for heading in HEADINGS)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    charts = ""
+    for tag, title in ((KNN, "k-NN accuracy"), (RETRIEVAL, "View retrieval")):
+        drawn = [(row.title, row.curves[tag]) for row in rows if tag in row.curves]
+        if drawn:
+            legend = "".join(
+                f'<li><svg width="18" height="8"><line class="c{i}" x2="18" y1="4" y2="4"/></svg>{escape(name)}</li>'
+                for i, (name, _) in enumerate(drawn)
+            )
+            last = max(points[-1][0] for _, points in drawn)
+            svg = report.plot(report.Chart(title, "", {}), [points for _, points in drawn], [], last)
+            caption = "Over the steps of the first seed, on the images that the run was evaluated on."
+            charts += (
+                f'<figure class="chart"><h3>{title}</h3><ul class="legend">{legend}</ul>{svg}'
+                f"<figcaption>{caption}</figcaption></figure>"
+            )
+    page = PAGE.format(
+        style=report.STYLE + STYLE,
+        head=head,
+        body=body,
+        notes="".join(f"<p>{escape(note)}</p>" for note in NOTES),
+        charts=charts and f'<h2>Curves</h2><section class="charts">{charts}</section>',
+        commands=escape("\n".join(commands)),
+    )
+    journal.write_whole(out / "comparison.html", page.encode())
+
+
+COLORS = "#3b6fd4 #d9792b #1f8a5b #c93c37 #8a55c7 #8c6d3f #d05fa2 #5d6b7a #a5a02a #2aa5b8 #6f9b2f #b04a4a".split()
+STYLE = ".wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }\n"
+STYLE += "th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }\n"
+STYLE += "th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }\n"
+STYLE += "\n".join(f"line.c{i}, polyline.c{i} {{ stroke: {c}; }} circle.c{i} {{ fill: {c}; }}" for i, c in enumerate(COLORS))
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Comparison</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>Comparison</h1></header>
+<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+{notes}
+{charts}
+<h2>The runs</h2>
+<details><summary>Commands</summary><pre>{commands}</pre></details>
+</body>
+</html>
+"""
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        sys.exit(f"error: not understood: {' '.join(argv[1:])}")
+    logging.set_verbosity(logging.WARNING)
+    out = Path(OUT.value).expanduser().absolute()
+    if RUNS.value:
+        found = [
+            Path(path) for path in sorted(glob.glob(os.path.expanduser(RUNS.value))) if Path(path, "config.json").is_file()
+        ]
+        if not found:
+            sys.exit(f"error: {RUNS.value} matches no workdir of a run")
+        rows = table_of([Run(path, "", {}) for path in found])
+        write_page(out, rows)
+        print(f"{len(found)} runs: {out}/comparison.md, {out}/comparison.html")
+        return
+    names = METHODS.value or [*ENTRIES, SCRATCH]
+    if unknown := [name for name in names if name not in {*ENTRIES, SCRATCH}]:
+        sys.exit(f"error: --methods has {', '.join(unknown)}, but there are only {', '.join([*ENTRIES, SCRATCH])}")
+    images = round(BUDGET.value * IMAGES_A_MINUTE) // BATCH * BATCH
+    if images < 100 * BATCH:
+        sys.exit(f"error: --budget={BUDGET.value:g} is too small: {100 * BATCH / IMAGES_A_MINUTE:g} minutes are the least")
+    pretrain(out, list(plan(out, names, SEEDS.value, images)))
+
+
+def pretrain(out: Path, runs: Sequence[tuple[str, int, str, Run]]) -> None:
+    """Goes through the plan; says before each run how far it is. What fails is named at the end, and the rest goes on."""
+    spent: dict[str, list[float]] = {}
+    failed: dict[Path, str] = {}
+    for number, (name, seed, what, run) in enumerate(runs):
+        if not run.finished:
+            kind = f"{name} {what}"
+            ahead = [f"{one} {doing}" for one, _, doing, other in runs[number:] if not other.finished]
+            known = [statistics.mean(spent[each]) for each in ahead if each in spent]
+            eta = f"{statistics.mean(known) * len(ahead) / 60:.0f} minutes left" if known else "?"
+            print(f"{number + 1}/{len(runs)}  {name}, seed {seed}, {what}; {eta}", flush=True)
+            try:
+                run.go()
+            except ChildProcessError as error:
+                failed[run.workdir] = str(error)
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                continue
+            spent.setdefault(kind, []).append(run.record["seconds"])
+        if what == "pretraining" and name in ENTRIES and "test" not in run.record:
+            run.note(test=on_test_images(run))
+        write_page(out, table_of([each for *_, each in runs if each.finished]))
+    print(f"{out}/comparison.md, {out}/comparison.html")
+    if failed:
+        sys.exit("\n".join(["error: some runs failed:", *failed.values()]))
+
+
+if __name__ == "__main__":
+    app.run(main)
