@@ -53,7 +53,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         resolve_target(config)
         make_method(config)  # bad values are refused before any data is opened
         data = config.data
-        source, held_out = (sources.open_source(data.name, data.dir, split) for split in (data.split, data.eval_split))
+        source, held_out = sources.open_splits(data.name, data.dir, data.split, data.eval_split)
         data.num_examples, data.fingerprint = len(source), source.fingerprint
         survey = pipeline.survey(source, data.canvas, data.levels, data.max_pixels)
         lines = [*source.notes, *held_out.notes, *survey.lines]

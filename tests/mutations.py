@@ -310,6 +310,12 @@ MUTATIONS = (
       "np.arange(len(rows) // batch_size * batch_size",
       "test_data.py::test_eval_batches_hold_each_row_once_in_order_for_any_number_of_hosts"),
     # Folders and files
+    M("slices by class", "data/sources.py", "return rows[np.lexsort((drawn[rows], spread))]", "return rows",
+      "test_data.py::test_slices_of_a_folder_have_every_class_and_nothing_in_common"),
+    M("percent are rounded down", "data/sources.py", "(number * count + 50) // 100", "number * count // 100",
+      "test_data.py::test_slices_count_images_or_percent_from_either_end"),
+    M("overlapping slices are measured on", "data/sources.py", "and places != others and common > 0", "and False",
+      "test_data.py::test_slices_with_images_in_common_are_refused_unless_they_are_the_same"),
     M("a class named train is a split", "data/folder.py",
       '(None not in kinds.values() or ("train" in known and len(known) > 1))', "True",
       "test_folder.py::test_a_class_may_be_named_like_a_split"),
