@@ -6,7 +6,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -68,13 +68,14 @@ def open_source(name: str, data_dir: str | os.PathLike | None = None, split: str
     Raises FileNotFoundError if there is no such data, OSError if it cannot be read or fetched, and ValueError if it has no such
     split or slice, or no images.
     """
-    return _part(*_open(name, data_dir, split))
+    return _part(*_cut(split, functools.partial(_open_whole, name, data_dir)))
 
 
 def open_splits(name: str, data_dir: str | os.PathLike | None, split: str, eval_split: str) -> tuple[Source, Source]:
     """The images to train on and those to measure on, as by `open_source`. Raises ValueError also for two slices that have
     images in common, unless they are the same: Evaluation divides it."""
-    (whole, places), (other, others) = (_open(name, data_dir, each) for each in (split, eval_split))
+    opened = functools.cache(functools.partial(_open_whole, name, data_dir))
+    (whole, places), (other, others) = (_cut(each, opened) for each in (split, eval_split))
     common = min(places.stop, others.stop) - max(places.start, others.start)
     if whole.description == other.description and places != others and common > 0:
         raise ValueError(
@@ -84,12 +85,12 @@ def open_splits(name: str, data_dir: str | os.PathLike | None, split: str, eval_
     return _part(whole, places), _part(other, others)
 
 
-def _open(name: str, data_dir: str | os.PathLike | None, split: str) -> tuple[Any, range]:
-    """The whole of the split that is sliced, and the places of the slice in it."""
+def _cut(split: str, opened: Callable[[str], Any]) -> tuple[Any, range]:
+    """The whole of the split that is sliced, which `opened` opens, and the places of the slice in it."""
     match = SLICE.fullmatch(split)
     if match is None and re.search(r"[\[\]]", split):
         raise ValueError(f'the split {split!r} is no slice, such as "train[:90%]", "train[90%:]" or "train[:45000]"')
-    whole = _open_whole(name, data_dir, match[1] if match else split)
+    whole = opened(match[1] if match else split)
     return whole, _places(split, match[2], match[3], len(whole)) if match else range(len(whole))
 
 
