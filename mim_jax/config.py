@@ -217,7 +217,7 @@ def skeleton() -> ml_collections.ConfigDict:
 
     config.data.name = "imagenet2012"  # "cifar10", "folder", or any data set that TFDS has prepared
     config.data.dir = placeholder(str)  # TFDS directory, or the folder
-    config.data.split = "train"
+    config.data.split = "train"  # or a slice, in the syntax of TFDS: "train[:90%]" to train, "train[90%:]" to choose by
     config.data.eval_split = "validation"
     config.data.num_examples = 1_281_167  # a run sets these two to what its source has
     config.data.fingerprint = placeholder(str)  # of names, labels and some images: see mim_jax/data/sources.py

@@ -130,7 +130,9 @@ def verdict(
     Args:
         figures: tag -> latest logged value (None or NaN: not finite). Read are the tags of `assignment_figures` and
             `codebook_figures`, `health/rank`, `health/feature_std`, `eval/view_retrieval`, `eval/knn` and their
-            `..._baseline_untrained`. A value of any tag that is not finite makes the run "broken".
+            `..._baseline_untrained`, and `eval/accuracy` and its `..._baseline_majority`. A classifier is judged by these
+            two alone: its features may be frozen, or have few directions. A value of any tag that is not finite makes the
+            run "broken".
         num_prototypes: K, needed for the entropies.
         progress: share of the run that is done, 0 to 1.
         codes: size of a tokenizer's codebook. A tokenizer is judged by its codebook usage, not by its features.
@@ -157,11 +159,14 @@ def verdict(
         usage += f", {known['codebook_usage']:.0%} of the codes in use"
         features = [usage, *features]
     compared = []  # (clearly better, clearly worse, text)
-    for tag, what in (("eval/view_retrieval", "view retrieval"), ("eval/knn", "k-NN")):
-        value, baseline = known.get(tag), known.get(f"{tag}_baseline_untrained")
+    judged, other, those = {"eval/view_retrieval": "view retrieval", "eval/knn": "k-NN"}, "untrained", "the untrained encoder"
+    if classifies := "eval/accuracy" in known:
+        judged, other, those = {"eval/accuracy": "accuracy"}, "majority", "the largest class"
+    for tag, what in judged.items():
+        value, baseline = known.get(tag), known.get(f"{tag}_baseline_{other}")
         if value is not None and baseline is not None:
             error = ERRORS * math.sqrt((value * (1 - value) + baseline * (1 - baseline)) / images) if images else 0.0
-            text = f"{what} {value:.3f} (untrained {baseline:.3f})"
+            text = f"{what} {value:.3f} ({other} {baseline:.3f})"
             compared.append((value > baseline + error, value < baseline - error, text))
     signs = features + [text for _, _, text in compared]
 
@@ -170,9 +175,9 @@ def verdict(
     if images is not None and images < ENOUGH_IMAGES:
         few = f"a verdict needs {ENOUGH_IMAGES} held-out images, these are {images}. Measured: "
         return Verdict("too few images", f"{few}{', '.join(signs)}.")
-    if std is not None and std < SAME_FEATURES:
+    if std is not None and std < SAME_FEATURES and not classifies:
         return Verdict("collapsing", f"feature std {std:.2g}: all images have the same features.")
-    if rank is not None and rank < ONE_DIRECTION:
+    if rank is not None and rank < ONE_DIRECTION and not classifies:
         return Verdict("collapsing", f"feature rank {rank:.2f}: all features lie along one direction.")
     if assignments and (information < SAME_ASSIGNMENT or used < FEW_PROTOTYPES):
         if progress < EARLY:
@@ -194,9 +199,9 @@ def verdict(
     better, worse = ([row for row in compared if row[which]] for which in (0, 1))
     scores = ", ".join(text for _, _, text in compared)
     if compared and (worse or not better) and progress < LATE:
-        return Verdict("too early", f"not clearly better than untrained yet: {scores}; {progress:.0%} of the run is done.")
+        return Verdict("too early", f"not clearly better than {those} yet: {scores}; {progress:.0%} of the run is done.")
     if compared and not better:
-        return Verdict("not learning", f"not clearly better than the untrained encoder: {scores}.")
+        return Verdict("not learning", f"not clearly better than {those}: {scores}.")
     if worse:
         fell, rose = (" and ".join(text for _, _, text in group) for group in (worse, better))
         return Verdict("mixed", f"better than the untrained encoder in {rose}, but worse in {fell}.")

@@ -31,6 +31,7 @@ POINTS = 300  # of a curve at most; even
 SHOWN: Mapping[str, Callable[[float], str]] = {
     "train/loss": lambda value: f"loss {value:.4f}",
     "perf/images_per_s": lambda value: f"{value:,.0f} images/s",
+    "eval/accuracy": lambda value: f"accuracy {value:.3f}",
     "eval/knn": lambda value: f"k-NN {value:.3f}",
     "eval/view_retrieval": lambda value: f"view retrieval {value:.3f}",
 }

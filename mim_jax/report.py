@@ -5,6 +5,7 @@ It is made from the history of the figures and `pictures/`, and rewritten while 
 
 import base64
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from mim_jax.health import Verdict
 from mim_jax.journal import History
 
 FILE = "report.html"
+MISTAKES = "pictures/mistakes.json"  # of a classifier: what `mim_jax.evaluators.mistakes.summary` returns
 
 # picture -> (heading, caption), in the order of the page
 CAPTIONS: Mapping[str, tuple[str, str]] = {
@@ -47,9 +49,23 @@ CAPTIONS: Mapping[str, tuple[str, str]] = {
         "Held-out images and their nearest neighbors in the bank by cosine similarity. Green: the same class. Red: another "
         "class.",
     ),
+    "confusion": (
+        "Confusions",
+        "How the head answers for held-out images of each class (row). A cell's brightness is the square root of its share of "
+        "the row, its number that share in percent. Gray: no images.",
+    ),
+    "mistakes": (
+        "Mistakes",
+        "The first held-out images for which the head's answer is wrong. Below each: its class, and the answer.",
+    ),
 }
 
-BASELINES: Mapping[str, str] = {"whitened": "whitened pixels", "pixels": "pixels", "untrained": "untrained"}
+BASELINES: Mapping[str, str] = {
+    "whitened": "whitened pixels",
+    "pixels": "pixels",
+    "untrained": "untrained",
+    "majority": "largest class",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +83,12 @@ class Chart:
 
 SCORES = (
     Chart(
+        "Accuracy",
+        "Top-1 accuracy of the trained head on held-out images. The largest class is the one with most held-out images: its "
+        "share is what the best constant answer scores.",
+        {"eval/accuracy": "accuracy"},
+    ),
+    Chart(
         "k-NN accuracy",
         "Top-1 accuracy on held-out images. The neighbors come from a bank of training images.",
         {"eval/knn": "k-NN"},
@@ -82,6 +104,13 @@ SCORES = (
         {"eval/probe": "linear probe"},
     ),
 )
+
+FEW_LABELS: Mapping[str, str] = {
+    "eval/probe_1_percent": "1 %",
+    "eval/probe_5_percent": "5 %",
+    "eval/probe_10_percent": "10 %",
+    "eval/probe": "all",
+}
 
 CHARTS = (
     Chart("Loss", "Training loss, averaged over the global batch.", {"train/loss": "loss"}),
@@ -103,6 +132,11 @@ CHARTS = (
         "Effective share: exp(entropy of the mean assignment) / number of prototypes. 1 if all are used equally.",
         {"health/prototype_usage": "share"},
         zero=True,
+    ),
+    Chart(
+        "Accuracy by class",
+        "Mean of the accuracies of all classes, and the lowest of them.",
+        {"eval/accuracy_class_mean": "mean", "eval/accuracy_worst_class": "worst class"},
     ),
     Chart("Feature rank", "Effective rank of the held-out features (RankMe).", {"health/rank": "rank"}, zero=True),
     Chart(
@@ -133,9 +167,10 @@ def write_report(
     latest = history.latest
     scores = "".join(_score(chart, latest) for chart in SCORES)
     charts = "".join(_chart(chart, history) for chart in CHARTS)
-    drawn = {tag for chart in CHARTS for tag in chart.series} | {"step"}
-    others = sorted(tag for tag in latest if tag not in drawn and "_baseline_" not in tag)
+    drawn = {tag for chart in CHARTS for tag in chart.series} | {"step", *FEW_LABELS}
+    others = sorted(tag for tag in latest if tag not in drawn and "_baseline_" not in tag and not tag.endswith("_error"))
     more = "".join(_chart(Chart(tag, "", {tag: tag}), history) for tag in others)
+    tables = _few_labels(latest) + _mistakes(workdir / MISTAKES)
     files = {path.stem: path for path in sorted((workdir / "pictures").glob("*.png"))}
     pictures = "".join(_picture(files[name]) for name in {**CAPTIONS, **files} if name in files)
     page = PAGE.format(
@@ -147,6 +182,7 @@ def write_report(
         sentence=escape(verdict.sentence),
         scores=scores,
         charts=charts and f'<h2>Curves <small>over training steps</small></h2><section class="charts">{charts}</section>',
+        tables=tables and f'<section class="tables">{tables}</section>',
         more=more and f'<details><summary>All other metrics</summary><section class="charts">{more}</section></details>',
         pictures=pictures and f"<h2>Pictures</h2>{pictures}",
         facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()),
@@ -197,8 +233,10 @@ def _score(chart: Chart, latest: Mapping[str, Any]) -> str:
         f'<li class="{relation(value, baseline)}"><b>{baseline:.3f}</b> {escape(name)}</li>'
         for name, baseline in baselines.items()
     )
+    error = latest.get(f"{tag}_error")
+    written = f"{value:.3f}" + ("" if error is None else f" <small>± {error:.3f}</small>")
     return (
-        f'<div class="score"><h3>{escape(chart.title)}</h3><p class="value">{value:.3f}</p>'
+        f'<div class="score"><h3>{escape(chart.title)}</h3><p class="value">{written}</p>'
         f'<div class="bar"><span style="width:{value / full:.2%}"></span>{marks}</div>'
         f"<ul>{beside}</ul></div>"
     )
@@ -260,6 +298,32 @@ def plot(chart: Chart, curves: Sequence[Sequence[tuple[float, float]]], baseline
     return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.title)}">{"".join(parts)}</svg>'
 
 
+def _few_labels(latest: Mapping[str, Any]) -> str:
+    rows = [(name, number(latest[tag])) for tag, name in FEW_LABELS.items() if latest.get(tag) is not None]
+    caption = "Accuracy of the linear probe with so many of the bank's labels. Fewer labels than classes are not measured."
+    return _table("Few labels", ("labels", "accuracy"), rows, caption) if len(rows) > 1 else ""
+
+
+def _mistakes(path: Path) -> str:
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_bytes())
+    classes = [(name, number(accuracy), f"{images:,}") for name, accuracy, images in found["classes"]]
+    pairs = [(name, other, f"{count:,} of {images:,}") for name, other, count, images in found["pairs"]]
+    return _table(
+        "Worst classes", ("class", "accuracy", "images"), classes, "The head's accuracy on held-out images of the class."
+    ) + _table("Confused most", ("class", "taken for", "images"), pairs, "Held-out images of a class that get another answer.")
+
+
+def _table(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
+    cells = [[f"<th>{escape(text)}</th>" for text in columns], *([f"<td>{escape(text)}</td>" for text in row] for row in rows)]
+    lines = "".join(f"<tr>{''.join(row)}</tr>" for row in cells)
+    return (
+        f'<figure class="table"><h3>{escape(heading)}</h3><table>{lines}</table>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
 def _picture(path: Path) -> str:
     heading, caption = CAPTIONS.get(path.stem, (path.stem, ""))
     data = base64.b64encode(path.read_bytes()).decode()
@@ -281,6 +345,7 @@ PAGE = """<!doctype html>
 <header><h1>{title}</h1><p class="step">step {step}</p></header>
 <p class="verdict {mood}"><strong>{status}</strong><span>{sentence}</span></p>
 <section class="scores">{scores}</section>
+{tables}
 {charts}
 {more}
 {pictures}
@@ -306,6 +371,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; font-weight: 650; letter-spacing: -.01
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .8rem; font-weight: 620; }
 h3 { font-size: .95rem; font-weight: 600; }
 small { font-size: .85rem; font-weight: 400; margin-left: .4rem; }
+.value small { font-size: 1rem; }
 small, .step, figcaption, dt, .legend, summary { color: var(--faint); }
 .verdict { display: flex; flex-wrap: wrap; gap: .2rem .9rem; align-items: baseline; margin: 1.2rem 0; padding: .8rem 1.1rem;
   background: var(--card); border: 1px solid var(--line); border-left: 4px solid var(--mood); border-radius: 8px; }
@@ -314,7 +380,7 @@ small, .step, figcaption, dt, .legend, summary { color: var(--faint); }
 .scores, .charts { display: grid; gap: 1rem; }
 .scores { grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
-.score, .chart, .picture, dl, pre { padding: 1rem 1.1rem; background: var(--card); border: 1px solid var(--line);
+.score, .chart, .picture, .table, dl, pre { padding: 1rem 1.1rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; }
 .score .value { font-size: 2.1rem; line-height: 1.15; font-weight: 640; margin: .25rem 0 .6rem; letter-spacing: -.02em; }
 .score ul, .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
@@ -325,6 +391,10 @@ small, .step, figcaption, dt, .legend, summary { color: var(--faint); }
 .bar span { display: block; height: 100%; border-radius: 4px; background: var(--c0); }
 .bar i { position: absolute; top: -4px; bottom: -4px; width: 2px; margin-left: -1px; background: var(--ink); opacity: .65; }
 .chart { min-width: 0; }
+.tables { display: grid; gap: 1rem; margin-top: 1rem; grid-template-columns: repeat(auto-fit, minmax(240px, 1fr)); }
+table { border-collapse: collapse; width: 100%; margin-top: .5rem; font-size: .9rem; }
+th, td { padding: .15rem 0; text-align: right; font-weight: 400; border-bottom: 1px solid var(--line); }
+th { color: var(--faint); font-size: .82rem; } th:first-child, td:first-child { text-align: left; }
 .legend { margin: .3rem 0 .4rem; font-size: .82rem; }
 .legend svg { margin-right: .4rem; }
 .legend b { font-weight: 600; color: var(--ink); }
@@ -348,5 +418,5 @@ summary { cursor: pointer; font-size: .9rem; }
 pre { font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; overflow-x: auto; }
 @media (max-width: 600px) { .chart > svg { overflow: visible; } .chart > svg text { font-size: 16px; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
-@media print { body { max-width: none; } .chart, .picture, .score { break-inside: avoid; } }
+@media print { body { max-width: none; } .chart, .picture, .score, .table { break-inside: avoid; } }
 """

@@ -5,6 +5,7 @@ is written to the metrics before the checkpoint of s begins, so a resumed run lo
 """
 
 import contextlib
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,7 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         resolve_target(config)
         make_method(config)  # bad values are refused before any data is opened
         data = config.data
-        source, held_out = (sources.open_source(data.name, data.dir, split) for split in (data.split, data.eval_split))
+        source, held_out = sources.open_splits(data.name, data.dir, data.split, data.eval_split)
         data.num_examples, data.fingerprint = len(source), source.fingerprint
         survey = pipeline.survey(source, data.canvas, data.levels, data.max_pixels)
         lines = [*source.notes, *held_out.notes, *survey.lines]
@@ -79,7 +80,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
 
         step, bad_images = int(state.step), BadImages(log, before=record.get("bad_images", 0))
         evaluation = Evaluation(config, method, source, held_out, bad_images.name)
-        for line in filter(None, dict.fromkeys([*lines, evaluation.unlabeled])):
+        for line in filter(None, dict.fromkeys([*lines, evaluation.unlabeled, evaluation.warning])):
             log.print(line)
         if record:
             log.print("\n".join([f"resuming after step {step} of {total}", *checkpoint.changes(record, config)]))
@@ -113,11 +114,13 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
                 if evaluate_every and step > evaluated and (step % evaluate_every == 0 or step == total):
                     steps.flush()
                     with log.paused():
-                        figures, pictures = stop.wait(evaluate, evaluation, state, target)
+                        figures, pictures, mistakes = stop.wait(evaluate, evaluation, state, target, step == total)
                         log.write(step, figures)
                         log.show(figures)
                         for name, picture in pictures:
                             log.picture(step, name, picture)
+                        if mistakes:
+                            log.save(report.MISTAKES, json.dumps(mistakes).encode())
                         write_report(log, config, evaluation, step)
                 if save_every and step and step % save_every == 0:
                     steps.flush()
@@ -200,9 +203,12 @@ def last_evaluation(log: Journal) -> int:
     return int(multihost_utils.broadcast_one_to_all(log.history.steps.get("eval/view_retrieval", 0)))
 
 
-def evaluate(evaluation: Evaluation, state: TrainState, target: Any) -> tuple[dict[str, float], list[tuple[str, Image.Image]]]:
-    """(scores, pictures)"""
-    return evaluation.scores(state), list(evaluation.pictures(state, target))
+def evaluate(
+    evaluation: Evaluation, state: TrainState, target: Any, last: bool
+) -> tuple[dict[str, float], list[tuple[str, Image.Image]], dict[str, Any]]:
+    """(scores, pictures, mistakes); in the last evaluation of a run also the scores of a probe with few labels."""
+    figures = evaluation.scores(state) | (evaluation.few_labels(state) if last else {})
+    return figures, list(evaluation.pictures(state, target)), evaluation.mistakes(state)
 
 
 class StepLog:
@@ -266,9 +272,10 @@ def write_report(log: Journal, config: ml_collections.ConfigDict, evaluation: Ev
     prototypes = config.get("head", {}).get("out_dim")
     bank, test = evaluation.sizes
     verdict = health.verdict(judged, prototypes, step / total, getattr(evaluation.method, "codes", None), evaluation.good)
+    evaluated_on = f"bank of {bank:,}, {test:,} held-out images, of which {evaluation.good:,} could be read"
     facts = {
         "data": evaluation.source.description,
-        "evaluated on": f"bank of {bank:,}, {test:,} held-out images, of which {evaluation.good:,} could be read",
+        "evaluated on": "; ".join(filter(None, [evaluated_on, evaluation.warning])),
         "steps": f"{step:,} of {total:,}, batch {config.data.batch_size}",
         "unreadable images": f"{figures.get('data/bad_images') or 0:,.0f}",
         "device": checkpoint.devices(),
@@ -281,11 +288,13 @@ def write_report(log: Journal, config: ml_collections.ConfigDict, evaluation: Ev
 
 
 def scores(figures: Mapping[str, Any]) -> str:
-    """A line for each score: its value, if it was measured, and its baselines."""
+    """A line for each score: its value with its standard error, if it was measured, and its baselines."""
     lines = []
-    for tag, name in (("knn", "k-NN"), ("probe", "linear probe"), ("view_retrieval", "view retrieval")):
-        prefix, value = f"eval/{tag}_baseline_", figures.get(f"eval/{tag}")
+    names = {"accuracy": "accuracy", "knn": "k-NN", "probe": "linear probe", "view_retrieval": "view retrieval"}
+    for tag, name in names.items():
+        prefix, value, error = (f"eval/{tag}_baseline_", *(figures.get(f"eval/{tag}{more}") for more in ("", "_error")))
         beside = ", ".join(f"{key.removeprefix(prefix)} {figures[key]:.3f}" for key in figures if key.startswith(prefix))
         if beside:
-            lines.append(f"{name:<15} {'' if value is None else f'{value:.3f}':<6} baselines: {beside}\n")
+            written = "" if value is None else f"{value:.3f}" + ("" if error is None else f" ({error:.3f})")
+            lines.append(f"{name:<15} {written:<14} baselines: {beside}\n")
     return "".join(lines)

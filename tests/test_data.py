@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -139,6 +140,122 @@ def test_tfds_fingerprint(tfds_dir):
     first, half = (sources.open_source("pngs", tfds_dir, split) for split in ("train", "train[:50%]"))
     assert first.fingerprint == sources.open_source("pngs", tfds_dir, "train").fingerprint != half.fingerprint
     assert list(first.notes) == []
+
+
+# Slices of splits.
+
+
+def names_of(source):
+    return [source.name(row) for row in range(len(source))]
+
+
+def test_slices_of_a_folder_have_every_class_and_nothing_in_common(tmp_path, monkeypatch):
+    names = [f"{name}/{i:02}.png" for name, count in (("cat", 30), ("dog", 10), ("eel", 50)) for i in range(count)]
+    write_folder(tmp_path, names)
+    whole = sources.open_source("folder", tmp_path)
+    train, held_out = sources.open_splits("folder", tmp_path, "train[:80%]", "train[80%:]")
+    assert np.bincount(train.labels).tolist() == [24, 8, 40] and np.bincount(held_out.labels).tolist() == [6, 2, 10]
+    assert sorted(names_of(train) + names_of(held_out)) == names_of(whole)
+    assert names_of(train) == sorted(names_of(train)) != names_of(whole)[:72]
+    assert names_of(sources.open_source("folder", tmp_path, "train[:80%]")) == names_of(train)
+    assert train.classes == held_out.classes == whole.classes
+    for source, told in ((train, "[0:72]"), (held_out, "[72:90]")):
+        assert source.description.startswith(f"{tmp_path}{told} ({len(source)} image files, 3 classes")
+        assert f"{told} of 90 images, cut from a fixed random order that has every class in proportion" in source.notes
+    assert len({source.fingerprint for source in (whole, train, held_out)}) == 3
+    read = []
+    monkeypatch.setattr("mim_jax.data.folder.read_file", lambda path: read.append(str(path)) or encode(picture()))
+    list(pipeline.eval_batches(held_out, np.arange(18), canvas=16, batch_size=9))
+    pipeline.survey(held_out, 16)
+    assert set(read) <= set(names_of(held_out))
+
+
+@pytest.fixture
+def cached(tiny, monkeypatch):
+    monkeypatch.setattr(cifar10, "fetch", lambda folder: tiny)
+
+
+SLICES = {
+    "train[:90%]": (0, 18), "train[90%:]": (18, 20), "train[-10%:]": (18, 20), "train[:-5]": (0, 15), "train[5:1_0]": (5, 10),
+    "train[25%:-5]": (5, 15), "train[:12%]": (0, 2), "train[:13%]": (0, 3),
+}  # fmt: skip
+
+
+def test_slices_count_images_or_percent_from_either_end(cached):
+    whole = sources.open_source("cifar10")
+    for split, (start, stop) in SLICES.items():
+        part, chosen = sources.open_source("cifar10", split=split), np.sort(sources.mixed_order(whole.labels)[start:stop])
+        np.testing.assert_array_equal(part.images, whole.images[chosen])
+        np.testing.assert_array_equal(part.labels, whole.labels[chosen])
+        assert part.description == f"[{start}:{stop}] of {whole.description}" and part.classes == whole.classes
+
+
+def test_two_slices_that_meet_divide_the_images():
+    for count, percent in itertools.product(range(1, 30), range(0, 100, 7)):
+        ends = []
+        for split in (f"a[:{percent}%]", f"a[{percent}%:]", f"a[:-{100 - percent}%]"):
+            try:
+                ends.append(sources._places(split, *sources.SLICE.fullmatch(split).groups()[1:], count))
+            except ValueError:
+                ends.append(range(0))
+        first, second, same = ends
+        assert [*first, *second] == list(range(count)) and first == same
+
+
+def test_the_order_of_slices_is_fixed_and_spreads_the_classes():
+    labels = np.array([2, 0, 0, 1, 0, 2, 0, 0, 1, 0])
+    order = sources.mixed_order(labels)
+    assert sorted(order) == list(range(10)) and order.tolist() == [4, 8, 0, 7, 2, 9, 5, 6, 3, 1]
+    labels = np.repeat(np.arange(50), 20)
+    for start in range(0, 1000, 100):
+        assert set(np.bincount(labels[sources.mixed_order(labels)[start : start + 100]], minlength=50)) == {2}
+    unlabeled = sources.mixed_order(np.full(1000, -1))
+    assert abs(np.corrcoef(unlabeled, np.arange(1000))[0, 1]) < 0.1
+
+
+BAD_SLICES = {
+    "train[90%]": "the split 'train[90%]' is no slice", "train[:90": "is no slice", "train[:0.9]": "is no slice",
+    "[:90%]": "is no slice", "train[:1shard]": "is no slice", "train[:90%]+test": "is no slice",
+    "train[:21]": "goes beyond its 20 images", "train[-21:]": "goes beyond its 20 images", "train[:101%]": "goes beyond",
+    "train[10:10]": "has no images: it would begin at 10 and end at 10", "train[50%:5]": "begin at 10 and end at 5",
+    "train[:1%]": "has no images", "val[:90%]": "CIFAR-10 has the splits train, test, not 'val'",
+}  # fmt: skip
+
+
+def test_a_bad_slice_is_one_line(cached):
+    for split, words in BAD_SLICES.items():
+        with pytest.raises(ValueError, match=re.escape(words)) as error:
+            sources.open_source("cifar10", split=split)
+        assert "\n" not in str(error.value)
+
+
+def test_slices_with_images_in_common_are_refused_unless_they_are_the_same(cached, tmp_path):
+    for split, other, common in (("train", "train[90%:]", 2), ("train[:90%]", "train[10:]", 8), ("train[:15]", "train", 15)):
+        with pytest.raises(ValueError, match=f"have {common} images in common"):
+            sources.open_splits("cifar10", None, split, other)
+    for split, other in (("train[:15]", "train[:75%]"), ("train[:100%]", "train"), ("train[:5]", "train[:-15]")):
+        train, held_out = sources.open_splits("cifar10", None, split, other)
+        assert train.description == held_out.description
+    write_folder(tmp_path / "whole", [f"{name}{i}.png" for name in ("a/", "b/") for i in range(10)])
+    with pytest.raises(ValueError, match="data.eval_split=val.50%:. have 10 images in common"):
+        sources.open_splits("folder", tmp_path / "whole", "train", "val[50%:]")  # without splits, both are the same images
+
+
+def test_slices_of_tfds(tfds_dir, monkeypatch):
+    """Those of an unshuffled data set, whose order may be by class, are random; others are those of TFDS."""
+    labels = [i % 3 for i in range(10)]
+    train, held_out = sources.open_splits("pngs", tfds_dir, "train[:70%]", "train[70%:]")
+    assert (len(train), len(held_out)) == (7, 3)
+    assert train.description == "TFDS pngs/1.0.0, train[0:7] (7 images, 3 classes)"
+    assert list(train.notes) == ["train[0:7], cut from a fixed random order"]
+    seen = [source[row].image for source in (train, held_out) for row in range(len(source))]
+    assert {seen.index(encode(picture(seed=i))) for i in range(10)} == set(range(10))
+    assert [train[row].label for row in range(7)] != labels[:7]
+    monkeypatch.setattr("tensorflow_datasets.core.dataset_info.DatasetInfo.disable_shuffling", False)
+    plain = sources.open_source("pngs", tfds_dir, "train[20%:70%]")
+    assert [plain[row].label for row in range(5)] == labels[2:7]
+    with pytest.raises(ValueError, match="the split 'train.:11.' goes beyond its 10 images"):
+        sources.open_source("pngs", tfds_dir, "train[:11]")
 
 
 # CIFAR-10: a tiny one in the form of the real one.

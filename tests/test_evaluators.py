@@ -15,11 +15,11 @@ import pytest
 from jax.sharding import NamedSharding
 from PIL import Image, ImageColor
 
-from mim_jax import health, load_config, make_method, sharding
+from mim_jax import health, journal, load_config, make_method, report, sharding, train
 from mim_jax.data import pipeline
 from mim_jax.data.augment import Crops, Policy, Target, augment, center_crop
 from mim_jax.data.sources import ArraySource
-from mim_jax.evaluators import Evaluation, pictures, probe
+from mim_jax.evaluators import Evaluation, mistakes, pictures, probe
 from mim_jax.evaluators.knn import knn_accuracy, knn_scores, pixel_features, whitened_features
 from mim_jax.evaluators.probe import probe_accuracy, standardize
 from mim_jax.evaluators.retrieval import view_retrieval
@@ -216,7 +216,7 @@ def evaluation(method=color_features, source=None, held_out=None, views=VIEWS, *
     config.eval.update(settings)
     source, held_out = source or colored(50), held_out or colored(35, seed=1, description="test")
     if not isinstance(method, Method):
-        method = SimpleNamespace(features=method, views=views, pictures=())
+        method = SimpleNamespace(features=method, views=views, pictures=(), num_classes=0)
     return Evaluation(config, method, source, held_out)
 
 
@@ -226,6 +226,7 @@ def state_of(gain, patch_gain=0.0, **changes):
 
 
 SEES, BLIND = state_of(1), state_of(0, 1)
+WITHOUT_LABELS = {"eval/view_retrieval", "eval/view_retrieval_error", "health/rank", "health/feature_std"}
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +247,8 @@ def test_standardized_knn_forgets_the_scale_of_a_feature():
 
 def test_scores_and_their_names(labeled):
     scores = labeled.scores(SEES)
-    assert list(scores) == ["eval/knn", "eval/probe", "eval/view_retrieval", "health/rank", "health/feature_std"]
+    shares, health_ = ["eval/knn", "eval/probe", "eval/view_retrieval"], ["health/rank", "health/feature_std"]
+    assert list(scores) == [*shares, *(f"{share}_error" for share in shares), *health_]
     assert all(isinstance(value, float) for value in scores.values())
     assert scores["eval/knn"] == 1 and scores["eval/probe"] == 1
     assert 1 < scores["health/rank"] <= 3
@@ -272,7 +274,7 @@ def test_baselines_are_the_untrained_encoder_and_pixels(labeled):
 
 def test_images_without_labels_measure_views_and_health_only():
     unlabeled = evaluation(source=colored(50, num_classes=0))
-    assert set(unlabeled.scores(SEES)) == {"eval/view_retrieval", "health/rank", "health/feature_std"}
+    assert set(unlabeled.scores(SEES)) == WITHOUT_LABELS and not unlabeled.few_labels(SEES) and not unlabeled.mistakes(SEES)
     assert set(unlabeled.baselines(SEES)) == {
         "eval/view_retrieval_baseline_untrained",
         "eval/view_retrieval_baseline_pixels",
@@ -293,7 +295,7 @@ def test_labels_are_compared_only_where_they_are_the_same():
         assert compared.unlabeled == f"no k-NN and no probe: {why}"
         assert compared.num_classes == 0
         if others == "xyz":
-            assert set(compared.scores(SEES)) == {"eval/view_retrieval", "health/rank", "health/feature_std"}
+            assert set(compared.scores(SEES)) == WITHOUT_LABELS
             assert all("view_retrieval" in name for name in compared.baselines(SEES))
     assert not evaluation(source=sourced("abc"), held_out=sourced("abc", 35, "test")).unlabeled
     assert not evaluation(source=sourced("abc")).unlabeled  # names of one of them only
@@ -506,6 +508,196 @@ def test_pictures_show_what_the_state_makes_of_the_held_out_images(everything, m
     assert {name: crop.shape for name, crop in crops.items()} == {"global": (6, 2, 6, 6, 3), "mask": (6, 2, 6, 6, 3)}
 
 
+# Classifiers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Colors(Method):
+    """Its head's scores are the mean color, black for further classes, and a bias."""
+
+    views: Views = VIEWS
+    num_classes: int = 3
+
+    def features(self, params, images):
+        return color_features(params, images)
+
+    def class_scores(self, params, extra, images):
+        color = images.mean(axis=(1, 2)) * params["gain"]
+        return jnp.pad(color, ((0, 0), (0, self.num_classes - 3))) + extra["bias"]
+
+
+def classifier(gain, bias, **changes):
+    return state_of(gain, extra={"bias": jnp.array(bias, jnp.float32)}, **changes)
+
+
+KNOWS, FIRST = classifier(1, [0, 0, 0]), classifier(0.01, [1, 0, 0])  # the second calls everything red
+
+
+def named(count=50, seed=0, description="train"):
+    return dataclasses.replace(colored(count, seed, description), classes=("red", "green", "blue"))
+
+
+@pytest.fixture(scope="module")
+def classifies():
+    """Held out are 20 red, 10 green and 5 blue images."""
+    source, held_out = named(100), named(105, 1, "test")
+    rows = np.concatenate([np.flatnonzero(held_out.labels == label)[:count] for label, count in enumerate((20, 10, 5))])
+    held_out = dataclasses.replace(held_out, images=held_out.images[rows], labels=held_out.labels[rows])
+    return evaluation(Colors(), source, held_out, bank=100)
+
+
+def test_the_head_is_measured_on_held_out_images(classifies):
+    scores = classifies.scores(KNOWS)
+    assert scores["eval/accuracy"] == scores["eval/accuracy_class_mean"] == scores["eval/accuracy_worst_class"] == 1
+    assert scores["eval/accuracy_error"] == 0 and "eval/accuracy_top5" not in scores
+    scores = classifies.scores(FIRST)
+    assert scores["eval/accuracy"] == pytest.approx(20 / 35) and scores["eval/accuracy_class_mean"] == pytest.approx(1 / 3)
+    assert scores["eval/accuracy_error"] == pytest.approx(np.sqrt(20 / 35 * 15 / 35 / 35))
+    assert scores["eval/accuracy_worst_class"] == 0
+
+
+def test_the_head_of_the_teacher_is_measured_where_there_is_one(classifies):
+    state = classifier(0, [0, 0, 0], teacher=KNOWS.params)
+    assert classifies.scores(state)["eval/accuracy"] == 1 > classifies.scores(classifier(0, [0, 0, 0]))["eval/accuracy"]
+
+
+def test_baselines_of_a_head_are_the_largest_class_and_the_untrained_head(classifies):
+    baselines = classifies.baselines(classifier(0, [0, 1, 0]))
+    assert baselines["eval/accuracy_baseline_majority"] == pytest.approx(20 / 35)  # of the held-out images, not of the bank
+    assert baselines["eval/accuracy_baseline_untrained"] == pytest.approx(10 / 35)
+
+
+def test_the_five_best_classes_of_more_than_five():
+    many = evaluation(Colors(num_classes=7), colored(50, num_classes=7), colored(35, 1, "test", 7))
+    scores = many.scores(classifier(0, [1, 0, 0, 5, 4, 3, 2]))  # red is the fifth
+    reds = np.mean(many.held_out.labels == 0)
+    assert scores["eval/accuracy"] == 0 and scores["eval/accuracy_top5"] == pytest.approx(reds)
+
+
+def test_errors_count_the_images_that_could_be_read(monkeypatch):
+    class Holey(ArraySource):
+        def __getitem__(self, row):
+            if row % 7 == 0:
+                raise OSError("no such file")
+            return super().__getitem__(row)
+
+    monkeypatch.setattr(pipeline, "ArraySource", str)  # so that images are read one by one
+    one = evaluation(Colors(), named(), Holey(**vars(named(35, 1, "test"))))
+    scores = one.scores(FIRST)
+    assert one.good == 30
+    for tag in ("accuracy", "knn", "probe", "view_retrieval"):
+        share = scores[f"eval/{tag}"]
+        assert scores[f"eval/{tag}_error"] == pytest.approx(np.sqrt(share * (1 - share) / 30))
+    assert scores["eval/accuracy"] not in (0, 1)
+
+
+def test_a_head_is_measured_only_with_labels_of_its_classes():
+    with pytest.raises(ValueError, match="the method has 4 classes, but train has 3"):
+        evaluation(Colors(num_classes=4))
+    unlabeled = evaluation(Colors(), held_out=colored(35, 1, "test", num_classes=0))
+    assert unlabeled.unlabeled.startswith("no k-NN, no probe and no accuracy: the training images have 3 classes")
+    assert set(unlabeled.scores(KNOWS)) == WITHOUT_LABELS
+    assert [name for name, _ in unlabeled.pictures(KNOWS, {})] == ["neighbors"]
+
+
+def test_a_head_that_is_measured_on_its_training_images_says_so(classifies):
+    source = named(100)
+    assert "on images that are trained on" in evaluation(Colors(), source, source).warning
+    assert not classifies.warning and not evaluation(source=source, held_out=source).warning
+
+
+def test_held_out_images_of_unknown_label_are_wrong_and_of_no_class():
+    held_out = named(35, 1, "test")
+    held_out = dataclasses.replace(held_out, labels=np.where(np.arange(35) < 5, -1, held_out.labels))
+    one = evaluation(Colors(), named(), held_out)
+    scores = one.scores(KNOWS)
+    assert scores["eval/accuracy"] == pytest.approx(30 / 35) and scores["eval/accuracy_class_mean"] == 1
+    assert sum(images for _, _, images in one.mistakes(KNOWS)["classes"]) == 30
+    assert [name for name, _ in one.pictures(KNOWS, {})] == ["neighbors", "confusion"]  # no mistakes
+
+
+def test_a_probe_with_few_labels(classifies, monkeypatch):
+    bank, test = classifies.encode(KNOWS)
+    figures = classifies.few_labels(KNOWS)
+    assert list(figures) == ["eval/probe_5_percent", "eval/probe_10_percent"]  # 1 % is one image, fewer than classes
+    for tag, count in (("eval/probe_5_percent", 5), ("eval/probe_10_percent", 10)):
+        few = bank["features"][:count], bank["label"][:count]
+        assert figures[tag] == probe_accuracy(*few, test["features"], test["label"], 3)
+    classifies.scores(FIRST)
+    monkeypatch.setattr(classifies, "encode", None)  # the features are those of the scores
+    assert list(classifies.few_labels(FIRST)) == list(figures)
+
+
+def test_confusions_and_mistakes_are_drawn(classifies, monkeypatch):
+    shown = {}
+    for name in ("confusion", "mistakes"):
+        monkeypatch.setattr(pictures, name, lambda *args, name=name: shown.update({name: args}))
+    classifies.scores(FIRST)
+    assert [name for name, _ in classifies.pictures(FIRST, {})] == ["neighbors", "confusion", "mistakes"]
+    counts, names = shown["confusion"]
+    assert counts.tolist() == [[20, 0, 0], [10, 0, 0], [5, 0, 0]] and names == ["red", "green", "blue"]
+    images, truths, answers = shown["mistakes"]
+    rows = [row for row in classifies.test_rows if classifies.held_out.labels[row]]
+    np.testing.assert_array_equal(images, classifies.held_out.images[rows])
+    assert truths == [names[classifies.held_out.labels[row]] for row in rows] and answers == ["red"] * 15
+
+
+def test_an_evaluation_of_a_classifier_on_the_page_and_in_the_last_lines(classifies, tmp_path):
+    state = classifier(0.1, [1, 0, 0])
+    for last in (False, True):
+        figures, drawn, found = train.evaluate(classifies, state, {}, last)
+        assert ("eval/probe_10_percent" in figures) == last
+    assert found["classes"][0] == ["green", figures["eval/accuracy_worst_class"], 10]
+    assert found["pairs"][0][:2] == ["green", "red"] and found["pairs"][0][3] == 10
+    with journal.Journal(tmp_path, 10) as log:
+        log.write(0, classifies.baselines(FIRST))
+        log.write(10, figures | {"eval/accuracy": 0.625, "eval/accuracy_error": 0.012})
+        for name, picture in drawn:
+            log.picture(10, name, picture)
+        log.save(report.MISTAKES, json.dumps(found).encode())
+        verdict = health.verdict(log.history.latest, images=1000)
+        page = report.write_report(tmp_path, log.history, title="", config="", verdict=verdict, facts={}).read_text()
+        lines = train.scores(log.history.latest).splitlines()
+    assert lines[0] == "accuracy        0.625 (0.012)  baselines: untrained 0.571, majority 0.571"
+    assert [line[:15].rstrip() for line in lines[1:]] == ["k-NN", "linear probe", "view retrieval"]
+    assert verdict.status == "healthy" and "accuracy 0.625 (majority 0.571)" in verdict.sentence
+    for text in (
+        '<p class="value">0.625 <small>± 0.012</small></p>', "<b>0.571</b> largest class", "<h3>Confusions</h3>",
+        "<h3>Mistakes</h3>", "<td>10 %</td>", "<td>green</td><td>red</td><td>10 of 10</td>", "<h3>Worst classes</h3>",
+    ):  # fmt: skip
+        assert text in page
+    assert "<td>1 %</td>" not in page and "eval/accuracy_error" not in page
+
+
+def test_classes_and_pairs_in_order():
+    labels, answers = np.array([0, 0, 0, 0, 1, 1, 3, 3, 3]), np.array([0, 0, 0, 3, 0, 0, 0, 0, 3])
+    accuracy, images = mistakes.class_accuracy(labels, answers, 4)
+    np.testing.assert_allclose(accuracy, [3 / 4, 0, np.nan, 1 / 3])
+    assert images.tolist() == [4, 2, 0, 3]
+    assert mistakes.confusion(labels, answers, 4).tolist() == [[3, 0, 0, 1], [2, 0, 0, 0], [0, 0, 0, 0], [2, 0, 0, 1]]
+    assert mistakes.summary(labels, answers, list("abcd")) == {
+        "classes": [["b", 0.0, 2], ["d", 1 / 3, 3], ["a", 0.75, 4]],
+        "pairs": [["b", "a", 2, 2], ["d", "a", 2, 3], ["a", "d", 1, 4]],
+    }
+    assert mistakes.confused_pairs(labels, labels) == []
+    several = np.arange(400) % 20
+    assert len(mistakes.summary(several, (several + 1) % 20, list(map(str, range(20))))["pairs"]) == mistakes.SHOWN
+
+
+def test_a_confusion_matrix_is_drawn_by_row():
+    counts = np.array([[8, 0, 2], [0, 0, 0], [0, 0, 50]])
+    page = np.asarray(pictures.confusion(counts, ["cat", "dog", "a name that is much too long"]))
+    cell = 48
+    top, left = np.argwhere((page == pictures.colorize(np.sqrt(0.8))).all(-1))[0]
+    for row, column, color in (
+        (0, 1, pictures.colorize(np.array(0.0))), (0, 2, pictures.colorize(np.sqrt(0.2))), (1, 0, pictures.HIDDEN),
+        (1, 2, pictures.HIDDEN), (2, 0, pictures.colorize(np.array(0.0))), (2, 2, pictures.colorize(np.array(1.0))),
+    ):  # fmt: skip
+        assert (page[top + row * cell + 2, left + column * cell + 2] == color).all()
+    many = pictures.confusion(np.eye(500, dtype=int), list(map(str, range(500))))
+    assert 500 < many.width < 600
+
+
 # Memory, of what is compiled for ImageNet: 50,000 + 10,000 images of 518 px
 
 
@@ -596,6 +788,7 @@ def test_every_image_is_on_its_page():
         pictures.crop_grid(images, {"global": images[:, None], "local": small}, side=8),
         pictures.attention_maps(attention, (2, 2), images, side=8),
         pictures.neighbors(images, [images[::-1]] * 3, ["a", "b", "c"], [["a", "b", "c"]] * 3, side=8),
+        pictures.mistakes(images, ["a", "b", "c"], ["b", "c", "a"], columns=2, side=8),
     ]
     for page in pages:
         assert all(shown(page, image) for image in images)

@@ -178,5 +178,17 @@ def test_a_tokenizer_is_judged_by_the_use_of_its_codes(counts, status):
     assert verdict.status == status and f"codebook perplexity {counts.sum():.0f} of 64" in verdict.sentence
 
 
+def test_a_classifier_is_judged_by_its_accuracy():
+    """Not by its features: they may be frozen, and those of two classes lie along one direction."""
+    figures = {"health/rank": 1.05, "health/feature_std": 0.002, "eval/knn": 0.4, "eval/knn_baseline_untrained": 0.4}
+    figures |= {"eval/accuracy": 0.6, "eval/accuracy_baseline_majority": 0.5, "eval/accuracy_baseline_untrained": 0.3}
+    verdict = health.verdict(figures, images=2000)
+    assert verdict.status == "healthy" and "accuracy 0.600 (majority 0.500)" in verdict.sentence
+    poor = figures | {"eval/accuracy": 0.51}  # within the error
+    assert health.verdict(poor, progress=0.2, images=2000).status == "too early"
+    verdict = health.verdict(poor, images=2000)
+    assert verdict.status == "not learning" and "not clearly better than the largest class" in verdict.sentence
+
+
 def test_nothing_measured_is_too_early():
     assert health.verdict({}, K).status == "too early"

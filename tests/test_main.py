@@ -285,6 +285,7 @@ def test_figures_of_a_run(finished):
         "eval/knn", "eval/knn_baseline_untrained", "eval/knn_baseline_pixels", "eval/knn_baseline_whitened",
         "eval/view_retrieval", "eval/view_retrieval_baseline_untrained", "eval/view_retrieval_baseline_pixels",
         "eval/probe", "eval/probe_baseline_untrained", "eval/probe_baseline_whitened",
+        "eval/knn_error", "eval/view_retrieval_error", "eval/probe_error",
     }  # fmt: skip
     assert {tag for tag in figures if tag.startswith("eval/")} == scores
     assert all(0 <= figures[tag] <= 1 for tag in scores)
@@ -310,7 +311,7 @@ def test_words_of_a_run(finished):
     assert "k-NN" in steps[-1]
     figures = journal.history(workdir).latest
     baselines = ", ".join(f"{name} {figures[f'eval/knn_baseline_{name}']:.3f}" for name in ("untrained", "pixels", "whitened"))
-    assert f"k-NN            {figures['eval/knn']:.3f}  baselines: {baselines}" in lines
+    assert f"k-NN            {figures['eval/knn']:.3f} ({figures['eval/knn_error']:.3f})  baselines: {baselines}" in lines
     assert any(line.startswith("view retrieval") for line in lines)
     assert lines[-1] == f"report: {workdir}/report.html"
 

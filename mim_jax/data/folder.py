@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 
 from mim_jax.data.decode import read_file
-from mim_jax.data.sources import Example, fingerprint, shown
+from mim_jax.data.sources import Example, fingerprint, shown, sliced
 
 ENDINGS = frozenset(
     ".apng .avif .bmp .dib .gif .j2c .j2k .jfif .jp2 .jpc .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pfm .pgm .png .pnm .ppm .qoi "
@@ -42,6 +42,7 @@ class FolderSource:
     labels: np.ndarray  # int32 [N]
     classes: Sequence[str]  # empty: no labels
     notes: Sequence[str] = ()
+    places: str = ""  # "[0:90]" of a slice
 
     @property
     def num_classes(self) -> int:
@@ -50,7 +51,7 @@ class FolderSource:
     @property
     def description(self) -> str:
         classes = f"{self.num_classes:,} classes" if self.classes else "no labels"
-        return f"{shown(str(self.root))} ({len(self):,} image files, {classes})"
+        return f"{shown(str(self.root))}{self.places} ({len(self):,} image files, {classes})"
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -65,6 +66,16 @@ class FolderSource:
 
     def name(self, row: int) -> str:
         return shown(str(self.root / self.files[row]))
+
+    def part(self, places: range) -> "FolderSource":
+        rows, note = sliced(self.labels, places)
+        return dataclasses.replace(
+            self,
+            files=[self.files[row] for row in rows],
+            labels=self.labels[rows],
+            notes=(*self.notes, note),
+            places=f"[{places.start}:{places.stop}]",
+        )
 
 
 def open_folder(data_dir: str | os.PathLike | None, split: str) -> FolderSource:
@@ -85,6 +96,7 @@ def open_folder(data_dir: str | os.PathLike | None, split: str) -> FolderSource:
     case, also with "set", "split", "data", "images" or a number after it. Where other names have a word of both kinds in them
     (seg_train, seg_test), it is not clear what they are: an error. A split is asked for by its folder's name or by one of
     these words. A folder without splits is read whole for any of these words: Evaluation divides it.
+    Slices of either, such as "train[:90%]" and "train[90%:]", are those of `sources.open_source`.
 
     Labels: two or more sub-folders of the split are its classes. Splits with a class of the training split share one list of
     classes, of all of them, in sorted order. A split without such a class has a list of its own.

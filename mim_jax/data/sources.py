@@ -6,7 +6,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +14,8 @@ import numpy as np
 SAMPLED = 64  # rows that a fingerprint and a survey read
 OFTEN_MEANT = {"cifar10": "cifar10", "cifar": "cifar10", "imagenet": "imagenet2012", "imagenet1k": "imagenet2012"}
 OFTEN_MEANT |= dict.fromkeys(("folder", "imagefolder", "images", "directory"), "folder")
+PLACE = r"-?\d+(?:_\d+)*%?"
+SLICE = re.compile(rf"([^\[\]]+)\[({PLACE})?:({PLACE})?\]")
 
 
 class Example(NamedTuple):
@@ -56,11 +58,82 @@ def open_source(name: str, data_dir: str | os.PathLike | None = None, split: str
         "name:1.0.0".
       data_dir: for "folder" the folder of images; for "cifar10" the cache, by default $MIM_JAX_CACHE or mim_jax in the user's
         cache; for TFDS the folder of all data sets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
-      split: "train", "test", ...; for TFDS also sub-splits such as "train[:90%]". The rules of a folder: `folder.open_folder`.
+      split: "train", "test", ..., or a slice of one in the syntax of TFDS: "train[:90%]", "train[-5000:]". The rules of a
+        folder: `folder.open_folder`.
+
+    A slice counts places in a fixed order. For CIFAR-10 and folders it is random and has every class in proportion, see
+    `mixed_order`. For TFDS it is that of the data set, which TFDS has shuffled; a random one if it has not. Percentages are
+    rounded to the nearest image.
 
     Raises FileNotFoundError if there is no such data, OSError if it cannot be read or fetched, and ValueError if it has no such
-    split or no images.
+    split or slice, or no images.
     """
+    return _part(*_cut(split, functools.partial(_open_whole, name, data_dir)))
+
+
+def open_splits(name: str, data_dir: str | os.PathLike | None, split: str, eval_split: str) -> tuple[Source, Source]:
+    """The images to train on and those to measure on, as by `open_source`. Raises ValueError also for two slices that have
+    images in common, unless they are the same: Evaluation divides it."""
+    opened = functools.cache(functools.partial(_open_whole, name, data_dir))
+    (whole, places), (other, others) = (_cut(each, opened) for each in (split, eval_split))
+    common = min(places.stop, others.stop) - max(places.start, others.start)
+    if whole.description == other.description and places != others and common > 0:
+        raise ValueError(
+            f"data.split={split} and data.eval_split={eval_split} have {common:,} images in common: what is measured on them "
+            "would be flattered. Choose slices without common images."
+        )
+    return _part(whole, places), _part(other, others)
+
+
+def _cut(split: str, opened: Callable[[str], Any]) -> tuple[Any, range]:
+    """The whole of the split that is sliced, which `opened` opens, and the places of the slice in it."""
+    match = SLICE.fullmatch(split)
+    if match is None and re.search(r"[\[\]]", split):
+        raise ValueError(f'the split {split!r} is no slice, such as "train[:90%]", "train[90%:]" or "train[:45000]"')
+    whole = opened(match[1] if match else split)
+    return whole, _places(split, match[2], match[3], len(whole)) if match else range(len(whole))
+
+
+def _places(split: str, first: str | None, end: str | None, count: int) -> range:
+    """What `split`, a slice from `first` to before `end`, is of `count` images."""
+
+    def place(text: str | None, default: int) -> int:
+        if text is None:
+            return default
+        number, full = (int(text[:-1]), 100) if text.endswith("%") else (int(text), count)
+        if abs(number) > full:
+            raise ValueError(f"the split {split!r} goes beyond its {count:,} images")
+        number += full * text.startswith("-")
+        return (number * count + 50) // 100 if text.endswith("%") else number
+
+    places = range(place(first, 0), place(end, count))
+    if not places:
+        raise ValueError(f"the split {split!r} has no images: it would begin at {places.start:,} and end at {places.stop:,}")
+    return places
+
+
+def _part(whole: Any, places: range) -> Source:
+    return whole if len(places) == len(whole) else whole.part(places)
+
+
+def mixed_order(labels: np.ndarray) -> np.ndarray:
+    """The order from which slices of labelled images are cut, int [N], a function of the labels [N]: random, with each class
+    spread evenly over it, so that a slice has about its share of every class."""
+    drawn = np.random.RandomState(0).permutation(len(labels))  # the same in all versions of NumPy
+    rows = np.lexsort((drawn, labels))  # class by class
+    _, first, count = np.unique(labels[rows], return_index=True, return_counts=True)
+    spread = (np.arange(len(rows)) - np.repeat(first, count) + 0.5) / np.repeat(count, count)
+    return rows[np.lexsort((drawn[rows], spread))]
+
+
+def sliced(labels: np.ndarray, places: range) -> tuple[np.ndarray, str]:
+    """The rows at these places of `mixed_order`, sorted, and a note that says so."""
+    of = f"[{places.start}:{places.stop}] of {len(labels):,} images"
+    note = f"{of}, cut from a fixed random order that has every class in proportion"
+    return np.sort(mixed_order(labels)[places.start : places.stop]), note
+
+
+def _open_whole(name: str, data_dir: str | os.PathLike | None, split: str) -> Any:
     if name == "cifar10":
         return _open_cifar10(pathlib.Path(data_dir).expanduser() if data_dir else user_cache(), split)
     if name == "folder":
@@ -132,6 +205,16 @@ class ArraySource:
     def fingerprint(self) -> str:
         return fingerprint(self, "", self.labels)
 
+    def part(self, places: range) -> "ArraySource":
+        chosen, note = sliced(self.labels, places)
+        return dataclasses.replace(
+            self,
+            images=self.images[chosen],
+            labels=self.labels[chosen],
+            description=f"[{places.start}:{places.stop}] of {self.description}",
+            notes=(*self.notes, note),
+        )
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -184,6 +267,8 @@ class TfdsSource:
     dataset: str
     split: str
     classes: Sequence[str]
+    rows: Sequence[int] | np.ndarray  # of `data`
+    shuffled: bool = True  # when it was prepared
     notes: Sequence[str] = ()
 
     @property
@@ -201,14 +286,20 @@ class TfdsSource:
         return fingerprint(self, self.dataset, ())
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.rows)
 
     def __getitem__(self, row: int) -> Example:
-        example = self.data[row]
+        example = self.data[int(self.rows[row])]
         return Example(example["image"], int(example["label"]) if self.num_classes else -1)
 
     def name(self, row: int) -> str:
         return f"row {row} of {self.dataset}, {self.split}"
+
+    def part(self, places: range) -> "TfdsSource":
+        split = f"{self.split}[{places.start}:{places.stop}]"
+        chosen = places if self.shuffled else np.sort(mixed_order(np.zeros(len(self)))[places.start : places.stop])
+        note = f"{split}, cut from {'the order of the data set' if self.shuffled else 'a fixed random order'}"
+        return dataclasses.replace(self, split=split, rows=chosen, notes=(*self.notes, note))
 
 
 def _open_tfds(name: str, data_dir: str | os.PathLike | None, split: str) -> Source:
@@ -231,7 +322,7 @@ def _open_tfds(name: str, data_dir: str | os.PathLike | None, split: str) -> Sou
     features = builder.info.features
     if "image" not in features:
         raise ValueError(f"TFDS {name!r} has no feature 'image', only {sorted(features)}.")
-    if split.split("[")[0] not in builder.info.splits:
+    if split not in builder.info.splits:
         raise ValueError(f"TFDS {name!r} has the splits {', '.join(builder.info.splits)}, not {split!r}.")
     encoded = isinstance(features["image"], tfds.features.Image)
     try:  # undecoded: decode.py handles broken and unusual images
@@ -240,4 +331,5 @@ def _open_tfds(name: str, data_dir: str | os.PathLike | None, split: str) -> Sou
     except NotImplementedError as error:
         raise ValueError(f"TFDS {name!r} in {builder.data_dir} is not in a random-access format. {how}") from error
     classes = getattr(features["label"], "names", ()) if "label" in features else ()
-    return TfdsSource(data, builder.info.full_name, split, classes)
+    shuffled = not builder.info.disable_shuffling
+    return TfdsSource(data, builder.info.full_name, split, classes, range(len(data)), shuffled)

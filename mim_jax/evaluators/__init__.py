@@ -1,4 +1,5 @@
-"""What the features are worth during training: k-NN, linear probe and view retrieval, each beside its baselines, and pictures.
+"""What the features are worth during training: k-NN, linear probe and view retrieval, each beside its baselines, and pictures;
+of a classifier also the accuracy of its head.
 
 Images are read again at every evaluation, batch by batch, and only features are kept: a host holds 4 bytes for each
 number of a feature, a device works on `PIXELS` at a time.
@@ -6,6 +7,7 @@ number of a feature, a device works on `PIXELS` at a time.
 
 import dataclasses
 import functools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,7 +22,7 @@ from mim_jax import health
 from mim_jax.data import pipeline
 from mim_jax.data.augment import augment, center_crop, denormalize
 from mim_jax.data.sources import Source
-from mim_jax.evaluators import pictures
+from mim_jax.evaluators import mistakes, pictures
 from mim_jax.evaluators.knn import knn_accuracy, pixel_features, whitened_features
 from mim_jax.evaluators.probe import probe_accuracy, standardize
 from mim_jax.evaluators.retrieval import view_retrieval
@@ -33,7 +35,10 @@ PIXELS = 2**20  # a device encodes at most so many at a time, or one image
 DETAILED = 256  # side of the crops up to which attention and features are drawn at twice their size
 IN_0_TO_1 = (0.0,) * 3, (1.0,) * 3  # mean and std of images that are not normalized
 K, TEMPERATURE = 20, 0.07  # of the k-NN vote
-QUERIES, NEIGHBORS, RECONSTRUCTED, ATTENDED, CROPPED = 8, 8, 16, 4, 6  # images on a picture
+FEW = (1, 5, 10)  # percent of the bank's labels, for a probe with few labels
+SCORES = ("eval/accuracy", "eval/knn", "eval/probe", "eval/view_retrieval")  # shares of the held-out images
+QUERIES, NEIGHBORS, RECONSTRUCTED, ATTENDED, CROPPED, MISTAKEN = 8, 8, 16, 4, 6, 16  # images on a picture
+MATRIX = 1000  # classes up to which the confusions are drawn
 
 Batch = dict[str, jax.Array]
 Arrays = dict[str, np.ndarray]
@@ -59,7 +64,9 @@ class Evaluation:
             split is divided: at most a fifth is measured on, and these images are not in the bank.
         on_bad: called with (row, name) for each bad image, at every evaluation; by default, each is logged once.
 
-    k-NN and probe are measured where both have labels of the same classes; `unlabeled` says why they are not, or is empty.
+    k-NN and probe are measured where both have labels of the same classes, and so is the accuracy of a method with
+    `num_classes`; `unlabeled` says why they are not, or is empty. Raises ValueError for too few images, and for a method with
+    another number of classes.
     """
 
     def __init__(
@@ -82,6 +89,8 @@ class Evaluation:
             self.bank_rows, self.test_rows = (pipeline.choose(s, n, self.seed) for s, n in ((source, bank), (held_out, test)))
         if not all(self.sizes):
             raise ValueError(f"{source.description}: {len(source)} images are too few to be evaluated on, 5 are needed")
+        if method.num_classes and self.num_classes not in (0, method.num_classes):
+            raise ValueError(f"the method has {method.num_classes} classes, but {source.description} has {self.num_classes}")
         crop = method.views.crops[0].size
         self.detail = 2 * crop if crop <= DETAILED else crop
         self.on_bad = on_bad or pipeline.log_once()
@@ -101,36 +110,88 @@ class Evaluation:
         return count.pop() if len(count) == 1 and len(names - {()}) < 2 else 0
 
     @property
+    def classes(self) -> list[str]:
+        """Their names."""
+        return list(self.source.classes or self.held_out.classes) or [f"class {i}" for i in range(self.num_classes)]
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the method has a head whose accuracy can be measured."""
+        return bool(self.method.num_classes and self.num_classes)
+
+    @property
+    def warning(self) -> str:
+        """That the accuracy of a classifier is measured on images that it trains on, in one line; empty if it is not."""
+        if not self.classifies or self.held_out.description != self.source.description:
+            return ""
+        return (
+            "the accuracy is that on images that are trained on; for held-out ones set "
+            '--config.data.split="train[:90%]" --config.data.eval_split="train[90%:]"'
+        )
+
+    @property
     def unlabeled(self) -> str:
         """Why there is no k-NN and no probe, in one line; empty if they are measured."""
         if self.num_classes:
             return ""
+        without = "no k-NN, no probe and no accuracy" if self.method.num_classes else "no k-NN and no probe"
         if not self.source.num_classes and not self.held_out.num_classes:
-            return "no k-NN and no probe: the images have no labels"
+            return f"{without}: the images have no labels"
         train, test = (
             f"{s.num_classes} classes ({', '.join([*s.classes[:3], '...'])})" if s.num_classes else "no labels"
             for s in (self.source, self.held_out)
         )
-        return f"no k-NN and no probe: the training images have {train}, the held-out images {test}"
+        return f"{without}: the training images have {train}, the held-out images {test}"
 
     def scores(self, state: TrainState) -> dict[str, float]:
-        """`eval/knn`, `eval/knn_top5`, `eval/probe` (of images with labels), `eval/view_retrieval` (shares, 0 to 1),
-        `health/rank` and `health/feature_std` (of the held-out images' features)."""
+        """`eval/knn`, `eval/knn_top5`, `eval/probe` (of images with labels), `eval/view_retrieval` (shares, 0 to 1), their
+        standard errors `..._error`, `health/rank` and `health/feature_std` (of the held-out images' features).
+
+        Of a classifier also `eval/accuracy`, `eval/accuracy_top5` (of more than 5 classes), `eval/accuracy_class_mean` and
+        `eval/accuracy_worst_class` (of the accuracies by class).
+        """
         bank, test = self.encode(state)
         self.encoded = state.step, bank, test
         return self._scores(bank, test)
+
+    def few_labels(self, state: TrainState) -> dict[str, float]:
+        """`eval/probe_1_percent`, `..._5_percent`, `..._10_percent`: the probe with so many of the bank's labels, the first in
+        its random order. A share with fewer than 5 images, or with fewer images than classes, is left out."""
+        bank, test = self.last(state)
+        figures = {}
+        for percent in FEW if self.num_classes else ():
+            count = len(bank["label"]) * percent // 100
+            if count >= max(5, self.num_classes):
+                features = bank["features"][:count], test["features"]
+                figures[f"eval/probe_{percent}_percent"] = self._probe(features, (bank["label"][:count], test["label"]))
+        return figures
+
+    def mistakes(self, state: TrainState) -> dict[str, list[list[Any]]]:
+        """The worst classes and the most confused pairs of a classifier, see `mistakes.summary`; {} of another method."""
+        if not self.classifies:
+            return {}
+        return mistakes.summary(*self._answers(self.last(state)[1]), self.classes)
+
+    def last(self, state: TrainState) -> tuple[Arrays, Arrays]:
+        """As `encode`, which is called only if this state is not the one that `scores` was called with."""
+        if self.encoded is None or self.encoded[0] is not state.step:
+            self.encoded = state.step, *self.encode(state)
+        return self.encoded[1:]
 
     def baselines(self, state: TrainState) -> dict[str, float]:
         """The same scores without any learning; to be measured once a run, before its first step.
 
         `..._baseline_untrained` is the encoder of `state`, `..._baseline_pixels` are plain pixels, and
         `..._baseline_whitened` are PCA-whitened pixels, the one to beat. Pixels are those of pictures and views that are
-        reduced to `BASELINE_SIZE`, where they are larger.
+        reduced to `BASELINE_SIZE`, where they are larger. Of a classifier, `eval/accuracy_baseline_majority` is the share of
+        the most frequent class among the held-out images: no constant answer is right more often.
         """
         bank, test = self.encode(state, pixels=True)
         scores = self._scores(bank, test)
-        measured = ("eval/knn", "eval/probe", "eval/view_retrieval")
-        baselines = {f"{tag}_baseline_untrained": scores[tag] for tag in measured if tag in scores}
+        baselines = {f"{tag}_baseline_untrained": scores[tag] for tag in SCORES if tag in scores}
+        if self.classifies:
+            counts = np.bincount(self._answers(test)[0], minlength=self.num_classes)
+            baselines["eval/accuracy_baseline_majority"] = float(counts.max() / len(test["label"]))
         labels, pixels = (bank["label"], test["label"]), (bank["pixels"], test["pixels"])
         if self.num_classes:
             baselines["eval/knn_baseline_pixels"] = self._knn((pixel_features(pixels[0]), pixel_features(pixels[1])), labels)[0]
@@ -143,7 +204,8 @@ class Evaluation:
 
     def encode(self, state: TrainState, pixels: bool = False) -> tuple[Arrays, Arrays]:
         """(bank, test): `features` [N, D] float32 and `label` [N] int32; of the test also those of two random crops
-        that are the same at every call, `view_1` and `view_2`; with `pixels` also small pictures of them all, uint8."""
+        that are the same at every call, `view_1` and `view_2`, and of a classifier the `ranking` of the best 5 classes, int32
+        [N, 5] or fewer; with `pixels` also small pictures of them all, uint8."""
         params = state.learned
 
         def bank(batch: Batch) -> Batch:
@@ -152,6 +214,8 @@ class Evaluation:
 
         def test(batch: Batch) -> Batch:
             found = bank(batch) | {"index": batch["index"]}
+            if self.classifies:
+                found["ranking"] = self._ranking(params, state.extra, self._picture(batch))
             for i, view in enumerate(self._views(batch), 1):
                 found[f"view_{i}"] = self._features(params, view)
                 found |= {f"pixels_{i}": self._small_view(view)} if pixels else {}
@@ -168,14 +232,28 @@ class Evaluation:
         each = -(-min(self.config.batch_size, count) // jax.device_count())
         return jax.device_count() * min(each, max(1, PIXELS // side**2))
 
+    def _answers(self, test: Arrays) -> Pair:
+        """(label, the head's answer) of the held-out images whose label is known."""
+        known = test["label"] >= 0
+        return test["label"][known], test["ranking"][known, 0]
+
     def _scores(self, bank: Arrays, test: Arrays) -> dict[str, float]:
         scores: dict[str, float] = {}
         labels, features = (bank["label"], test["label"]), (bank["features"], test["features"])
+        if self.classifies:
+            hit = test["ranking"] == labels[1][:, None]
+            scores["eval/accuracy"] = float(hit[:, 0].mean())
+            scores |= {"eval/accuracy_top5": float(hit.any(axis=1).mean())} if self.num_classes > 5 else {}
+            by_class = mistakes.class_accuracy(*self._answers(test), self.num_classes)[0]
+            scores["eval/accuracy_class_mean"] = float(np.nanmean(by_class))
+            scores["eval/accuracy_worst_class"] = float(np.nanmin(by_class))
         if self.num_classes:
             top1, top5 = self._knn(standardize(*features) if self.config.standardize else features, labels)
             scores |= {"eval/knn": top1} | ({"eval/knn_top5": top5} if self.num_classes > 5 else {})
             scores["eval/probe"] = self._probe(features, labels)
         scores["eval/view_retrieval"] = float(view_retrieval(test["view_1"], test["view_2"]))
+        shares = [(tag, scores[tag]) for tag in SCORES if tag in scores]
+        scores |= {f"{tag}_error": math.sqrt(share * (1 - share) / self.good) for tag, share in shares}
         scores["health/rank"] = float(rank_me(test["features"]))
         scores["health/feature_std"] = float(feature_std(test["features"]))
         return scores
@@ -229,6 +307,11 @@ class Evaluation:
         return chosen.astype(jnp.float32)
 
     @compiled
+    def _ranking(self, params: Any, extra: Any, images: jax.Array) -> jax.Array:
+        scores = self.method.class_scores(params, extra, pin_batch(images))
+        return jax.lax.top_k(scores, min(5, self.num_classes))[1]
+
+    @compiled
     def _small(self, batch: Batch) -> jax.Array:
         return denormalize(self._center(batch, min(self.size, BASELINE_SIZE), normalized=False), *IN_0_TO_1)
 
@@ -251,7 +334,8 @@ class Evaluation:
         return pictures.crop_grid(self._images(self.source, rows), crops | masked)
 
     def pictures(self, state: TrainState, target: Any) -> Iterator[tuple[str, Image.Image]]:
-        """(name, picture) of what the method declares, and of the nearest neighbors of held-out images."""
+        """(name, picture) of what the method declares, of the nearest neighbors of held-out images, and of a classifier's
+        confusions and mistakes."""
         wanted, params = self.method.pictures, state.learned
         crop, detail = self.method.views.crops[0].size, self.detail
 
@@ -277,12 +361,12 @@ class Evaluation:
             found = held_out(QUERIES, detail, self._patches_of_views, params)
             yield "correspondences", pictures.correspondences(found["patch"], found["images"])
         yield "neighbors", self._neighbors(state)
+        if self.classifies:
+            yield from self._mistakes(state)
 
     def _neighbors(self, state: TrainState) -> Image.Image:
         """Held-out images and those of the bank that are nearest to each, by cosine."""
-        if self.encoded is None or self.encoded[0] is not state.step:
-            self.encoded = state.step, *self.encode(state)
-        _, bank, test = self.encoded
+        bank, test = self.last(state)
         queries, others = (f / np.linalg.norm(f, axis=1, keepdims=True) for f in (test["features"][:QUERIES], bank["features"]))
         nearest = np.argsort(-queries @ others.T, axis=1)[:, :NEIGHBORS]
         images = self._images(self.source, self.bank_rows[nearest.reshape(-1)])
@@ -290,9 +374,20 @@ class Evaluation:
         shown = self._images(self.held_out, self.test_rows[:QUERIES])
         if not self.num_classes:
             return pictures.neighbors(shown, found)
-        names = self.source.classes or [f"class {i}" for i in range(self.num_classes)]
+        names = self.classes
         found_names = [[names[label] for label in labels] for labels in bank["label"][nearest]]
         return pictures.neighbors(shown, found, [names[label] for label in test["label"][:QUERIES]], found_names)
+
+    def _mistakes(self, state: TrainState) -> Iterator[tuple[str, Image.Image]]:
+        test, names = self.last(state)[1], self.classes
+        if len(names) <= MATRIX:
+            yield "confusion", pictures.confusion(mistakes.confusion(*self._answers(test), len(names)), names)
+        labels, answers = test["label"], test["ranking"][:, 0]
+        wrong = np.flatnonzero((labels != answers) & (labels >= 0))[:MISTAKEN]
+        if len(wrong):
+            images = self._images(self.held_out, self.test_rows[wrong])
+            truths, taken_for = ([names[i] for i in found[wrong]] for found in (labels, answers))
+            yield "mistakes", pictures.mistakes(images, truths, taken_for)
 
     def _images(self, source: Source, rows: np.ndarray) -> list[np.ndarray]:
         found = self._stream(source, rows, lambda batch: {name: batch[name] for name in ("image", "size")}, self.canvas)

@@ -1,4 +1,4 @@
-"""Pictures of crops, reconstructions, attention maps, features and nearest neighbors.
+"""Pictures of crops, reconstructions, attention maps, features, nearest neighbors and a classifier's confusions.
 
 All functions take NumPy uint8 images; most return a page, a `PIL.Image` of tiles on white.
 """
@@ -13,6 +13,7 @@ RIGHT, WRONG = (38, 150, 90), (214, 69, 65)
 HIDDEN = 128  # level of a masked patch
 GAP = 6  # pixels between tiles
 TILE = 112  # approximate side of a tile
+MATRIX = 640  # approximate side of a confusion matrix
 
 # matplotlib's Magma, at nine points
 MAGMA = np.array(
@@ -247,3 +248,60 @@ def neighbors(
             tiles = [ImageOps.expand(tile, 4, color) for tile, color in zip(tiles, colors, strict=True)]
         rows.append([enlarge(query, side), *tiles])
     return table(rows, captions, ["query"] + [str(i + 1) for i in range(max(map(len, found)))])
+
+
+def confusion(counts: np.ndarray, names: Sequence[str]) -> Image.Image:
+    """The confusions of a classifier: how many images of each class (row) were taken for each class (column), int [K, K].
+
+    A cell's brightness is the square root of its share of the row's images, so that rare confusions are visible; its number,
+    where there is room, is that share in percent. A row without images is gray. `names` are written where there is room.
+    """
+    text = ImageFont.load_default(size=12)
+    images = counts.sum(axis=1, keepdims=True)
+    share = counts / np.maximum(images, 1)
+    cell = min(max(MATRIX // len(names), 1), 48)
+    colors = np.where((images > 0)[..., None], colorize(np.sqrt(share)), np.uint8(HIDDEN))
+    matrix = Image.fromarray(colors.repeat(cell, axis=0).repeat(cell, axis=1))
+    draw = ImageDraw.Draw(matrix)
+    if cell >= 24:
+        for (row, column), value in np.ndenumerate(share):
+            if percent := round(100 * value):
+                place = ((column + 0.5) * cell, (row + 0.5) * cell)
+                draw.text(place, str(percent), PAPER if value < 0.5 else INK, text, "mm")
+    named = list(map(_shortened, names)) if cell >= 14 else []
+    left = top = max([round(text.getlength(name)) for name in named], default=0) + 2 * GAP
+    line, margin = 18, 2 * GAP
+    page = Image.new("RGB", (line + left + matrix.width + margin, line + top + matrix.height + margin), PAPER)
+    corner = line + left, line + top
+    page.paste(matrix, corner)
+    draw = ImageDraw.Draw(page)
+    for i, name in enumerate(named):
+        draw.text((corner[0] - GAP, corner[1] + (i + 0.5) * cell), name, INK, text, "rm")
+        strip = Image.new("RGB", (top - GAP, cell), PAPER)
+        ImageDraw.Draw(strip).text((0, cell / 2), name, INK, text, "lm")
+        page.paste(strip.rotate(90, expand=True), (corner[0] + i * cell, line))
+    draw.text((corner[0] + matrix.width / 2, 2), "taken for", FAINT, text, "ma")
+    side = Image.new("RGB", (matrix.height, line), PAPER)
+    ImageDraw.Draw(side).text((matrix.height / 2, 2), "class", FAINT, text, "ma")
+    page.paste(side.rotate(90, expand=True), (0, corner[1]))
+    return page
+
+
+def _shortened(name: str, most: int = 18) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
+
+
+def mistakes(
+    images: Sequence[np.ndarray], names: Sequence[str], answers: Sequence[str], columns: int = 8, side: int = TILE
+) -> Image.Image:
+    """Images [H, W, 3]; below each the name of its class, and that of the class that it was taken for."""
+    tiles, text = [], ImageFont.load_default(size=12)
+    for image, name, answer in zip(images, names, answers, strict=True):
+        picture = enlarge(image, side)
+        tile = Image.new("RGB", (max(picture.width, TILE), picture.height + 40), PAPER)
+        tile.paste(picture, ((tile.width - picture.width) // 2, 0))
+        for line, words in enumerate((name, f"as {answer}")):
+            place = (tile.width / 2, picture.height + 2 + 16 * line)
+            ImageDraw.Draw(tile).text(place, _shortened(words), INK, text, "ma")
+        tiles.append(tile)
+    return table([tiles[start : start + columns] for start in range(0, len(tiles), columns)])
