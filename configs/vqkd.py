@@ -7,9 +7,10 @@ Variant for ImageNet-1k:
     mim_jax --config=vqkd:vitb16 --config.data.dir=~/tensorflow_datasets --config.target.workdir=runs/dino_vitb16 \
       --workdir=runs/vqkd
 
-The paper's teacher is CLIP, which is not implemented yet. Here the teacher is DINO, which the paper tries too: a run of
-dino:vitb16, or official weights (--config.target.weights=file.npz --config.target.family=dino). The variant has not been
-trained with this code yet. With `--dry_run` the command prints its plan.
+Here the teacher is DINO, which the paper tries too: a run of dino:vitb16, or official weights
+(--config.target.weights=file.npz --config.target.family=dino). The paper's teacher is CLIP ViT-B/16:
+--config.target.config=clip:b16 --config.target.family=clip --config.target.weights=clip.npz, see configs/clip.py. The variant
+has not been trained with this code yet. With `--dry_run` the command prints its plan.
 
 Variant for CIFAR-10 (scores and baselines: docs/results.md):
 

@@ -59,7 +59,9 @@ def parse(argv: list[str]) -> list[str]:
     if {"-h", "-help", "--help", "--helpshort", "--helpfull"} & set(argv):
         print(__doc__, "Recipes:", sep="\n")
         for path in sorted(PACKAGED.glob("*.py")):
-            print(f"  {path.stem:14}{', '.join(runpy.run_path(str(path))['VARIANTS'])}")
+            module = runpy.run_path(str(path))
+            frozen = "" if "method" in module["get_config"]() else " (for config.target.config)"
+            print(f"  {path.stem:14}{', '.join(module['VARIANTS'])}{frozen}")
         sys.exit()
     spec, rest, arguments = "", list[str](), iter(argv)
     for argument in arguments:
@@ -72,6 +74,8 @@ def parse(argv: list[str]) -> list[str]:
         sys.exit(f"error: --config is missing, for example {EXAMPLE}")
     try:
         config = load_config(spec)
+        if "method" not in config:
+            raise ValueError(f"{spec} is no method but a frozen network that others learn from: --config.target.config={spec}")
         refuse_unknown_keys(rest, config)
         config_flags.DEFINE_config_dict("config", config, sys_argv=rest)
         return flags.FLAGS(rest)

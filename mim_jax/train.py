@@ -154,7 +154,7 @@ def train_target(config: ml_collections.ConfigDict, stop: Stop) -> TrainState | 
     """Trains the run that `config.target` names, on the images of this run, unless it is finished. Returns its state if it
     was stopped before its end, else None."""
     target = config.get("target")
-    if target is None or target.weights or not target.workdir:
+    if target is None or target.weights or not target.workdir or "method" not in target.network:
         return None
     network = target.network.copy_and_resolve_references().unlock()
     if max(checkpoint.saved_steps(checkpoint.absolute(target.workdir) / "checkpoints"), default=0) >= total_steps(network):

@@ -52,9 +52,11 @@ DEMO = "--config=dino:demo"
 WRONG = [
     ([], "error: --config is missing, for example mim_jax --config=dino:demo --workdir=runs/dino"),
     ([DEMO], "error: --workdir is missing, for example mim_jax --config=dino:demo --workdir=runs/dino"),
-    (["--config=none:demo"], "error: there is no config file {cwd}/none; mim_jax comes with beit, beit2, dino, "),
+    (["--config=none:demo"], "error: there is no config file {cwd}/none; mim_jax comes with beit, beit2, clip, dino, "),
     (["--config", "configs/dino.py:dem"], "configs/dino.py has no variant 'dem', only vits16, "),
     ([DEMO, "--config.method=dinoo", "--dry_run"], "no mim_jax/methods/dinoo.py"),
+    (["--config=clip:b16", "--dry_run"], "clip:b16 is no method but a frozen network that others learn from: --config.target"),
+    (["--config=eva:demo", "--config.model.arch=eva3", "--dry_run"], "model.arch is 'eva3', but must be "),
     ([DEMO, "--wrkdir=x"], "error: Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
     ([DEMO, "runs"], "error: not understood: runs"),
     # Keys that do not exist: those of all sections, and durations by their old and their usual names
@@ -175,6 +177,7 @@ def one_device():
 VARIANTS = [
     f"{path.stem}:{variant}"
     for path in sorted((ROOT / "configs").glob("*.py"))
+    if path.stem != "clip"  # a frozen network
     for variant in runpy.run_path(str(path))["VARIANTS"]
 ]
 

@@ -37,6 +37,8 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     # features of an untrained teacher
     "vqkd": (0.85, {"optim.lr": 0.01}),
     "beit2": (0.85, {"model.layerscale": 1.0, "optim.lr": 0.01}),
+    # the loss is minus a cosine
+    "eva": (2.0, {"optim.lr": 0.01}),
 }
 STEPS = 20
 

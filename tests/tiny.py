@@ -56,6 +56,15 @@ SMALLER = {
         "quantizer.codes": 16,
         "quantizer.dim": 4,
     },
+    "eva": VIT
+    | {
+        "target.config": f"{__file__}:dino",
+        "target.workdir": None,
+        "model.patch_size": 4,
+        "model.drop_path_rate": 0.1,
+        "mask.count": 6,
+        "mask.smallest": 2,
+    },
     "beit2": BEIT | {"target.config": f"{__file__}:vqkd", "model.early_layers": 1},
     "simmim_swin": {"model.dim": 8, "model.depths": (2, 2), "model.heads": (2, 4), "model.drop_path_rate": 0.1},
 }

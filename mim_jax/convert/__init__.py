@@ -19,23 +19,22 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mim_jax.convert.table import Dim, Row
+from mim_jax.convert.table import Dim
 from mim_jax.models.positions import relative_position_index
 
 CHUNK = re.compile(r"\bblocks\.\d+\.(?=\d+\.)")
 BUFFERS = (
-    *(".relative_position_index", ".attn_mask"),
+    *(".relative_position_index", ".attn_mask", "rope.freqs_cos", "rope.freqs_sin"),
     *(f"quantize.embedding.{name}" for name in ("cluster_size", "embed_avg", "initted")),
 )
 
 
-def table_of(family: str, names: Mapping[str, np.ndarray]) -> list[Row]:
-    """The rows of `mim_jax/convert/<family>.py`. Raises ValueError for an unknown family."""
+def module_of(family: str) -> Any:
+    """`mim_jax/convert/<family>.py`. Raises ValueError for an unknown family."""
     try:
-        module = importlib.import_module(f"mim_jax.convert.{family}")
+        return importlib.import_module(f"mim_jax.convert.{family}")
     except ModuleNotFoundError:
         raise ValueError(f"no converter for family {family!r}") from None
-    return module.rows(names)
 
 
 def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
@@ -51,6 +50,8 @@ def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
         mae: encoder, with or without decoder, or with a classifier.
         simmim: ViT or Swin, with or without decoder.
         beit: BEiT and BEiT v2, or with a classifier.
+        eva: EVA-01 and EVA-02, with or without the mask token and the head `lm_head`.
+        clip: the vision tower of OpenAI's CLIP, with or without `visual.` before its keys; the tower of texts is ignored.
         vqkd: BEiT v2's tokenizer.
         dalle: the dVAE's encoder or decoder, or both with `encoder.` and `decoder.` before their keys.
         dvae: BEiT's small discrete VAE.
@@ -63,7 +64,8 @@ def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
     sizes: dict[str, int] = {}
     params: dict[str, np.ndarray] = {}
     known: set[str] = set()
-    for row in table_of(family, arrays):
+    module = module_of(family)
+    for row in module.rows(arrays):
         keys = row.keys(number_of_blocks(arrays, row.key))
         known |= set(keys)
         problems += [f"missing: {key}" for key in keys if key not in arrays]
@@ -72,7 +74,8 @@ def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
         if not problems:
             values = [row.layout.to_flax(arrays[key]) for key in keys]
             params[row.path] = np.stack(values) if "{}" in row.key else np.array(values[0])
-    problems += [f"unexpected: {key}" for key in arrays if key not in known]
+    ignored = getattr(module, "IGNORED", "(?!)")  # a regex that keys of other parts of the model begin with
+    problems += [f"unexpected: {key}" for key in arrays if key not in known and not re.match(ignored, key)]
     if problems:
         raise ValueError(f"this is not a {family} state dict:\n  " + "\n  ".join(problems))
     return unflatten_dict(params, sep="/")
@@ -85,7 +88,7 @@ def to_torch(params: Mapping[str, Any], family: str) -> dict[str, np.ndarray]:
     """
     flat = flatten_dict(params, sep="/")
     out: dict[str, np.ndarray] = {}
-    rows = table_of(family, flat)
+    rows = module_of(family).rows(flat)
     missing, unexpected = {row.path for row in rows} - flat.keys(), flat.keys() - {row.path for row in rows}
     if missing or unexpected:
         raise ValueError(f"these are not {family} parameters: missing {sorted(missing)}, unexpected {sorted(unexpected)}")

@@ -24,6 +24,33 @@ def sincos_positions(dim: int, rows: int, columns: int) -> np.ndarray:
     return np.concatenate([np.zeros((1, dim)), patches])[None]
 
 
+def rotary_angles(dim: int, grid: tuple[int, int], side: int) -> np.ndarray:
+    """The angles of EVA-02's rotary positions, float64 [rows * columns, dim], patches row-major.
+
+    The first half of a head's channels is for the row, the second for the column. Two channels that are neighbours have one
+    angle: the coordinate times 10000 ** (-i / (dim / 4)). A grid of another size than `side` x `side` is stretched to it.
+    Source: EVA-02 (Fang et al. 2023, arXiv:2303.11331), `rope.py`. Raises ValueError if 4 does not divide `dim`.
+    """
+    if dim % 4:
+        raise ValueError(f"heads of width {dim} cannot have rotary positions: it must be a multiple of 4")
+    frequencies = (10000.0 ** (-np.arange(dim // 4) / (dim / 4))).astype(np.float32)  # as in the official code
+    row, column = (places.reshape(-1, 1) / n * side * frequencies for places, n in zip(np.mgrid[: grid[0], : grid[1]], grid))
+    return np.repeat(np.concatenate([row, column], axis=1), 2, axis=1)
+
+
+def rotated(x: jax.Array, grid: tuple[int, int], side: int) -> jax.Array:
+    """Queries or keys [B, T, H, d] with each pair of channels turned by its angle, see `rotary_angles`.
+
+    The last tokens are the patches of the grid, (rows, columns); those before them, CLS and registers, stay as they are.
+    """
+    angles = rotary_angles(x.shape[-1], grid, side)
+    angles = np.concatenate([np.zeros((x.shape[1] - len(angles), x.shape[-1])), angles])[:, None]
+    dtype = jnp.promote_types(jnp.float32, x.dtype)
+    cos, sin = (jnp.asarray(table, dtype) for table in (np.cos(angles), np.sin(angles) * np.tile([-1, 1], x.shape[-1] // 2)))
+    other = x.reshape(*x.shape[:-1], -1, 2)[..., ::-1].reshape(x.shape)
+    return (x * cos + other * sin).astype(x.dtype)
+
+
 def interpolation_weights(size: int, to: int, offset: float = 0.1) -> np.ndarray:
     """Weights [to, size] of PyTorch's bicubic interpolation (a = -0.75, clamped borders, no antialiasing).
 

@@ -26,7 +26,7 @@ from mim_jax.models.layers import (
     patchify,
     torch_bias,
 )
-from mim_jax.models.positions import interpolate_positions, relative_bias, sincos_positions
+from mim_jax.models.positions import interpolate_positions, relative_bias, rotated, sincos_positions
 from mim_jax.sharding import pin_batch
 
 Layout = tuple[tuple[int, int], ...]  # (crops, tokens per crop) of each resolution
@@ -91,9 +91,12 @@ class Block(nn.Module):
     layerscale: float = 0.0  # initial value of the factors on both branches (CaiT, Touvron et al. 2021); 0: no factors
     k_bias: bool = True  # False: only queries and values have a bias (BEiT)
     norm_eps: float = 1e-6
-    ffn: str = "mlp"  # or "swiglu": w3(silu(a) * b), (a, b) = w12(x) (DINOv2)
+    ffn: str = "mlp"  # or w3(silu(a) * b), (a, b) = w12(x): "swiglu" (DINOv2) or "swiglu_eva" (EVA-02)
+    act: Callable[[jax.Array], jax.Array] = gelu  # of "mlp"
+    subln: bool = False  # with SwiGLU and without k_bias: a norm before w3; q, k, v, a and b have a matrix each (EVA-02)
+    rotary: int = 0  # side of the grid whose positions turn queries and keys, see `rotated`; 0: nothing turns them
     bias_grid: int = 0  # side of the grid of the block's own table of relative position biases; 0: no table
-    grids: tuple[tuple[int, int], ...] = ()  # of the layout's crops, for that table
+    grids: tuple[tuple[int, int], ...] = ()  # of the layout's crops, for that table and for `rotary`
     kept: tuple[int, float] | None = None  # (group_size, rate) of `add_to_kept_rows`
 
     @nn.compact
@@ -118,8 +121,11 @@ class Block(nn.Module):
 
     def attention_branch(self, x: jax.Array, layout: Layout, biases: Sequence[jax.Array | None]) -> jax.Array:
         batch, tokens, dim = x.shape
-        y = LayerNorm(self.dtype, self.norm_eps, name="norm1")(x)
-        qkv = self.linear(3 * dim, "qkv", use_bias=self.k_bias)(y.reshape(-1, dim))
+        y = LayerNorm(self.dtype, self.norm_eps, name="norm1")(x).reshape(-1, dim)
+        if self.subln:
+            qkv = jnp.concatenate([self.linear(dim, f"{name}_proj", use_bias=False)(y) for name in "qkv"], axis=-1)
+        else:
+            qkv = self.linear(3 * dim, "qkv", use_bias=self.k_bias)(y)
         if not self.k_bias:
             q_bias, v_bias = (
                 self.param(name, nn.initializers.zeros, (dim,), param_dtype(self.dtype)) for name in ("q_bias", "v_bias")
@@ -131,12 +137,17 @@ class Block(nn.Module):
     def mlp_branch(self, x: jax.Array, layout: Layout) -> jax.Array:
         dim = x.shape[-1]
         y, hidden = LayerNorm(self.dtype, self.norm_eps, name="norm2")(x).reshape(-1, dim), int(dim * self.mlp_ratio)
-        if self.ffn == "swiglu":
-            gate, value = jnp.split(self.linear(2 * swiglu_width(hidden), "w12")(y), 2, axis=-1)
-            y = self.linear(dim, "w3")(nn.silu(gate) * value)
+        if self.ffn == "mlp":
+            y = self.linear(dim, "fc2")(self.act(self.linear(hidden, "fc1")(y)))
+            return self.scaled(y, x.shape, "gamma_2")
+        hidden = swiglu_width(hidden) if self.ffn == "swiglu" else hidden
+        if self.subln:
+            y = nn.silu(self.linear(hidden, "w1")(y)) * self.linear(hidden, "w2")(y)
+            y = LayerNorm(self.dtype, self.norm_eps, name="ffn_ln")(y)
         else:
-            y = self.linear(dim, "fc2")(gelu(self.linear(hidden, "fc1")(y)))
-        return self.scaled(y, x.shape, "gamma_2")
+            gate, value = jnp.split(self.linear(2 * hidden, "w12")(y), 2, axis=-1)
+            y = nn.silu(gate) * value
+        return self.scaled(self.linear(dim, "w3")(y), x.shape, "gamma_2")
 
     def linear(self, features: int, name: str, use_bias: bool = True) -> nn.Dense:
         return dense(features, self.dtype, self.kernel_init, name, use_bias=use_bias)
@@ -152,9 +163,11 @@ class Block(nn.Module):
     def attend(self, qkv: jax.Array, layout: Layout, biases: Sequence[jax.Array | None]) -> jax.Array:
         """qkv [B, T, 3 * D] -> [B, T, D]; each crop attends to its own tokens."""
         out, start = [], 0
-        for (crops, tokens), bias in zip(layout, biases):
+        for i, ((crops, tokens), bias) in enumerate(zip(layout, biases)):
             part = qkv[:, start : start + crops * tokens].reshape(-1, tokens, qkv.shape[-1])
             q, k, v = split_heads(part, self.heads)
+            if self.rotary:
+                q, k = (rotated(x, self.grids[i], self.rotary) for x in (q, k))
             bias = None if bias is None else bias[None]
             out.append(attention(q, k, v, bias).reshape(qkv.shape[0], crops * tokens, -1))
             if self.is_mutable_collection("attention"):
@@ -164,7 +177,7 @@ class Block(nn.Module):
 
 
 def swiglu_width(hidden: int) -> int:
-    """Width of a SwiGLU layer: two thirds of the MLP's hidden width, rounded up to a multiple of 8."""
+    """Width of DINOv2's SwiGLU layer: two thirds of the MLP's hidden width, rounded up to a multiple of 8."""
     return (int(2 / 3 * hidden) + 7) // 8 * 8
 
 
@@ -210,6 +223,7 @@ class PatchEmbed(nn.Module):
     kernel_init: Initializer
     dtype: Any
     bias_init: Initializer | None = None  # None: PyTorch's for a convolution
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -221,9 +235,11 @@ class PatchEmbed(nn.Module):
             return self.kernel_init(key, (fan_in, self.dim), dtype).reshape(shape)
 
         kernel = self.param("kernel", matrix, (p, p, channels, self.dim), dtype)
-        bias = self.param("bias", self.bias_init or torch_bias(fan_in), (self.dim,), dtype)
         patches = patchify(images[:, : rows * p, : columns * p], p).reshape(-1, fan_in).astype(self.dtype)
-        out = patches @ kernel.reshape(-1, self.dim).astype(self.dtype) + bias.astype(self.dtype)
+        out = patches @ kernel.reshape(-1, self.dim).astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init or torch_bias(fan_in), (self.dim,), dtype)
+            out += bias.astype(self.dtype)
         return out.reshape(n, rows, columns, self.dim)
 
 
@@ -242,11 +258,13 @@ class ViT(nn.Module):
             bias on the attention, shared by all blocks (pre-training of BEiT and SimMIM); "relative_each": a bias for each
             block (their fine-tuning).
         mask_token: True: a learned token replaces masked patches; False: masked patches are dropped.
-        layerscale, k_bias, ffn: see `Block`.
+        pos_offset: of learned positions at another resolution, see `interpolation_weights`; 0.1 is DINO's.
+        layerscale, k_bias, ffn, subln, rotary: see `Block`. A grid of another size than `rotary` is stretched to it.
+        patch_grad: a factor of the gradient of the patch embedding.
         registers: number of tokens between CLS and the patches, without positions (Darcet et al. 2024).
         antialias: interpolate learned positions with an antialiased cubic (DINOv2 with registers) rather than as DINO does.
-        kernel_init, patch_init, patch_bias_init, token_init: initializers of the linear layers, of the patch embedding, and of
-            CLS, registers and mask token.
+        kernel_init, patch_init, patch_bias_init, token_init, pos_init: initializers of the linear layers, of the patch
+            embedding, of CLS, registers and mask token, and of learned positions.
         unroll: blocks per iteration of the loop over the blocks.
     """
 
@@ -259,10 +277,14 @@ class ViT(nn.Module):
     drop_path_rate: float = 0.0
     drop_path_group: int = 0
     pos: str = "learned"
+    pos_offset: float = 0.1
     mask_token: bool = False
     layerscale: float = 0.0
     k_bias: bool = True
     ffn: str = "mlp"
+    subln: bool = False
+    rotary: int = 0
+    patch_grad: float = 1.0
     registers: int = 0
     antialias: bool = False
     final_norm: bool = True
@@ -271,6 +293,7 @@ class ViT(nn.Module):
     patch_bias_init: Initializer | None = None
     token_init: Initializer = nn.initializers.normal(0.02)
     mask_token_init: Initializer | None = None  # None: as CLS
+    pos_init: Initializer = nn.initializers.normal(0.02)
     unroll: int = 1
     dtype: Any = jnp.float32
 
@@ -280,12 +303,12 @@ class ViT(nn.Module):
         return self.patch_size
 
     def block(self, layout: Layout, stochastic: bool, grids: tuple[tuple[int, int], ...] = ()) -> dict[str, Any]:
-        """The settings of a block; `grids` are used by blocks with biases of their own."""
+        """The settings of a block; `grids` are used by blocks with biases of their own or rotary positions."""
         own = self.pos == "relative_each"
-        shared = ("heads", "mlp_ratio", "kernel_init", "dtype", "layerscale", "k_bias", "ffn")
+        shared = ("heads", "mlp_ratio", "kernel_init", "dtype", "layerscale", "k_bias", "ffn", "subln", "rotary")
         return {name: getattr(self, name) for name in shared} | dict(
             bias_grid=self.img_size // self.patch_size if own else 0,
-            grids=grids if own else (),
+            grids=grids if own or self.rotary else (),
             layout=layout,
             stochastic=stochastic,
             kept=(self.drop_path_group, self.drop_path_rate) if self.drop_path_group else None,
@@ -328,7 +351,7 @@ class ViT(nn.Module):
         if self.registers:
             register_tokens = self.param("register_tokens", self.token_init, (1, self.registers, self.dim), dtype)
         if self.pos == "learned":
-            pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), (1, 1 + grid**2, self.dim), dtype)
+            pos_embed = self.param("pos_embed", self.pos_init, (1, 1 + grid**2, self.dim), dtype)
         elif self.pos == "sincos":
             pos_embed = self.param("pos_embed", lambda _: jnp.asarray(sincos_positions(self.dim, grid, grid), dtype))
             pos_embed = jax.lax.stop_gradient(pos_embed)
@@ -341,6 +364,8 @@ class ViT(nn.Module):
             """Tokens [B, n * T, D] and the relative position bias, if any."""
             batch, n = images.shape[:2]
             patches = patch_embed(images.reshape(batch * n, *images.shape[2:]))
+            if self.patch_grad != 1:
+                patches = self.patch_grad * patches + (1 - self.patch_grad) * jax.lax.stop_gradient(patches)
             rows, columns = patches.shape[1:3]
             patches = patches.reshape(batch, n, rows * columns, self.dim)
             cls, bias = cls_token.astype(self.dtype), None
@@ -349,7 +374,7 @@ class ViT(nn.Module):
             if self.pos == "relative":
                 bias = relative_bias(table, grid, (rows, columns))
             elif self.pos != "relative_each":
-                offset = 0.1 if self.pos == "learned" and not self.antialias else 0.0  # as in DINO, as in MAE
+                offset = self.pos_offset if self.pos == "learned" and not self.antialias else 0.0
                 positions = interpolate_positions(pos_embed, rows, columns, offset, self.antialias).astype(self.dtype)
                 patches, cls = patches + positions[:, 1:], cls + positions[:, :1]
             if mask is not None and not self.mask_token:
