@@ -94,7 +94,7 @@ NUMBERS = (
     (r"head\.patch_out_dim", "[0, inf)"),
     (r"\w+\.(dim|depth|heads|codes)|(ibot_)?head\.(\w+_dim|vocab_size|nlayers)", "[1, inf)"),
     (r"crops\.(\w+_size|global_crops_number)|mask\.(group_size|mask_patch_size|count|smallest)", "[1, inf)"),
-    (r"model\.drop_path_rate|optim\.beta\d", "[0, 1)"),
+    (r"model\.drop_path_rate|optim\.(beta\d|momentum)", "[0, 1)"),
     (r"model\.(mlp_ratio|init_std)|optim\.eps|loss\.\w*temp(erature)?", "(0, inf)"),
     (r"crops\.\w+_scale|eval\.resize|optim\.(layer_decay|decay_rate)", "(0, 1]"),
     (r"optim\.((min|warmup)_)?lr|optim\.momentum_teacher|loss\.\w+_momentum|quantizer\.decay", "[0, 1]"),
@@ -109,7 +109,7 @@ WORDS = {
     "mask.shape": ("block", "random"),
     "crops.target_interpolation": ("bicubic", "bilinear", "lanczos"),
     "loss.centering": ("centering", "sinkhorn_knopp"),
-    "optim.name": ("adamw",),
+    "optim.name": ("adamw", "lars", "sgd"),
     "optim.schedule": ("dino", "mae", "timm_cosine", "timm_multistep"),
     "optim.clip_per": ("model", "part", "parameter"),
     "optim.freeze_last_layer_by": ("update", "lr"),
@@ -237,7 +237,7 @@ def skeleton() -> ml_collections.ConfigDict:
 
     config.crops.global_crops_number = 1
 
-    config.optim.name = "adamw"
+    config.optim.name = "adamw"  # or "lars", "sgd"
     config.optim.schedule = "dino"  # of the learning rate: see mim_jax/optim.py
     config.optim.lr_batch_size = 256  # the batch size that lr refers to; 0: lr is not scaled
     config.optim.lr_batch_power = 1.0  # lr is scaled by (data.batch_size / lr_batch_size) ** this
@@ -245,7 +245,9 @@ def skeleton() -> ml_collections.ConfigDict:
     config.optim.warmup = "10 epochs"
     config.optim.weight_decay = 0.05
     config.optim.weight_decay_end = 0.05
-    config.optim.no_decay = ()  # names of parameters without weight decay; vectors (biases, scales) never have it
+    config.optim.no_decay = ()  # names of parameters without weight decay
+    config.optim.decay_vectors = False  # True: vectors (biases, scales), too, have weight decay
+    config.optim.momentum = 0.9  # of "lars" and "sgd"; the others are of "adamw"
     config.optim.beta1 = 0.9
     config.optim.beta2 = 0.999
     config.optim.eps = 1e-8

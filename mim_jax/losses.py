@@ -5,6 +5,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from mim_jax.sharding import replicate
+
 
 def dino_teacher(logits: jax.Array, center: jax.Array, temp: jax.Array) -> jax.Array:
     """The teacher's probabilities, centred and sharpened, without gradient: [B, G, K] -> [B, G, K] (DINO, section 3.1)."""
@@ -132,6 +134,20 @@ def cosine_distance(pred: jax.Array, target: jax.Array, weight: jax.Array | None
     products = jnp.sum(pred * target, axis=-1)
     lengths = [jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1), eps**2)) for x in (pred, target)]
     return 1 - jnp.average(products / (lengths[0] * lengths[1]), weights=weight)
+
+
+def info_nce(queries: jax.Array, keys: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """(loss, share of queries whose own key is the nearest) of queries and keys [B, D], row i of which are of one image.
+
+    The mean cross-entropy of finding a query's own key among the B keys by their cosine, times twice the temperature (MoCo v3,
+    equation 1 and algorithm 1). Keys have no gradient.
+    """
+    keys = jax.lax.stop_gradient(keys)
+    q, k = (x / jnp.sqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24)) for x in (queries, keys))
+    logits = jnp.matmul(q, replicate(k).T, precision="highest") / temperature
+    own = jnp.sum(q * k, axis=-1) / temperature
+    loss = 2 * temperature * jnp.mean(jax.nn.logsumexp(logits, axis=-1) - own)
+    return loss, jnp.mean(logits.argmax(-1) == jnp.arange(len(logits)), dtype=loss.dtype)
 
 
 def commitment_loss(z: jax.Array, codes: jax.Array) -> jax.Array:

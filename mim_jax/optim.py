@@ -114,40 +114,68 @@ def clip(limit: float, per: str) -> optax.GradientTransformation:
     return optax.stateless(lambda grads, _: ways[per](grads)) if limit else optax.identity()
 
 
-def decayed(params: Any, no_decay: tuple[str, ...]) -> Any:
-    """True for the parameters that weight decay applies to: all but vectors (biases, scales of norms and branches) and those
-    of the names `no_decay`."""
+def decayed(params: Any, no_decay: tuple[str, ...], vectors: bool = False) -> Any:
+    """True for the parameters that weight decay applies to: all but those of the names `no_decay` and, without `vectors`, the
+    vectors (biases, scales of norms and branches)."""
 
     def applies(path: tuple, leaf: Any) -> bool:
         name = path_name(path)
-        return leaf.ndim - is_stacked(name) > 1 and name.rpartition("/")[2] not in no_decay
+        return (vectors or leaf.ndim - is_stacked(name) > 1) and name.rpartition("/")[2] not in no_decay
 
     return jax.tree_util.tree_map_with_path(applies, params)
+
+
+TRUST = optax.scale_by_trust_ratio(trust_coefficient=0.001)
+
+
+def trusted(updates: Any, params: Any) -> Any:
+    """Updates of matrices scaled to a norm of 0.001 of the parameter's, unless one of the two norms is 0; stacked blocks are
+    separate tensors. Source: LARS (You et al. 2017), as in the code of MAE and MoCo v3."""
+
+    def one(path: tuple, update: jax.Array, param: jax.Array) -> jax.Array:
+        stacked = is_stacked(path_name(path))
+        if update.ndim - stacked < 2:
+            return update
+        scaled = lambda update, param: TRUST.update(update, None, param)[0]  # noqa: E731
+        return (jax.vmap(scaled) if stacked else scaled)(update, param)
+
+    return jax.tree_util.tree_map_with_path(one, updates, params)
 
 
 def make_optimizer(
     config: ml_collections.ConfigDict, schedules: Mapping[str, Schedule], method: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW after clipping; `update` takes the `step`, which the schedules follow. `method.untrained` is never updated.
+    """`optim.name` after clipping; `update` takes the `step`, which the schedules follow. `method.untrained` is never updated.
+
+    "adamw": weight decay is apart from Adam's averages. "sgd" (PyTorch's): it is added to the gradient, and the update is this
+    sum plus `momentum` times the last update, times the rate. "lars": the same, the sum scaled by the trust ratio of `trusted`.
 
     For `optim.freeze_last_layer` the heads' last layers get no update and no decay. By "update" they get no moments either,
     and their bias correction starts when they do; by "lr" (DINOv2) their moments move all the while.
     """
     o, freeze = config.optim, steps(config, "optim.freeze_last_layer")
 
-    def adamw(frozen: int = 0) -> optax.GradientTransformationExtraArgs:
-        adam = optax.scale_by_adam(o.beta1, o.beta2, o.eps)
+    def descent(frozen: int = 0) -> optax.GradientTransformationExtraArgs:
+        averages = optax.scale_by_adam(o.beta1, o.beta2, o.eps) if o.name == "adamw" else optax.trace(o.momentum)
 
         def update(grads: Any, state: Any, params: Any, *, step: jax.Array, **_: Any) -> tuple[Any, Any]:
-            updates, state = adam.update(grads, state)
             decay, rate = schedules["weight_decay"](step), jnp.where(step < frozen, 0.0, schedules["lr"](step))
 
-            def descend(update: jax.Array, param: jax.Array, decays: bool) -> jax.Array:
-                return (-rate * (update + decay * param if decays else update)).astype(update.dtype)
+            def add_decay(update: jax.Array, param: jax.Array, decays: bool) -> jax.Array:
+                return (update + decay * param).astype(update.dtype) if decays else update
 
-            return jax.tree.map(descend, updates, params, decayed(params, tuple(o.no_decay))), state
+            def with_decay(updates: Any) -> Any:
+                return jax.tree.map(add_decay, updates, params, decayed(params, tuple(o.no_decay), o.decay_vectors))
 
-        return optax.GradientTransformationExtraArgs(adam.init, update)
+            if o.name == "adamw":
+                updates, state = averages.update(grads, state)
+                updates = with_decay(updates)
+            else:
+                updates = with_decay(grads)
+                updates, state = averages.update(trusted(updates, params) if o.name == "lars" else updates, state)
+            return jax.tree.map(lambda update: (-rate * update).astype(update.dtype), updates), state
+
+        return optax.GradientTransformationExtraArgs(averages.init, update)
 
     def begins_later(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
         def update(grads: Any, state: Any, params: Any, *, step: jax.Array, **_: Any) -> tuple[Any, Any]:
@@ -166,9 +194,9 @@ def make_optimizer(
         scales = method.lr_scales(params, o.layer_decay, o.patch_embed_lr)
         return jax.tree.map(lambda u, scale: (u * scale).astype(u.dtype), updates, scales)
 
-    groups = {"trained": adamw(), "untrained": optax.set_to_zero()}
+    groups = {"trained": descent(), "untrained": optax.set_to_zero()}
     if freeze:
-        groups["last_layer"] = adamw(frozen=freeze) if o.freeze_last_layer_by == "lr" else begins_later(adamw())
+        groups["last_layer"] = descent(frozen=freeze) if o.freeze_last_layer_by == "lr" else begins_later(descent())
     labels = lambda params: jax.tree_util.tree_map_with_path(label, params)  # noqa: E731
     scaled = optax.stateless(by_layer) if (o.layer_decay, o.patch_embed_lr) != (1, 1) else optax.identity()
     return optax.chain(clip(o.clip_grad, o.clip_per), optax.partition(groups, labels), scaled)

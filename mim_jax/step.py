@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from mim_jax.methods.base import Params
 from mim_jax.state import TrainState, abstract_state
 from mim_jax.views import LOSS, MIX
 
@@ -20,24 +21,27 @@ def make_train_step(method: Any, config: ml_collections.ConfigDict) -> jax.stage
     nothing of the state changes but the step, and `train/skipped` is 1.
     """
 
+    def follow(teacher: Params, params: Params, step: jax.Array) -> Params:
+        m = method.schedules["momentum_teacher"](step)
+        return {part: ema(teacher[part], params[part], m) for part in method.teacher_parts}
+
     def train_step(state: TrainState, target: Any, batch: dict[str, jax.Array]) -> tuple[TrainState, dict]:
         # (1) randomness
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         # (2) views
         views = method.views.make(batch, key) if "image" in batch else batch
         views = method.mix(views, jax.random.fold_in(key, MIX))
-        # (3) loss and gradient
+        # (3) loss and gradient; before them the teacher, where it follows first
+        teacher = follow(state.teacher, state.params, state.step) if method.teacher_first else state.teacher
         (loss, (extra, metrics)), grads = jax.value_and_grad(method.loss, has_aux=True)(
-            state.params, state.teacher, target, state.extra, views, jax.random.fold_in(key, LOSS), state.step
+            state.params, teacher, target, state.extra, views, jax.random.fold_in(key, LOSS), state.step
         )
         # (4) optimizer
         updates, opt_state = method.optimizer.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
         # (5) teacher
-        teacher = state.teacher
-        if method.teacher_parts:
-            m = method.schedules["momentum_teacher"](state.step)
-            teacher = {part: ema(teacher[part], params[part], m) for part in method.teacher_parts}
+        if method.teacher_parts and not method.teacher_first:
+            teacher = follow(teacher, params, state.step)
         new = method.after_update(TrainState(state.step + 1, params, teacher, opt_state, extra))
         # (6) the next state, unless something is not finite
         grad_norm = optax.tree.norm(grads)

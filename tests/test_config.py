@@ -182,7 +182,7 @@ REFUSED = [
     # Words
     ("dino", "model.dtype", "float31", 'must be "bfloat16" or "float16" or "float32" or "float64"'),
     ("dinov2", "model.ffn", "swiglue", 'must be "mlp" or "swiglu"'),
-    ("dino", "optim.name", "adam", 'must be "adamw"'),
+    ("dino", "optim.name", "adam", 'must be "adamw" or "lars" or "sgd"'),
     ("dino", "optim.schedule", "cosine", 'must be "dino" or "mae" or "timm_cosine" or "timm_multistep"'),
     ("dino", "optim.clip_per", "layer", 'must be "model" or "part" or "parameter"'),
     ("dino", "optim.freeze_last_layer_by", "rate", 'must be "update" or "lr"'),

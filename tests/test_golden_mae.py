@@ -180,8 +180,13 @@ def test_sincos_positions_of_vit_base(golden):
 
 def test_sincos_positions_of_moco_have_the_halves_swapped(golden):
     arrays, _ = golden("sincos_posembed")
-    column, row = np.split(sincos_positions(32, 4, 4)[0], 2, axis=1)
-    np.testing.assert_allclose(np.concatenate([row, column], axis=1), arrays["moco/d32_g4_cls"], atol=1e-6)
+    for dim, side in ((32, 4), (48, 7)):
+        table = sincos_positions(dim, side, side, row_first=True)[0]
+        np.testing.assert_allclose(table, arrays[f"moco/d{dim}_g{side}_cls"], atol=1e-6)
+    column, row = np.split(sincos_positions(32, 2, 3)[0], 2, axis=1)
+    np.testing.assert_array_equal(sincos_positions(32, 2, 3, row_first=True)[0], np.concatenate([row, column], axis=1))
+    # the official table of 2 rows and 3 columns runs column by column: it is that of 3 rows and 2 columns
+    np.testing.assert_allclose(sincos_positions(32, 3, 2, row_first=True)[0], arrays["moco/d32_h2_w3_cls"], atol=1e-6)
 
 
 def test_position_interpolation(golden, x64):

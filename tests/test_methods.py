@@ -34,6 +34,9 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "dvae": (0.75, {"optim.lr": 0.01}),
     # the tokens of an untrained tokenizer are noise
     "beit": (0.85, {"model.layerscale": 1.0, "optim.lr": 0.01}),
+    # keys that stand still: of 32 images, whose views are noise around a color
+    "mocov3": (0.5, {"optim.momentum_teacher": 1.0, "optim.lr": 0.01}),
+    "masked_patch": (0.5, {"optim.lr": 0.01}),
     # features of an untrained teacher
     "vqkd": (0.85, {"optim.lr": 0.01}),
     "beit2": (0.85, {"model.layerscale": 1.0, "optim.lr": 0.01}),

@@ -58,6 +58,22 @@ def test_adams_numbers_are_those_of_the_config():
         np.testing.assert_allclose(found, [1, mean / square**0.5], rtol=1e-5)
 
 
+def test_sgd_adds_decay_to_the_gradient_and_has_momentum():
+    found = list(updates(made(name="sgd", momentum=0.9, no_decay=("token",)), steps=2))
+    decayed = 1 + DECAY * 8
+    for added, share in zip(found, (1, 1.9)):
+        assert added["kernel"] == pytest.approx(-RATE * share * decayed)
+        assert (added["bias"], added["token"]) == pytest.approx((-RATE * share, -RATE * share))
+
+
+@pytest.mark.parametrize("name, share", [("adamw", 1.0), ("sgd", 1.0), ("lars", 0.001 * 8 / (1 + DECAY * 8))])
+def test_vectors_decay_if_they_are_to(name, share):
+    """LARS scales matrices, all numbers of which are 8 here, but no vectors."""
+    (found,) = updates(made(name=name, decay_vectors=True))
+    assert found["bias"] == pytest.approx(-RATE * (1 + DECAY * 8))
+    assert found["kernel"] == pytest.approx(-RATE * share * (1 + DECAY * 8))
+
+
 def test_the_schedules_are_read_at_the_step():
     follows = {"lr": lambda step: 1.0 + step, "weight_decay": lambda step: 0.5 * step}
     found = [added["kernel"] for added in updates(made(schedules=follows), steps=3)]

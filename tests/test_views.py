@@ -19,7 +19,9 @@ POLICIES = {
     # the official code's probabilities are those of no blur
     "dinov2": ((Policy(**JITTER, blur=0.0), Policy(**JITTER, blur=0.9, solarize=0.2)), Policy(**JITTER, blur=0.5)),
     "distillation": ((Policy(**JITTER, blur=0.0), Policy(**JITTER, blur=0.9, solarize=0.2)), Policy(**JITTER, blur=0.5)),
+    "mocov3": ((Policy(**JITTER, blur=1.0), Policy(**JITTER, blur=0.1, solarize=0.2)), None),
     "mae": ((FLIP,), None),
+    "masked_patch": ((FLIP,), None),
     "simmim": ((FLIP,), None),
     "vqvae": ((FLIP,), None),
     "dvae": ((FLIP,), None),
@@ -34,7 +36,9 @@ def test_crops_are_those_of_the_config(name):
     config = mim_jax.load_config(f"tests/tiny.py:{name}")
     config.crops.global_crops_scale = (0.3, 0.9)
     if local := config.crops.get("local_crops_number"):
-        config.crops.update(local_crops_scale=(0.1, 0.25), local_crops_number=3, blur_radius=(0.2, 1.5))
+        config.crops.update(local_crops_scale=(0.1, 0.25), local_crops_number=3)
+    if "blur_radius" in config.crops:
+        config.crops.blur_radius = (0.2, 1.5)
     views = mim_jax.make_method(config).views
     size = config.crops.get("global_crops_size") or config.model.img_size
     wanted, of_local = POLICIES[name]
@@ -42,11 +46,11 @@ def test_crops_are_those_of_the_config(name):
     crops += [("local", config.crops.local_crops_size, (0.1, 0.25), (of_local,) * 3)] if local else []
     assert len(views.crops) == len(crops)
     for group, (label, size, scale, policies) in zip(views.crops, crops):
-        radius = {"blur_radius": (0.2, 1.5)} if local else {}
+        radius = {"blur_radius": (0.2, 1.5)} if "blur_radius" in config.crops else {}
         assert (group.name, group.size, group.scale) == (label, size, scale)
         assert group.policies == tuple(dataclasses.replace(policy, **radius) for policy in policies)
         assert group.ratio == (3 / 4, 4 / 3) and group.color_first == name.startswith("beit")
-        assert group.interpolation == ("bilinear" if name == "simmim" else "bicubic")
+        assert group.interpolation == ("bilinear" if name in ("simmim", "mocov3") else "bicubic")
     assert (views.mean, views.std) == (tuple(config.data.mean), tuple(config.data.std))
 
 

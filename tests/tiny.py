@@ -66,14 +66,15 @@ SMALLER = {
         "mask.smallest": 2,
     },
     "beit2": BEIT | {"target.config": f"{__file__}:vqkd", "model.early_layers": 1},
+    "mocov3": VIT | {"head.hidden_dim": 16, "head.out_dim": 8, "model.drop_path_rate": 0.1},
+    "masked_patch": VIT | {"model.patch_size": 4, "model.drop_path_rate": 0.1},
     "simmim_swin": {"model.dim": 8, "model.depths": (2, 2), "model.heads": (2, 4), "model.drop_path_rate": 0.1},
 }
+DEMOS = {"simmim_swin": "simmim:demo_swin"}  # of variants that are not named after their method
 
 
 def get_config(variant: str = "dino") -> ml_collections.ConfigDict:
-    method, _, kind = variant.partition("_")
-    demo = f"demo_{kind}" if kind else "demo"
-    config = load_config(f"{method}:{demo}").unlock()
+    config = load_config(DEMOS.get(variant, f"{variant}:demo")).unlock()
     config.total = "6 steps"
     config.data.update(name="folder", dir="", eval_split="train", batch_size=8, canvas=16)
     config.model.img_size = 16

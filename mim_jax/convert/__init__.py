@@ -52,6 +52,9 @@ def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
         beit: BEiT and BEiT v2, or with a classifier.
         eva: EVA-01 and EVA-02, with or without the mask token and the head `lm_head`.
         clip: the vision tower of OpenAI's CLIP, with or without `visual.` before its keys; the tower of texts is ignored.
+        mocov3: the whole state, or one encoder without a prefix, with or without its projector. Of the whole, the base encoder
+            and the predictor are the parameters; the momentum encoder is under `teacher`, and running statistics are under
+            `extra`, as in a training state.
         vqkd: BEiT v2's tokenizer.
         dalle: the dVAE's encoder or decoder, or both with `encoder.` and `decoder.` before their keys.
         dvae: BEiT's small discrete VAE.

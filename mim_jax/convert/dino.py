@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 
+from mim_jax.convert import table
 from mim_jax.convert.table import EMBEDDING, NORM, POSITIONS, TRANSPOSED, Row, block_rows, has, linear, norm, parts_of, under
 
 BACKBONE = [*EMBEDDING, POSITIONS, *block_rows(), *NORM]
@@ -31,10 +32,8 @@ def head(names: Iterable[str], part: str = "head") -> list[Row]:
         at, width = f"mlp.{step * i}" if nlayers > 1 else "mlp", hidden if i < nlayers - 1 else bottleneck
         rows += linear(at, f"mlp_{i}", width, hidden if i else "D")
         if use_bn and i < nlayers - 1:
-            bn, stats = f"mlp.{step * i + 1}", f"batch_stats/bn_{i}"
-            rows += norm(bn, f"bn_{i}", width)
-            rows += [Row(f"{bn}.running_{name}", f"{stats}/{name}", (width,)) for name in ("mean", "var")]
-            rows += [Row(f"{bn}.num_batches_tracked", f"{stats}/num_batches_tracked", ())]
+            bn = f"mlp.{step * i + 1}"
+            rows += norm(bn, f"bn_{i}", width) + table.statistics(bn, f"batch_stats/bn_{i}", width)
     return rows
 
 

@@ -81,6 +81,12 @@ def norm(key: str, path: str, dim: Dim = "D") -> list[Row]:
     return [Row(f"{key}.weight", f"{path}/scale", (dim,)), Row(f"{key}.bias", f"{path}/bias", (dim,))]
 
 
+def statistics(key: str, path: str, dim: Dim) -> list[Row]:
+    """The running statistics of batch normalisation."""
+    rows = [Row(f"{key}.running_{name}", f"{path}/{name}", (dim,)) for name in ("mean", "var")]
+    return [*rows, Row(f"{key}.num_batches_tracked", f"{path}/num_batches_tracked", ())]
+
+
 def block_rows(blocks: str = "blocks", dim: str = "D", mlp: str = "MLP") -> list[Row]:
     """The transformer blocks of timm's ViT, official keys `<blocks>.<number>. ...`, under our path `blocks`."""
     at = f"{blocks}.{{}}"

@@ -52,6 +52,7 @@ class Method:
             `make_method` adds those of `optim.schedules` that are missing.
         untrained: a regex over parameter paths that are never updated (they are saved, sharded and averaged as all others).
         teacher_parts: the parts of the parameters that have an EMA copy; () for a method without a teacher.
+        teacher_first: whether the teacher follows the student before the loss (MoCo v3) or after the student's update (DINO).
         pictures: what can be drawn of it: of "attention", "features", "reconstruction" and "tokens".
         num_classes: of a classifier that it trains, see `class_scores`; 0: there is none.
         encoder_part: the part of the parameters that `features` reads, and that another run can begin with.
@@ -63,6 +64,7 @@ class Method:
     schedules: Mapping[str, optim.Schedule] = dataclasses.field(default_factory=dict)
     untrained: str = ""
     teacher_parts: tuple[str, ...] = ()
+    teacher_first: bool = False
     pictures: tuple[str, ...] = ()
     num_classes: int = 0
     encoder_part: ClassVar[str] = "backbone"

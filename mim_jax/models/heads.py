@@ -106,6 +106,28 @@ class DinoHead(nn.Module):
         return last_layer(x[:, : cls.shape[1]]), last_layer2(x[:, cls.shape[1] :])
 
 
+class BatchNormMlp(nn.Module):
+    """MoCo v3's projector (3 layers) and predictor (2): [N, D] -> [N, out_dim], at least float32, all N normalised together.
+
+    Linear layers without bias, each followed by batch normalisation, and all but the last by ReLU; the last normalisation has
+    no scale and no bias. Source: MoCo v3 (Chen et al. 2021), section 4, "MLP heads".
+    """
+
+    layers: int
+    hidden_dim: int
+    out_dim: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i in range(self.layers - 1):
+            x = pin_batch(dense(self.hidden_dim, self.dtype, TORCH_UNIFORM, f"mlp_{i}", use_bias=False)(x))
+            x = nn.relu(BatchNorm(name=f"bn_{i}")(x, train=True))
+        last = self.layers - 1
+        x = pin_batch(dense(self.out_dim, self.dtype, TORCH_UNIFORM, f"mlp_{last}", use_bias=False)(x))
+        return BatchNorm(affine=False, name=f"bn_{last}")(x, train=True)
+
+
 class TokenHead(nn.Module):
     """BEiT's head: a linear map from tokens to scores over a vocabulary, [..., D] -> [..., vocab_size], at least float32."""
 

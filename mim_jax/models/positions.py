@@ -9,18 +9,19 @@ import numpy as np
 import scipy.interpolate  # type: ignore[import-untyped]
 
 
-def sincos_positions(dim: int, rows: int, columns: int) -> np.ndarray:
+def sincos_positions(dim: int, rows: int, columns: int, row_first: bool = False) -> np.ndarray:
     """MAE's fixed table, float64 [1, 1 + rows * columns, dim]: zeros for CLS, then the patches row-major.
 
     The first half of the channels encodes the column, the second the row; each half is sines, then cosines, of the coordinate
-    times 10000 ** (-i / (dim / 4)). Source: MAE, `pos_embed.py` (MoCo v3 has the row first). Raises ValueError if 4 does not
-    divide `dim`.
+    times 10000 ** (-i / (dim / 4)). Source: MAE, `pos_embed.py`. `row_first` swaps the halves: MoCo v3. Raises ValueError if 4
+    does not divide `dim`.
     """
     if dim % 4:
         raise ValueError(f"a width of {dim} cannot have sine-cosine positions: it must be a multiple of 4")
     frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
     row, column = np.mgrid[:rows, :columns].reshape(2, -1, 1) * frequencies
-    patches = np.concatenate([np.sin(column), np.cos(column), np.sin(row), np.cos(row)], axis=1)
+    first, second = (row, column) if row_first else (column, row)
+    patches = np.concatenate([np.sin(first), np.cos(first), np.sin(second), np.cos(second)], axis=1)
     return np.concatenate([np.zeros((1, dim)), patches])[None]
 
 

@@ -254,9 +254,9 @@ class ViT(nn.Module):
         drop_path_rate: of stochastic depth in the last block; it grows linearly from 0 in the first.
         drop_path_group: if given, all blocks have this rate, and an exact number of crops is dropped in each group of this many
             images, see `add_to_kept_rows`.
-        pos: "learned": a table added to the tokens; "sincos": a fixed table (a parameter without gradient); "relative": a
-            bias on the attention, shared by all blocks (pre-training of BEiT and SimMIM); "relative_each": a bias for each
-            block (their fine-tuning).
+        pos: "learned": a table added to the tokens; "sincos": a fixed table (a parameter without gradient) of MAE, or
+            "sincos_row_first" of MoCo v3; "relative": a bias on the attention, shared by all blocks (pre-training of BEiT and
+            SimMIM); "relative_each": a bias for each block (their fine-tuning).
         mask_token: True: a learned token replaces masked patches; False: masked patches are dropped.
         pos_offset: of learned positions at another resolution, see `interpolation_weights`; 0.1 is DINO's.
         layerscale, k_bias, ffn, subln, rotary: see `Block`. A grid of another size than `rotary` is stretched to it.
@@ -352,13 +352,14 @@ class ViT(nn.Module):
             register_tokens = self.param("register_tokens", self.token_init, (1, self.registers, self.dim), dtype)
         if self.pos == "learned":
             pos_embed = self.param("pos_embed", self.pos_init, (1, 1 + grid**2, self.dim), dtype)
-        elif self.pos == "sincos":
-            pos_embed = self.param("pos_embed", lambda _: jnp.asarray(sincos_positions(self.dim, grid, grid), dtype))
+        elif self.pos in ("sincos", "sincos_row_first"):
+            table_of = functools.partial(sincos_positions, self.dim, grid, grid, self.pos == "sincos_row_first")
+            pos_embed = self.param("pos_embed", lambda _: jnp.asarray(table_of(), dtype))
             pos_embed = jax.lax.stop_gradient(pos_embed)
         elif self.pos == "relative":
             table = bias_table(self, grid, self.heads, self.dtype)
         elif self.pos != "relative_each":
-            raise ValueError(f'pos is {self.pos!r}, but must be "learned", "sincos", "relative" or "relative_each"')
+            raise ValueError(f"pos is {self.pos!r}: there are learned, sincos, sincos_row_first, relative and relative_each")
 
         def embed(images: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
             """Tokens [B, n * T, D] and the relative position bias, if any."""
