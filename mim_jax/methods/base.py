@@ -53,6 +53,8 @@ class Method:
         untrained: a regex over parameter paths that are never updated (they are saved, sharded and averaged as all others).
         teacher_parts: the parts of the parameters that have an EMA copy; () for a method without a teacher.
         pictures: what can be drawn of it: of "attention", "features", "reconstruction" and "tokens".
+        num_classes: of a classifier that it trains, see `class_scores`; 0: there is none.
+        own_rates: whether `lr_scales` counts without layer-wise decay, too.
         encoder_part: the part of the parameters that `features` reads, and that another run can begin with.
         optimizer: made from the config by `make_method`.
     """
@@ -63,6 +65,8 @@ class Method:
     untrained: str = ""
     teacher_parts: tuple[str, ...] = ()
     pictures: tuple[str, ...] = ()
+    num_classes: int = 0
+    own_rates: ClassVar[bool] = False
     encoder_part: ClassVar[str] = "backbone"
     optimizer: optax.GradientTransformationExtraArgs = optax.with_extra_args_support(optax.identity())
 
@@ -90,6 +94,10 @@ class Method:
 
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
         """Normalised images [B, H, W, C] -> {"cls": [B, D], "patch": [B, N, D]}; for evaluators and users."""
+        raise NotImplementedError
+
+    def class_scores(self, params: Params, extra: Params, images: jax.Array) -> jax.Array:
+        """Normalised images [B, H, W, C] -> the trained classifier's scores [B, num_classes]."""
         raise NotImplementedError
 
     def attention(self, params: Params, images: jax.Array) -> jax.Array:

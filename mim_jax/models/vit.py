@@ -187,8 +187,8 @@ def stack(depth: int, unroll: int, **block: Any) -> nn.Module:
 
 
 def is_stacked(path: str) -> bool:
-    """Whether the parameter at this slash-joined path has a leading depth axis."""
-    return re.search("(^|/)blocks/", path) is not None
+    """Whether the parameter at this slash-joined path has a leading axis of blocks, or of heads that are trained at once."""
+    return re.search("(^|/)(blocks|heads)/", path) is not None
 
 
 def rescale_residual(blocks: dict[str, Any], before: int = 0) -> dict[str, Any]:
@@ -238,9 +238,9 @@ class ViT(nn.Module):
         drop_path_rate: of stochastic depth in the last block; it grows linearly from 0 in the first.
         drop_path_group: if given, all blocks have this rate, and an exact number of crops is dropped in each group of this many
             images, see `add_to_kept_rows`.
-        pos: "learned": a table added to the tokens; "sincos": a fixed table (a parameter without gradient); "relative": a
-            bias on the attention, shared by all blocks (pre-training of BEiT and SimMIM); "relative_each": a bias for each
-            block (their fine-tuning).
+        pos: "learned": a table added to the tokens; "sincos": a fixed table (a parameter without gradient); "sincos_trained":
+            the same with a gradient (MAE's fine-tuning); "relative": a bias on the attention, shared by all blocks
+            (pre-training of BEiT and SimMIM); "relative_each": a bias for each block (their fine-tuning).
         mask_token: True: a learned token replaces masked patches; False: masked patches are dropped.
         layerscale, k_bias, ffn: see `Block`.
         registers: number of tokens between CLS and the patches, without positions (Darcet et al. 2024).
@@ -329,13 +329,14 @@ class ViT(nn.Module):
             register_tokens = self.param("register_tokens", self.token_init, (1, self.registers, self.dim), dtype)
         if self.pos == "learned":
             pos_embed = self.param("pos_embed", nn.initializers.normal(0.02), (1, 1 + grid**2, self.dim), dtype)
-        elif self.pos == "sincos":
+        elif self.pos in ("sincos", "sincos_trained"):
             pos_embed = self.param("pos_embed", lambda _: jnp.asarray(sincos_positions(self.dim, grid, grid), dtype))
-            pos_embed = jax.lax.stop_gradient(pos_embed)
+            pos_embed = pos_embed if self.pos == "sincos_trained" else jax.lax.stop_gradient(pos_embed)
         elif self.pos == "relative":
             table = bias_table(self, grid, self.heads, self.dtype)
         elif self.pos != "relative_each":
-            raise ValueError(f'pos is {self.pos!r}, but must be "learned", "sincos", "relative" or "relative_each"')
+            words = '"learned", "sincos", "sincos_trained", "relative" or "relative_each"'
+            raise ValueError(f"pos is {self.pos!r}, but must be {words}")
 
         def embed(images: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
             """Tokens [B, n * T, D] and the relative position bias, if any."""
@@ -406,9 +407,9 @@ def masked_first(mask: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def intermediate_layers(vit: ViT, params: Any, images: jax.Array, n: int = 1) -> jax.Array:
-    """The outputs of the last `n` blocks after the final norm, oldest first: [n, B, 1 + N, D]."""
-    norm = LayerNorm(param_dtype(vit.dtype))
-    return norm.apply({"params": params["norm"]}, hidden_states(vit, params, images)[0][-n:])
+    """The outputs of the last `n` blocks after the final norm, if there is one, oldest first: [n, B, 1 + N, D]."""
+    tokens = hidden_states(vit, params, images)[0][-n:]
+    return LayerNorm(param_dtype(vit.dtype)).apply({"params": params["norm"]}, tokens) if vit.final_norm else tokens
 
 
 def last_attention(vit: ViT, params: Any, images: jax.Array) -> jax.Array:
