@@ -40,7 +40,7 @@ def rand_augment(images: Array, magnitude: float, key: Array) -> Array:
     return jnp.moveaxis(levels, -3, -1).astype(jnp.uint8)
 
 
-def apply(image: Array, operation: ArrayLike, strength: ArrayLike, sign: ArrayLike) -> Array:
+def apply(image: Array, operation: ArrayLike, strength: Array, sign: Array) -> Array:
     """The operation of this number in OPERATIONS, of a strength in 0..1 and, if it has two directions, in that of `sign`."""
     result = affine(image, matrix(operation, strength * sign, *image.shape[1:]))
     for number, function in enumerate(OPERATIONS.values()):

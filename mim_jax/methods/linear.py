@@ -92,7 +92,7 @@ class Linear(BackboneMethod):
 
     def scores(self, params: Params, stats: Params, images: jax.Array, train: bool = False) -> tuple[jax.Array, Params]:
         """(scores of all heads [heads, B, num_classes], new running statistics of batch normalisation, if any)"""
-        found, after = [], {}
+        found, after = [], Params()
         for name, inputs in self.inputs(params, images).items():
             variables = {"params": params["head"]["heads"][name]} | ({"batch_stats": stats[name]} if name in stats else {})
             scores, updates = self.classifiers.apply(variables, inputs, train, mutable="batch_stats")
