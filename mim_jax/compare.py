@@ -213,7 +213,7 @@ def on_test_images(run: Run) -> dict[str, float]:
     config.eval.update(bank=10_000, test=10_000)
     with jax.set_mesh(sharding.make_mesh(-1, 1)):
         source, held_out = (sources.open_source(config.data.name, config.data.dir, split) for split in ("train", "test"))
-        state = TrainState(learned.step, learned.params, {}, None, learned.extra)
+        state = TrainState(jax.numpy.asarray(learned.step), learned.params, {}, None, learned.extra)
         scores = Evaluation(config, learned.method, source, held_out).scores(state)
     return {tag: scores[tag] for tag in (KNN, PROBE, RETRIEVAL)}
 

@@ -77,6 +77,30 @@ def resolve_target(config: ml_collections.ConfigDict) -> None:
             target.network = load_config(target.config).unlock()
 
 
+OF_BACKBONE = ("arch", "patch_size", "dim", "depth", "depths", "heads", "window", "mlp_ratio", "pos", "layerscale")
+
+
+def resolve_encoder(config: ml_collections.ConfigDict) -> None:
+    """Fills in `config.encoder`, where there is such a section, with the config of the run in `config.init_from`, whose
+    backbone is fine-tuned or probed. What describes this backbone in `config.model`, and the mean and std of the images, become
+    those of the run. Without `init_from`: nothing. Raises FileNotFoundError if there is no such run.
+    """
+    if "encoder" not in config or not config.init_from:
+        return
+    config.init_from = absolute(config.init_from)
+    saved = Path(config.init_from) / "config.json"
+    if not saved.is_file():
+        raise FileNotFoundError(f"there is no run in {config.init_from} (config.init_from): it has no config.json")
+    with config.unlocked():
+        config.encoder = encoder = ml_collections.ConfigDict(json.loads(saved.read_text()))
+        for key in OF_BACKBONE:
+            if key in config.model:
+                del config.model[key]
+            if key in encoder.get("model", {}):
+                config.model[key] = encoder.model[key]
+        config.data.mean, config.data.std = tuple(encoder.data.mean), tuple(encoder.data.std)
+
+
 def absolute(path: str | None) -> str | None:
     """The absolute path, `~` expanded; an address such as gs://bucket/folder as it is."""
     return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
@@ -93,11 +117,13 @@ NUMBERS = (
     (r"model\.(img_size|patch_size|dim|depths?|heads|window|unroll|hidden|layers|codes|codebook_dim|\w+_depth)", "[1, inf)"),
     (r"head\.patch_out_dim", "[0, inf)"),
     (r"\w+\.(dim|depth|heads|codes)|(ibot_)?head\.(\w+_dim|vocab_size|nlayers)", "[1, inf)"),
-    (r"crops\.(\w+_size|global_crops_number)|mask\.(group_size|mask_patch_size|count|smallest)", "[1, inf)"),
+    (r"crops\.(\w+_size|global_crops_number)|probe\.blocks|mask\.(group_size|mask_patch_size|count|smallest)", "[1, inf)"),
     (r"model\.drop_path_rate|optim\.(beta\d|momentum)", "[0, 1)"),
     (r"model\.(mlp_ratio|init_std)|optim\.eps|loss\.\w*temp(erature)?", "(0, inf)"),
+    (r"augment\.magnitude", "[0, 10]"),
+    (r"augment\.erasing|loss\.label_smoothing", "[0, 1]"),
     (r"crops\.\w+_scale|eval\.resize|optim\.(layer_decay|decay_rate)", "(0, 1]"),
-    (r"optim\.((min|warmup)_)?lr|optim\.momentum_teacher|loss\.\w+_momentum|quantizer\.decay", "[0, 1]"),
+    (r"optim\.((min|warmup)_)?lr|optim\.momentum_teacher(_end)?|loss\.\w+_momentum|quantizer\.decay", "[0, 1]"),
     (r"mask\.(ratios?|probability)|optim\.lr_batch_power", "[0, 1]"),
     (r".*", "[0, inf)"),
 )
@@ -106,7 +132,9 @@ WORDS = {
     "model.dtype": ("bfloat16", "float16", "float32", "float64"),
     "model.ffn": ("mlp", "swiglu"),
     "model.pos": ("learned", "sincos", "relative"),
+    "model.pool": ("cls", "mean"),
     "mask.shape": ("block", "random"),
+    "crops.interpolation": ("bicubic", "bilinear", "lanczos"),
     "crops.target_interpolation": ("bicubic", "bilinear", "lanczos"),
     "loss.centering": ("centering", "sinkhorn_knopp"),
     "optim.name": ("adamw", "lars", "sgd"),
@@ -134,7 +162,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     for key, value in values.items():
         several, found = isinstance(value, (tuple, list)), list(flat(value))
-        name = key.rpartition("target.network.")[2]
+        name = re.sub(r"^(encoder\.|target\.network\.)+", "", key)
         pattern, interval = next(pair for pair in NUMBERS if re.fullmatch(pair[0], name))
         real = [x for x in found if isinstance(x, (int, float)) and not isinstance(x, bool)]
         if name in WORDS and value not in WORDS[name]:
@@ -151,6 +179,8 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     if "target" in config and config.target.network.get("recipe", config.target.config) != config.target.config:
         raise ValueError(f"target.config was changed to {config.target.config}: call mim_jax.config.resolve_target(config)")
+    if config.get("init_from") and not config.get("encoder", True):
+        raise ValueError(f"init_from was changed to {config.init_from}: call mim_jax.config.resolve_encoder(config)")
     durations.total_steps(config)
     for key in DURATIONS:
         if key in values:
@@ -219,7 +249,8 @@ def skeleton() -> ml_collections.ConfigDict:
     config.data.dir = placeholder(str)  # TFDS directory, or the folder
     config.data.split = "train"  # or a slice, in the syntax of TFDS: "train[:90%]" to train, "train[90%:]" to choose by
     config.data.eval_split = "validation"
-    config.data.num_examples = 1_281_167  # a run sets these two to what its source has
+    config.data.num_examples = 1_281_167  # a run sets these three to what its source has
+    config.data.num_classes = 1000
     config.data.fingerprint = placeholder(str)  # of names, labels and some images: see mim_jax/data/sources.py
     config.data.batch_size = 1024  # global
     config.data.canvas = 320  # images are decoded to fit a square of this size, in pixels

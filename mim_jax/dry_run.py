@@ -10,7 +10,7 @@ import numpy as np
 from clu import parameter_overview
 
 from mim_jax import sharding
-from mim_jax.config import resolve_target
+from mim_jax.config import resolve_encoder, resolve_target
 from mim_jax.durations import steps_per_epoch, total_steps
 from mim_jax.learned import abstract_target
 from mim_jax.methods.base import make_method
@@ -24,6 +24,7 @@ def plan(config: ml_collections.ConfigDict) -> str:
     Simulated devices are enough: with `JAX_NUM_CPU_DEVICES=8` a laptop plans for eight.
     """
     resolve_target(config)
+    resolve_encoder(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     with jax.set_mesh(mesh):
         method = make_method(config)

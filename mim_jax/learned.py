@@ -22,7 +22,8 @@ from mim_jax.methods.base import Params, made
 from mim_jax.models import positions
 from mim_jax.sharding import path_name
 
-MASK_TOKEN = "mask_token"
+MAY_LACK = {"mask_token", "norm"}  # what of an encoder one method has and another does not
+TABLE = "relative_position_bias_table"
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 SECTIONS = ("teacher", "params", "extra")  # of a saved state; the first that has a part has what was learned of it
 
@@ -90,8 +91,10 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
     """`state` with what the run `config.init_from` learned; one line on standard error says what was taken.
 
     Taken is each part that both have (of `config.init_parts`, if it names some). Where only one of the two has a teacher, it is
-    filled from the parameters, or fills them. Learned positions are interpolated for another image size. A part of another
-    shape (another head) stays new, and so does `extra` then. Raises ValueError if the encoder does not fit, and for names in
+    filled from the parameters, or fills them; with `config.encoder` (fine-tuning, probing) the teacher fills both. Learned
+    positions are interpolated for another image size, and a table of relative positions that all blocks share is copied where
+    each block has one. A mask token and a final norm that only one of the two has are new or dropped. A part of another shape
+    (another head) stays new, and so does `extra` then. Raises ValueError if the encoder does not fit, and for names in
     `init_parts` that are not parts of both.
     """
     return newest(config.init_from, lambda saved: begun(method, config, state, saved))
@@ -108,58 +111,86 @@ def begun(method: Any, config: ml_collections.ConfigDict, state: Any, saved: Sav
     pairs: list[tuple[str, str, str]] = []  # (our section, part, their section)
     wrong: dict[str, str] = {}
     for part in config.init_parts or both:
-        there, ours = shapes["params"][part], state.params[part]
+        there = shapes["params"][part]
+        ours = laid_out(state.params[part], there)
         found = misfits({part: shared(there, ours)}, {part: shared(ours, there)}, loose=positions.LEARNED)
         if part == method.encoder_part:
             refuse(found, f"the parameters in {saved.path}")
         if found:
             wrong[part] = f" ({found[0]})"
         elif part in state.teacher:
-            pairs += [("params", part, "params"), ("teacher", part, where(shapes, part))]
+            student = where(shapes, part) if "encoder" in config else "params"
+            pairs += [("params", part, student), ("teacher", part, where(shapes, part))]
         else:
             pairs.append(("params", part, where(shapes, part)))
     new = [part + wrong.get(part, "") for part in state.params if ("params", part) not in {pair[:2] for pair in pairs}]
-    fresh = [f"{part}/mask_token" for part in both if MASK_TOKEN in set(state.params[part]) - set(shapes["params"][part])]
+    taken_parts = [part for section, part, _ in pairs if section == "params"]
+    fresh, dropped = list[str](), [part for part in shapes["params"] if part not in taken_parts]
+    for part in taken_parts:
+        ours, there = (MAY_LACK & set(tree) for tree in (state.params[part], shapes["params"][part]))
+        fresh += [f"{part}/{name}" for name in sorted(ours - there)]
+        dropped += [f"{part}/{name}" for name in sorted(there - ours)]
     if not new and not misfits(shapes["extra"], state.extra):
         pairs += [("extra", part, "extra") for part in state.extra]
     elif state.extra:
         new.append("extra")
 
-    fitted: dict[str, None] = {}
+    fitted, copied = dict[str, None](), dict[str, None]()
+    encoder = getattr(method, method.encoder_part, None)
+    offset, antialias = getattr(encoder, "pos_offset", 0.1), getattr(encoder, "antialias", False)
 
     def fit(path: Any, there: jax.Array, ours: jax.Array) -> jax.Array:
         name = path_name(path)
         if there.shape == ours.shape:
             return there
-        if method.untrained and re.search(method.untrained, name):
+        if getattr(encoder, "pos", "").startswith("sincos") and name.endswith("pos_embed"):
             return ours  # positions that are never trained: those of this size
-        fitted[name] = None
-        options = dict(shape=ours.shape, antialias=config.model.get("antialias", False))
-        resize = functools.partial(positions.fit_positions, name.rpartition("/")[2], **options)
+        if there.ndim < ours.ndim:
+            copied[name] = None
+        if there.shape != ours.shape[-there.ndim :]:
+            fitted[name] = None
+        table = functools.partial(positions.fit_positions, name.rpartition("/")[2], shape=ours.shape)
+        resize = functools.partial(table, offset=offset, antialias=antialias)
         return jax.jit(resize, out_shardings=ours.sharding)(there)
 
     for section in SECTIONS:
         sections = {part: theirs for ours, part, theirs in pairs if ours == section}
-        ours = {part: shared(here[section][part], shapes[theirs][part]) for part, theirs in sections.items()}
-        there = {part: shared(shapes[theirs][part], here[section][part]) for part, theirs in sections.items()}
+        ours = {part: laid_out(here[section][part], shapes[theirs][part]) for part, theirs in sections.items()}
+        there = {part: shared(shapes[theirs][part], ours[part]) for part, theirs in sections.items()}
+        ours = {part: shared(tree, there[part]) for part, tree in ours.items()}
         wanted = {part: jax.tree.map(as_saved, ours[part], there[part]) for part in sections}
         read = jax.tree.map_with_path(fit, read_parts(saved, sections, dict.fromkeys(SECTIONS, wanted)), ours)
         here[section] = here[section] | {
-            part: here[section][part] | tree if isinstance(tree, dict) else tree for part, tree in read.items()
+            part: here[section][part] | laid_out(tree, here[section][part]) if isinstance(tree, dict) else tree
+            for part, tree in read.items()
         }
     if jax.process_index() == 0:
         taken = [f"{ours}/{part}{f' from {theirs}' * (ours != theirs)}" for ours, part, theirs in pairs]
         text = f"initialised from step {saved.step} in {saved.workdir}: {', '.join(taken)}"
-        text += f"; interpolated: {', '.join(fitted)}" * bool(fitted) + f"; new: {', '.join(new + fresh)}" * bool(new + fresh)
+        more = {"interpolated": fitted, "copied to each block": copied, "dropped": dropped, "new": new + fresh}
+        text += "".join(f"; {what}: {', '.join(names)}" for what, names in more.items() if names)
         print(text, file=sys.stderr)
     return dataclasses.replace(state, **here)
 
 
 def shared(tree: Any, other: Any) -> Any:
-    """A part without its mask token if the other has none, so that a method without masks and one with them fit."""
+    """A part without the mask token and the final norm that the other does not have, so that the two fit."""
     if not isinstance(tree, dict):
         return tree
-    return {name: leaf for name, leaf in tree.items() if name != MASK_TOKEN or name in other}
+    return {name: leaf for name, leaf in tree.items() if name not in MAY_LACK or name in other}
+
+
+def laid_out(tree: Any, other: Any) -> Any:
+    """A part with its table of relative positions where the other has it: at the top, for all blocks, or in the blocks."""
+    if not isinstance(tree, dict) or not isinstance(other, dict) or "blocks" not in tree or "blocks" not in other:
+        return tree
+    if TABLE in other and TABLE in tree["blocks"]:
+        blocks = dict(tree["blocks"])
+        return tree | {TABLE: blocks.pop(TABLE), "blocks": blocks}
+    if TABLE in other["blocks"] and TABLE in tree:
+        rest = {name: leaf for name, leaf in tree.items() if name != TABLE}
+        return rest | {"blocks": tree["blocks"] | {TABLE: tree[TABLE]}}
+    return tree
 
 
 def where(shapes: dict[str, Params], part: str) -> str:

@@ -79,11 +79,14 @@ def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
 
 
 def schedules(config: ml_collections.ConfigDict) -> dict[str, Schedule]:
-    """`lr`, `weight_decay`, and where the config has `optim.momentum_teacher` a cosine from it to 1."""
+    """`lr`, `weight_decay`, and where the config has `optim.momentum_teacher` a cosine from it to 1, or to
+    `optim.momentum_teacher_end`."""
     o, total = config.optim, total_steps(config)
     decay = cosine_schedule(o.weight_decay, o.weight_decay_end, total)
-    teacher = {"momentum_teacher": cosine_schedule(o.momentum_teacher, 1.0, total)} if "momentum_teacher" in o else {}
-    return {"lr": learning_rate(config), "weight_decay": decay} | teacher
+    rest = {"lr": learning_rate(config), "weight_decay": decay}
+    if "momentum_teacher" in o:
+        rest["momentum_teacher"] = cosine_schedule(o.momentum_teacher, o.get("momentum_teacher_end", 1.0), total)
+    return rest
 
 
 def clip(limit: float, per: str) -> optax.GradientTransformation:
@@ -198,5 +201,6 @@ def make_optimizer(
     if freeze:
         groups["last_layer"] = descent(frozen=freeze) if o.freeze_last_layer_by == "lr" else begins_later(descent())
     labels = lambda params: jax.tree_util.tree_map_with_path(label, params)  # noqa: E731
-    scaled = optax.stateless(by_layer) if (o.layer_decay, o.patch_embed_lr) != (1, 1) else optax.identity()
+    scales = method.own_rates or (o.layer_decay, o.patch_embed_lr) != (1, 1)
+    scaled = optax.stateless(by_layer) if scales else optax.identity()
     return optax.chain(clip(o.clip_grad, o.clip_per), optax.partition(groups, labels), scaled)

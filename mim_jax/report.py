@@ -265,7 +265,7 @@ def _chart(chart: Chart, history: History) -> str:
     )
 
 
-def plot(chart: Chart, curves: Sequence[Sequence[tuple[float, float]]], baselines: Sequence[float], last_step: int) -> str:
+def plot(chart: Chart, curves: Sequence[Sequence[tuple[float, float]]], baselines: Sequence[float], last_step: float) -> str:
     width, height, left, right, top, bottom = 520, 230, 52, 14, 8, 26
     ys = [y for curve in curves for _, y in curve] + list(baselines)
     spread = max(ys) - min(ys) or abs(ys[0]) or 1.0

@@ -19,7 +19,7 @@ from PIL import Image
 from mim_jax import checkpoint, health, journal, learned, report, sharding
 from mim_jax.bad_images import BadImages
 from mim_jax.checkpoint import Checkpoints
-from mim_jax.config import resolve_target
+from mim_jax.config import resolve_encoder, resolve_target
 from mim_jax.data import pipeline, sources
 from mim_jax.durations import interval, total_steps
 from mim_jax.evaluators import Evaluation
@@ -52,10 +52,11 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         stop = stop or stack.enter_context(Stop())
         stack.enter_context(jax.set_mesh(sharding.make_mesh(config.mesh.data, config.mesh.fsdp)))
         resolve_target(config)
+        resolve_encoder(config)
         make_method(config)  # bad values are refused before any data is opened
         data = config.data
         source, held_out = sources.open_splits(data.name, data.dir, data.split, data.eval_split)
-        data.num_examples, data.fingerprint = len(source), source.fingerprint
+        data.num_examples, data.num_classes, data.fingerprint = len(source), source.num_classes, source.fingerprint
         survey = pipeline.survey(source, data.canvas, data.levels, data.max_pixels)
         lines = [*source.notes, *held_out.notes, *survey.lines]
         if held_out.description != source.description:

@@ -5,7 +5,8 @@ Finished views have one layout for all methods. B, the batch, is always axis 0 a
     global [B, G, H, W, C] float, local [B, L, h, w, C] float, label [B] int32, index [B] int32,
     mask [B, G, N] bool, True where masked, patches of the global crops row-major; or masks of other names, [B, G * m, N] where
     each crop has m of a name in a row (`Masks.shapes`),
-    target [B, G, H', W', C] float in 0..1, the same crops as a tokenizer or teacher is to see them
+    target [B, G, H', W', C] float in 0..1, the same crops as a tokenizer or teacher is to see them,
+    target_label [B, K] float in the place of the labels, where `Method.mix` has mixed or smoothed them
 """
 
 import dataclasses

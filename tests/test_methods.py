@@ -42,6 +42,9 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "beit2": (0.85, {"model.layerscale": 1.0, "optim.lr": 0.01}),
     # the loss is minus a cosine
     "eva": (2.0, {"optim.lr": 0.01}),
+    # images are mixed
+    "supervised": (0.6, {"optim.lr": 0.01}),
+    "linear": (0.5, {"optim.lr": 0.1}),
 }
 STEPS = 20
 
@@ -101,6 +104,8 @@ def views(method, batch_size, seed=0):
     views = {name: (colors + 0.5 * rng.normal(size=shape)).astype(np.float32) for name, shape in shapes.items()}
     if isinstance(method, Tokenizer):  # a tokenizer's images are in 0..1
         views = {name: 1 / (1 + np.exp(-images)) for name, images in views.items()}
+    if method.num_classes:  # the channel that is strongest
+        views |= {"label": colors.reshape(-1, 3).argmax(-1).astype(np.int32), "index": np.arange(batch_size, dtype=np.int32)}
     if "target" in specified:
         views["target"] = rng.uniform(size=specified["target"].shape).astype(np.float32)
     return views | method.views.masks.examples(batch_size, method.views.global_crops, seed)

@@ -18,7 +18,7 @@ def made(untrained="", schedules=None, **changes):
     config = load_config("dino:demo")
     config.optim.update(dict(clip_grad=0.0, beta1=0.0, beta2=0.0, freeze_last_layer="0 steps", no_decay=()) | changes)
     schedules = schedules or {"lr": lambda step: RATE, "weight_decay": lambda step: DECAY}
-    return optim.make_optimizer(config, schedules, SimpleNamespace(untrained=untrained))
+    return optim.make_optimizer(config, schedules, SimpleNamespace(untrained=untrained, own_rates=False))
 
 
 PARAMS = {

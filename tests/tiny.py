@@ -68,6 +68,17 @@ SMALLER = {
     "beit2": BEIT | {"target.config": f"{__file__}:vqkd", "model.early_layers": 1},
     "mocov3": VIT | {"head.hidden_dim": 16, "head.out_dim": 8, "model.drop_path_rate": 0.1},
     "masked_patch": VIT | {"model.patch_size": 4, "model.drop_path_rate": 0.1},
+    "supervised": VIT
+    | {
+        "model.patch_size": 4,
+        "model.drop_path_rate": 0.1,
+        "augment.magnitude": 9.0,
+        "augment.erasing": 0.25,
+        "augment.cutmix": 1.0,
+        "optim.momentum_teacher": 0.9,
+        "optim.momentum_teacher_end": 0.9,
+    },
+    "linear": VIT | {"model.patch_size": 4, "probe.blocks": (1, 2), "probe.rates": (0.5, 1.0), "optim.name": "adamw"},
     "simmim_swin": {"model.dim": 8, "model.depths": (2, 2), "model.heads": (2, 4), "model.drop_path_rate": 0.1},
 }
 DEMOS = {"simmim_swin": "simmim:demo_swin"}  # of variants that are not named after their method

@@ -55,6 +55,7 @@ class Method:
         teacher_first: whether the teacher follows the student before the loss (MoCo v3) or after the student's update (DINO).
         pictures: what can be drawn of it: of "attention", "features", "reconstruction" and "tokens".
         num_classes: of a classifier that it trains, see `class_scores`; 0: there is none.
+        own_rates: whether `lr_scales` counts without layer-wise decay, too.
         encoder_part: the part of the parameters that `features` reads, and that another run can begin with.
         optimizer: made from the config by `make_method`.
     """
@@ -67,6 +68,7 @@ class Method:
     teacher_first: bool = False
     pictures: tuple[str, ...] = ()
     num_classes: int = 0
+    own_rates: ClassVar[bool] = False
     encoder_part: ClassVar[str] = "backbone"
     optimizer: optax.GradientTransformationExtraArgs = optax.with_extra_args_support(optax.identity())
 

@@ -174,15 +174,20 @@ def interpolate_bias_table(table: jax.Array, grid: tuple[int, int], to: tuple[in
 LEARNED = r"(pos_embed|relative_position_bias_table)$"  # paths of the tables that `fit_positions` can interpolate
 
 
-def fit_positions(name: str, table: jax.Array, shape: tuple[int, ...], antialias: bool = False) -> jax.Array:
+def fit_positions(
+    name: str, table: jax.Array, shape: tuple[int, ...], offset: float = 0.1, antialias: bool = False
+) -> jax.Array:
     """A learned table of a square grid of patches, interpolated to the `shape` of a table of another square grid.
 
-    `name`: "pos_embed", a table [1, 1 + N, D], or "relative_position_bias_table", [rows, heads] or [blocks, rows, heads], with
-    rows for CLS (ViT) or without (Swin).
+    `name`: "pos_embed", a table [1, 1 + N, D], see `interpolate_positions`; or "relative_position_bias_table", [rows, heads] or
+    [blocks, rows, heads], with rows for CLS (ViT) or without (Swin). A table that all blocks share is copied for each of them
+    where `shape` has one more axis.
     """
     if name == "pos_embed":
         side = math.isqrt(shape[1])
-        return interpolate_positions(table, side, side, antialias=antialias)
+        return interpolate_positions(table, side, side, offset, antialias)
+    if table.ndim < len(shape):
+        table = jnp.broadcast_to(table, (shape[0], *table.shape))
     cls = math.isqrt(shape[-2]) ** 2 != shape[-2]
     grid, to = ((math.isqrt(rows) + 1) // 2 for rows in (table.shape[-2], shape[-2]))
     fit = functools.partial(interpolate_bias_table, grid=(grid, grid), to=(to, to), cls=cls)

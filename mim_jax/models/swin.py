@@ -135,6 +135,7 @@ class Swin(nn.Module):
     window: int
     mlp_ratio: float = 4.0
     drop_path_rate: float = 0.0
+    mask_token: bool = True
     kernel_init: Initializer = nn.initializers.normal(0.02)
     unroll: int = 1
     dtype: Any = jnp.float32
@@ -153,7 +154,8 @@ class Swin(nn.Module):
         dtype = param_dtype(self.dtype)
         patch_embed = PatchEmbed(self.patch_size, self.dim, TORCH_UNIFORM, self.dtype, name="patch_embed")
         x = LayerNorm(self.dtype, EPS, name="patch_norm")(patch_embed(images.reshape(-1, *images.shape[2:])))
-        mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim), dtype)
+        if self.mask_token:
+            mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim), dtype)
         if masks is not None:
             x = jnp.where(masks[0].reshape(*x.shape[:3], 1), mask_token.astype(self.dtype), x)
 

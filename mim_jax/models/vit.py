@@ -200,8 +200,8 @@ def stack(depth: int, unroll: int, **block: Any) -> nn.Module:
 
 
 def is_stacked(path: str) -> bool:
-    """Whether the parameter at this slash-joined path has a leading depth axis."""
-    return re.search("(^|/)blocks/", path) is not None
+    """Whether the parameter at this slash-joined path has a leading axis of blocks, or of heads that are trained at once."""
+    return re.search("(^|/)(blocks|heads)/", path) is not None
 
 
 def rescale_residual(blocks: dict[str, Any], before: int = 0) -> dict[str, Any]:
@@ -432,9 +432,9 @@ def masked_first(mask: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def intermediate_layers(vit: ViT, params: Any, images: jax.Array, n: int = 1) -> jax.Array:
-    """The outputs of the last `n` blocks after the final norm, oldest first: [n, B, 1 + N, D]."""
-    norm = LayerNorm(param_dtype(vit.dtype))
-    return norm.apply({"params": params["norm"]}, hidden_states(vit, params, images)[0][-n:])
+    """The outputs of the last `n` blocks after the final norm, if there is one, oldest first: [n, B, 1 + N, D]."""
+    tokens = hidden_states(vit, params, images)[0][-n:]
+    return LayerNorm(param_dtype(vit.dtype)).apply({"params": params["norm"]}, tokens) if vit.final_norm else tokens
 
 
 def last_attention(vit: ViT, params: Any, images: jax.Array) -> jax.Array:
