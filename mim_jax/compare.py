@@ -30,7 +30,7 @@ import ml_collections
 from absl import app, flags, logging
 
 from mim_jax import checkpoint, durations, journal, report, sharding
-from mim_jax.config import leaves, load_config, resolve_target
+from mim_jax.config import OF_BACKBONE, leaves, load_config, resolve_target
 from mim_jax.data import sources
 from mim_jax.dry_run import step_flops
 from mim_jax.evaluators import Evaluation
@@ -220,10 +220,10 @@ def on_test_images(run: Run) -> dict[str, float]:
 
 def command_of(config: ml_collections.ConfigDict, workdir: Path) -> str:
     """The command of a run: its recipe, and what is different in its config."""
-    recipe, found = (
-        dict(leaves(load_config(config.recipe))),
-        r"(target\.network|encoder)\..*|data\.(num_\w+|fingerprint|levels)",
-    )
+    recipe = dict(leaves(load_config(config.recipe)))
+    found = r"(target\.network|encoder)\..*|data\.(num_\w+|fingerprint|levels)"  # what a run fills in
+    if config.get("encoder"):
+        found += rf"|model\.({'|'.join(OF_BACKBONE)})|data\.(mean|std)"
     changed = [
         f"--config.{key}={value}"
         for key, value in leaves(config)
@@ -308,7 +308,7 @@ def table_of(runs: Sequence[Run]) -> list[Row]:
 
 HEADINGS = (
     *("method", "input", "fine-tuned", "linear", "k-NN", "view retrieval", "images seen", "GFLOP an image"),
-    *("cost", "peak memory", "ImageNet-1k: fine-tuned", "linear", "of"),
+    *("cost", "peak memory", "ImageNet-1k: fine-tuned", "ImageNet-1k: linear", "of"),
 )
 
 

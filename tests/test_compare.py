@@ -52,7 +52,7 @@ def test_a_row_for_each_method(runs, tmp_path):
     row = dict(zip(header, simmim))
     assert row["method"] == "SimMIM" and row["k-NN"] == "0.300" and row["cost"].startswith("1.00 (")
     page = (tmp_path / "comparison.html").read_text()
-    assert page.count("<tr>") == 3 and "http" not in page and page.count("<polyline") == 2
+    assert page.count("<tr>") == 3 and "http" not in page and page.count("<polyline") == 4
 
 
 def test_commands_make_the_same_config(runs):
