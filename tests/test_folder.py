@@ -62,10 +62,10 @@ def test_splits_in_any_case_and_by_any_word(tmp_path, train, asked, test):
 
 def test_a_split_that_is_not_there(tmp_path):
     make(tmp_path, "splits/train/cat/", "splits/valid/cat/", "plain/cat/", "plain/dog/")
-    for split in "test", "tset", "train[:50%]":
+    for split in "test", "tset", "tset[:50%]":
         with pytest.raises(FileNotFoundError, match="only 'train', 'valid'"):
             open_folder(tmp_path / "splits", split)
-    for split in "tset", "train[:50%]", "cat":
+    for split in "tset", "tset[:50%]", "cat":
         with pytest.raises(ValueError, match="no folders of splits"):
             open_folder(tmp_path / "plain", split)
 
