@@ -178,6 +178,7 @@ def test_a_run_that_is_not_there_or_not_resolved(tmp_path):
         resolve_encoder(config)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_fine_tuned_from_another(tmp_path, capsys):
     (tmp_path / "mae").mkdir()
     saved_run(tmp_path / "mae", "mae")
@@ -195,9 +196,14 @@ def test_a_run_that_is_fine_tuned_from_another(tmp_path, capsys):
     run = mim_jax.load_run(tmp_path / "tuned")
     assert run.config.data.num_classes == 2 and run.config.encoder.method == "mae" and run.params.keys() == {"backbone", "head"}
     assert jax.eval_shape(run.method.class_scores, run.params, run.extra, jnp.zeros((3, 16, 16, 3))).shape == (3, 2)
-    config.data.dir = str(tmp_path / "images/cat")  # no class folders in it
-    with pytest.raises(ValueError, match="supervised learns from labels, but the images of folder have none"):
-        train.run(config, tmp_path / "unlabeled")
+
+
+def test_images_without_labels_are_refused(tmp_path):
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "one.png")
+    config = mim_jax.load_config("tests/tiny.py:linear")
+    config.data.dir, config.data.workers = str(tmp_path), 0
+    with pytest.raises(ValueError, match="linear learns from labels, but the images of folder have none"):
+        train.run(config, tmp_path / "run")
 
 
 def test_images_are_normalised_as_in_the_run(tmp_path):
