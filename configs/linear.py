@@ -86,7 +86,7 @@ def demo(config):
     on_cifar10(config)
     config.total, config.data.batch_size = "2000 steps", 256
     config.model.update(patch_size=8, dim=96, depth=3, heads=3, unroll=3)
-    config.probe.update(blocks=(1,), rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1))
+    config.probe.update(blocks=(1,), rates=(3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0))
     config.crops.global_crops_scale = (0.3, 1.0)
     config.eval.every = "1000 steps"
     config.checkpoint.every = "1000 steps"

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import channels_last, double, prefixed, relative_error
+from PIL import Image
 
 import mim_jax
-from mim_jax import convert, learned, optim
+from mim_jax import convert, learned, optim, train
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.config import resolve_encoder
 from mim_jax.data import mixing
@@ -175,6 +176,34 @@ def test_a_run_that_is_not_there_or_not_resolved(tmp_path):
         make_method(config)
     with pytest.raises(FileNotFoundError, match="there is no run in .* it has no config.json"):
         resolve_encoder(config)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_fine_tuned_from_another(tmp_path, capsys):
+    (tmp_path / "mae").mkdir()
+    saved_run(tmp_path / "mae", "mae")
+    for label in ("cat", "dog"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for i in range(8):
+            Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(
+                tmp_path / "images" / label / f"{i}.png"
+            )
+    config = mim_jax.load_config("tests/tiny.py:supervised")
+    config.init_from, config.data.dir, config.total = str(tmp_path / "mae"), str(tmp_path / "images"), "2 steps"
+    config.data.workers, config.eval.every, config.augment.magnitude = 0, "never", 0.0
+    state = train.run(config, tmp_path / "tuned")
+    assert capsys.readouterr().err.count("initialised from step 5 in") == 1 and int(state.step) == 2
+    run = mim_jax.load_run(tmp_path / "tuned")
+    assert run.config.data.num_classes == 2 and run.config.encoder.method == "mae" and run.params.keys() == {"backbone", "head"}
+    assert jax.eval_shape(run.method.class_scores, run.params, run.extra, jnp.zeros((3, 16, 16, 3))).shape == (3, 2)
+
+
+def test_images_without_labels_are_refused(tmp_path):
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(tmp_path / "one.png")
+    config = mim_jax.load_config("tests/tiny.py:linear")
+    config.data.dir, config.data.workers = str(tmp_path), 0
+    with pytest.raises(ValueError, match="linear learns from labels, but the images of folder have none"):
+        train.run(config, tmp_path / "run")
 
 
 def test_images_are_normalised_as_in_the_run(tmp_path):
