@@ -20,7 +20,7 @@ is not here yet. Any other network that makes features can be the target: --conf
 --config.target.workdir=runs/dino_vitb16. `total` counts epochs of the data set that is named by data.name. These variants
 have not been trained with this code yet. With `--dry_run` the command prints their plan.
 
-Variant for CIFAR-10 (scores and baselines: docs/results.md):
+Variant for CIFAR-10, whose scores have not been measured yet:
 
     demo  EVA-02 with sub-LN, targets from dino:demo, 1,500 steps
 """
