@@ -36,6 +36,9 @@ def test_half_of_the_patches_are_corrupted_as_bert_does(method):
     np.testing.assert_array_equal(patches // 64, was // 64)  # of the same image
     shifts = np.bincount((patches - was)[changed].astype(int) % 64, minlength=64)
     assert shifts[0] == 0 and shifts[1:].min() > 0.3 * shifts[1:].mean() and shifts.max() < 2 * shifts[1:].mean()
+    few = jnp.tile(images[:, :, :8, :8], (10, 1, 1, 1, 1))  # of 4 patches a quarter would be replaced by themselves
+    replaced, _ = jax.jit(method.corrupted)(few, jnp.ones((4000, 1, 4), bool), jax.random.key(0))
+    np.testing.assert_allclose(jnp.mean((replaced != few)[:, :, ::4, ::4, 0]), 0.1, atol=0.012)
     again, _ = jax.jit(method.corrupted)(images, jnp.asarray(mask[:, None]), jax.random.key(1))
     assert np.any(again != corrupted)
 

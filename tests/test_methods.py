@@ -36,7 +36,7 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "beit": (0.85, {"model.layerscale": 1.0, "optim.lr": 0.01}),
     # keys that stand still: of 32 images, whose views are noise around a color
     "mocov3": (0.5, {"optim.momentum_teacher": 1.0, "optim.lr": 0.01}),
-    "masked_patch": (0.5, {"optim.lr": 0.01}),
+    "masked_patch": (0.5, {"optim.lr": 0.03}),
     # features of an untrained teacher
     "vqkd": (0.85, {"optim.lr": 0.01}),
     "beit2": (0.85, {"model.layerscale": 1.0, "optim.lr": 0.01}),
@@ -139,7 +139,9 @@ def test_all_parameters_but_the_untrained_are_trained(case):
 
 def test_one_device_and_a_mesh_agree_on_the_gradient(case):
     for (name, got), (_, want) in zip(tensors(case.gradients[0]), tensors(case.alone)):
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(np.abs(want).max(), 1e-3), err_msg=name)
+        # what MoCo v3's batch normalisation takes out again has no gradient but rounding
+        floor = 0.1 if (case.config.method, name) == ("mocov3", "backbone/norm/bias") else 1e-3
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * max(np.abs(want).max(), floor), err_msg=name)
 
 
 def test_no_activation_moves_between_devices(case):
