@@ -80,19 +80,25 @@ def resolve_target(config: ml_collections.ConfigDict) -> None:
 OF_BACKBONE = ("arch", "patch_size", "dim", "depth", "depths", "heads", "window", "mlp_ratio", "pos", "layerscale")
 
 
-def resolve_encoder(config: ml_collections.ConfigDict) -> None:
+def resolve_encoder(config: ml_collections.ConfigDict, workdir: str | Path = "") -> None:
     """Fills in `config.encoder`, where there is such a section, with the config of the run in `config.init_from`, whose
     backbone is fine-tuned or probed. What describes this backbone in `config.model`, and the mean and std of the images, become
-    those of the run. Without `init_from`: nothing. Raises FileNotFoundError if there is no such run.
+    those of the run. Without `init_from`: nothing. A run that goes on in `workdir` has kept the config, and needs the other
+    no more. Raises FileNotFoundError if there is no such run.
     """
     if "encoder" not in config or not config.init_from:
         return
     config.init_from = absolute(config.init_from)
-    saved = Path(config.init_from) / "config.json"
-    if not saved.is_file():
+    saved, own = Path(config.init_from) / "config.json", Path(workdir or ".") / "config.json"
+    kept = json.loads(own.read_text()) if workdir and own.is_file() else {}
+    if kept.get("init_from") == config.init_from and kept.get("encoder"):
+        encoder = ml_collections.ConfigDict(kept["encoder"])
+    elif saved.is_file():
+        encoder = ml_collections.ConfigDict(json.loads(saved.read_text()))
+    else:
         raise FileNotFoundError(f"there is no run in {config.init_from} (config.init_from): it has no config.json")
     with config.unlocked():
-        config.encoder = encoder = ml_collections.ConfigDict(json.loads(saved.read_text()))
+        config.encoder = encoder
         for key in OF_BACKBONE:
             if key in config.model:
                 del config.model[key]

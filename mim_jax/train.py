@@ -52,7 +52,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         stop = stop or stack.enter_context(Stop())
         stack.enter_context(jax.set_mesh(sharding.make_mesh(config.mesh.data, config.mesh.fsdp)))
         resolve_target(config)
-        resolve_encoder(config)
+        resolve_encoder(config, workdir)
         make_method(config)  # bad values are refused before any data is opened
         data = config.data
         source, held_out = sources.open_splits(data.name, data.dir, data.split, data.eval_split)

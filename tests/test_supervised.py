@@ -206,6 +206,23 @@ def test_images_without_labels_are_refused(tmp_path):
         train.run(config, tmp_path / "run")
 
 
+def test_a_run_that_goes_on_needs_the_other_no_more(tmp_path):
+    """Its own config has kept that of the run in init_from, which may be moved or deleted."""
+    (tmp_path / "mae").mkdir()
+    (tmp_path / "mae/config.json").write_text(mim_jax.load_config("tests/tiny.py:mae").to_json_best_effort())
+    config = mim_jax.load_config("tests/tiny.py:supervised")
+    config.init_from = str(tmp_path / "mae")
+    resolve_encoder(config)
+    (tmp_path / "config.json").write_text(config.to_json_best_effort())
+    (tmp_path / "mae/config.json").unlink()
+    again = mim_jax.load_config("tests/tiny.py:supervised")
+    again.init_from = config.init_from
+    with pytest.raises(FileNotFoundError, match="there is no run in .*mae"):
+        resolve_encoder(again)
+    resolve_encoder(again, tmp_path)
+    assert again.encoder.method == "mae" and again.model == config.model
+
+
 def test_images_are_normalised_as_in_the_run(tmp_path):
     run = mim_jax.load_config("tests/tiny.py:beit")
     (tmp_path / "config.json").write_text(json.dumps(json.loads(run.to_json_best_effort())))
