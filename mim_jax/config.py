@@ -129,7 +129,8 @@ NUMBERS = (
     (r"augment\.magnitude", "[0, 10]"),
     (r"augment\.erasing|loss\.label_smoothing", "[0, 1]"),
     (r"crops\.\w+_scale|eval\.resize|optim\.(layer_decay|decay_rate)", "(0, 1]"),
-    (r"optim\.((min|warmup)_)?lr|optim\.momentum_teacher(_end)?|loss\.\w+_momentum|quantizer\.decay", "[0, 1]"),
+    (r"optim\.((min|warmup)_)?lr", "[0, 10]"),  # 3 is that of MoCo v3's linear probe
+    (r"optim\.momentum_teacher(_end)?|loss\.\w+_momentum|quantizer\.decay", "[0, 1]"),
     (r"mask\.(ratios?|probability)|optim\.lr_batch_power", "[0, 1]"),
     (r".*", "[0, inf)"),
 )
