@@ -104,10 +104,10 @@ def test_every_recipe_is_accepted_on_8_devices(spec):
 INF, NAN = math.inf, math.nan
 REFUSED = [
     # Numbers that are none, or below 0
-    ("dino", "optim.lr", NAN, "must be in [0, 1]"),
-    ("dino", "optim.lr", -1e-3, "must be in [0, 1]"),
-    ("dino", "optim.lr", 3.0, "must be in [0, 1]"),
-    ("dino", "optim.min_lr", INF, "must be in [0, 1]"),
+    ("dino", "optim.lr", NAN, "must be in [0, 10]"),
+    ("dino", "optim.lr", -1e-3, "must be in [0, 10]"),
+    ("dino", "optim.lr", 30.0, "must be in [0, 10]"),
+    ("dino", "optim.min_lr", INF, "must be in [0, 10]"),
     ("simmim", "optim.warmup_lr", -1e-6, "must be in [0, 1]"),
     ("dino", "optim.weight_decay", -0.05, "must be in [0, inf)"),
     ("dino", "optim.weight_decay_end", INF, "must be in [0, inf)"),
