@@ -79,4 +79,4 @@ def test_method_of_bert():
     np.testing.assert_array_equal(views["seen"][~views["mask"]], pieces[~views["mask"]])
     seen, before = views["seen"][views["mask"]], pieces[views["mask"]]
     shares = np.array([np.mean(seen == 4), np.mean(seen == before), np.mean((seen != 4) & (seen != before))])
-    np.testing.assert_allclose(shares, [0.8, 0.1, 0.1], atol=0.01)  # 20,000 pieces: three standard errors
+    np.testing.assert_allclose(shares, [0.8, 0.1, 0.1], atol=0.01)  # 20,000 pieces
