@@ -170,11 +170,14 @@ def test_a_program_ends_during_any_call(training, numbers, code, line):
     command = [sys.executable, "-c", PROGRAM.format(training=training)]
     program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert program.stdout.readline() == "ready\n"
-    for number in numbers:
-        program.send_signal(number)
-        time.sleep(0.05)  # of two that wait, the kernel chooses the order, and makes one of equal ones
-    assert program.communicate(timeout=20)[1] == f"{line}\n"
-    assert program.returncode == code
+    try:
+        for number in numbers:
+            program.send_signal(number)
+            time.sleep(0.2)  # of two that wait, the kernel chooses the order, and makes one of equal ones
+        assert program.communicate(timeout=20)[1] == f"{line}\n"
+        assert program.returncode == code
+    finally:
+        program.kill()
 
 
 def test_the_command_listens_before_it_imports_jax():
