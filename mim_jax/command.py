@@ -18,6 +18,7 @@ import logging as python_logging
 import re
 import runpy
 import sys
+import textwrap
 import traceback
 import warnings
 from pathlib import Path
@@ -61,7 +62,8 @@ def parse(argv: list[str]) -> list[str]:
         for path in sorted(PACKAGED.glob("*.py")):
             module = runpy.run_path(str(path))
             frozen = "" if "method" in module["get_config"]() else " (for config.target.config)"
-            print(f"  {path.stem:14}{', '.join(module['VARIANTS'])}{frozen}")
+            variants = ", ".join(module["VARIANTS"]) + frozen
+            print(textwrap.fill(variants, 128, initial_indent=f"  {path.stem:14}", subsequent_indent=" " * 16))
         sys.exit()
     spec, rest, arguments = "", list[str](), iter(argv)
     for argument in arguments:

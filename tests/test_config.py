@@ -108,7 +108,7 @@ REFUSED = [
     ("dino", "optim.lr", -1e-3, "must be in [0, 10]"),
     ("dino", "optim.lr", 30.0, "must be in [0, 10]"),
     ("dino", "optim.min_lr", INF, "must be in [0, 10]"),
-    ("simmim", "optim.warmup_lr", -1e-6, "must be in [0, 1]"),
+    ("simmim", "optim.warmup_lr", -1e-6, "must be in [0, 10]"),
     ("dino", "optim.weight_decay", -0.05, "must be in [0, inf)"),
     ("dino", "optim.weight_decay_end", INF, "must be in [0, inf)"),
     ("dino", "optim.clip_grad", -1.0, "must be in [0, inf)"),

@@ -15,7 +15,7 @@ from mim_jax.sharding import make_mesh, path_name
 from mim_jax.state import first_state
 
 
-@pytest.mark.parametrize("name", [pytest.param("dinov2", marks=pytest.mark.slow), "simmim", "mae"])
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("dinov2", "simmim")), "mae"])
 def test_a_phase_at_a_higher_resolution(name, tmp_path):
     """Positions are interpolated once, as the models do it themselves at each call for images of another size."""
     config = mim_jax.load_config(f"tests/tiny.py:{name}")

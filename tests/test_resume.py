@@ -171,7 +171,7 @@ def test_images_without_labels_are_measured_by_view_retrieval(uninterrupted):
     assert "no labels" in report and "View retrieval" in report
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_a_run_stopped_and_killed_ends_as_one_left_alone(runs, stopped, uninterrupted, kills):
     workdir = shutil.copytree(stopped, runs.folder / f"killed_{kills}")
     killed = 0
