@@ -434,28 +434,35 @@ def main(argv: list[str]) -> None:
 
 def pretrain(out: Path, runs: Sequence[tuple[str, int, str, Run]]) -> None:
     """Goes through the plan; says before each run how far it is. What fails is named at the end, and the rest goes on."""
-    spent: dict[str, list[float]] = {}
     failed: dict[Path, str] = {}
     for number, (name, seed, what, run) in enumerate(runs):
         if not run.finished:
-            kind = f"{name} {what}"
-            ahead = [f"{one} {doing}" for one, _, doing, other in runs[number:] if not other.finished]
-            known = [statistics.mean(spent[each]) for each in ahead if each in spent]
-            eta = f"{statistics.mean(known) * len(ahead) / 60:.0f} minutes left" if known else "?"
-            print(f"{number + 1}/{len(runs)}  {name}, seed {seed}, {what}; {eta}", flush=True)
+            print(f"{number + 1}/{len(runs)}  {name}, seed {seed}, {what}; {time_left(runs)}", flush=True)
             try:
                 run.go()
             except ChildProcessError as error:
                 failed[run.workdir] = str(error)
                 print(f"error: {error}", file=sys.stderr, flush=True)
                 continue
-            spent.setdefault(kind, []).append(run.record["seconds"])
         if what == "pretraining" and name in ENTRIES and "test" not in run.record:
             run.note(test=on_test_images(run))
         write_page(out, table_of([each for *_, each in runs if each.finished]))
     print(f"{out}/comparison.md, {out}/comparison.html")
     if failed:
         sys.exit("\n".join(["error: some runs failed:", *failed.values()]))
+
+
+def time_left(runs: Sequence[tuple[str, int, str, Run]]) -> str:
+    """By the mean time of the finished runs of the same kind, or of all where there is none."""
+    spent: dict[str, list[float]] = {}
+    for name, _, what, run in runs:
+        if run.finished:
+            for kind in ("", f"{name} {what}"):
+                spent.setdefault(kind, []).append(run.record["seconds"])
+    if not spent:
+        return "time left unknown"
+    ahead = [f"{name} {what}" for name, _, what, run in runs if not run.finished]
+    return f"about {sum(statistics.mean(spent.get(kind) or spent['']) for kind in ahead) / 60:.0f} minutes left"
 
 
 if __name__ == "__main__":

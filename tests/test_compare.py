@@ -81,3 +81,15 @@ def test_each_run_finds_what_it_needs(tmp_path):
 def test_what_is_changed_are_keys_of_the_recipe(tmp_path, name):
     run = compare.pretraining(tmp_path, name, 0, 64_000)
     assert run.changes.keys() <= {key for key, _ in leaves(load_config(run.recipe))}
+
+
+def test_time_left(tmp_path, monkeypatch):
+    """Runs of a kind that has none yet are taken to last as long as the others do on average."""
+    plan = list(compare.plan(tmp_path, ["mae", "simmim"], seeds=2, images=6400))
+    assert compare.time_left(plan) == "time left unknown"
+    monkeypatch.setattr(compare, "done", lambda workdir: workdir.exists())
+    for (*_, run), seconds in zip(plan, (60, 180)):  # MAE's two
+        run.workdir.mkdir()
+        run.note(seconds=seconds)
+    # SimMIM's two of the first seed, MAE's two of the second, SimMIM's again: 2 + 2 + 1 + 3 + 2 + 2
+    assert compare.time_left(plan) == "about 12 minutes left"
