@@ -383,6 +383,11 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True)
 
 
+def finished(workdir: Path, config: ml_collections.ConfigDict) -> bool:
+    """Whether the run of this config has a checkpoint of its last step."""
+    return max(saved_steps(workdir / "checkpoints"), default=0) >= durations.total_steps(config)
+
+
 def brief(error: Exception) -> str:
     """An error of Orbax or TensorStore without its specification of the array, a page long."""
     return re.split(r" \[tensorstore_spec| See full TensorStore|\n", f"{type(error).__name__}: {error}")[0]

@@ -11,6 +11,7 @@ tenth of the training images. The test images are read once, after the last step
 """
 
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -112,7 +113,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return "seconds" in self.record and done(self.workdir)
+        return "seconds" in self.record and done(self)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -137,30 +138,34 @@ class Run:
         before = self.record
         seconds = before.get("seconds", 0) + time.monotonic() - start
         self.note(seconds=seconds, mib=max(before.get("mib", 0), usage.ru_maxrss / 1024))
-        if status or not done(self.workdir):
+        if status or not done(self):
             lines = log.read_text(errors="replace").splitlines() or [""]
             raise ChildProcessError(f"{shlex.join(self.command)}\n  ended early: {lines[-1]}\n  see {log}")
 
 
-def done(workdir: Path) -> bool:
-    """Whether the run in a workdir has reached its end."""
-    saved, config = checkpoint.saved_steps(workdir / "checkpoints"), workdir / "config.json"
-    return (
-        bool(saved)
-        and config.is_file()
-        and max(saved) >= durations.total_steps(ml_collections.ConfigDict(json.loads(config.read_text())))
-    )
+def done(run: Run) -> bool:
+    """Whether a run has reached its end."""
+    return (run.workdir / "config.json").is_file() and checkpoint.finished(run.workdir, run.config)
+
+
+def settings(seed: int, images: int) -> dict[str, Any]:
+    """What all runs have in common."""
+    return {
+        "total": f"{images} examples",
+        "data.batch_size": BATCH,
+        "seed": seed,
+        "optim.warmup": f"{images // 20} examples",
+        "eval.bank": 2000,
+        "log_every": f"{max(images // 100 // BATCH, 1)} steps",
+    }
 
 
 def pretraining(out: Path, name: str, seed: int, images: int) -> Run:
     """The run of an entry, without those that it needs."""
     entry = (ENTRIES | TARGETS)[name]
     base, needed = load_config(entry.recipe), f"{entry.needs}_{0 if entry.needs in TARGETS else seed}"
-    warmup = images // 20
-    changes: dict[str, Any] = {"total": f"{images} examples", "data.batch_size": BATCH, "seed": seed}
-    changes |= {"data.split": "train[:90%]", "data.eval_split": "train[90%:]", "optim.warmup": f"{warmup} examples"}
+    changes = settings(seed, images) | {"data.split": "train[:90%]", "data.eval_split": "train[90%:]", "eval.test": 1000}
     changes |= {"eval.every": f"{images // 2} examples", "checkpoint.every": f"{images // 2} examples"}
-    changes |= {"eval.bank": 2000, "eval.test": 1000, "log_every": f"{max(images // 100 // BATCH, 1)} steps"}
     if name not in TARGETS:
         changes |= {f"model.{key}": value for key, value in NETWORK.items()}
     if "mask" in base and "start" in base.mask:  # iBOT's demo masks nothing in the first 1,500 of its 3,500 steps
@@ -173,9 +178,8 @@ def pretraining(out: Path, name: str, seed: int, images: int) -> Run:
 
 def fine_tuning(out: Path, name: str, seed: int, images: int) -> Run:
     """The supervised run that begins with what `pretraining` learned, or with nothing."""
-    changes: dict[str, Any] = {"total": f"{images} examples", "data.batch_size": BATCH, "seed": seed}
-    changes |= {"optim.warmup": f"{images // 20} examples", "eval.every": f"{images} examples", "checkpoint.every": "never"}
-    changes |= {"eval.bank": 2000, "eval.test": 10_000, "log_every": f"{max(images // 100 // BATCH, 1)} steps"}
+    changes = settings(seed, images) | {"eval.test": 10_000}
+    changes |= {"eval.every": f"{images} examples", "checkpoint.every": "never"}
     if name == SCRATCH:
         changes |= {f"model.{key}": value for key, value in NETWORK.items()}
     else:
@@ -219,25 +223,22 @@ def on_test_images(run: Run) -> dict[str, float]:
 
 def command_of(config: ml_collections.ConfigDict, workdir: Path) -> str:
     """The command of a run: its recipe, and what is different in its config."""
-    recipe = dict(leaves(load_config(config.recipe)))
+    recipe, now = (dict(leaves(checkpoint.as_dict(each))) for each in (load_config(config.recipe), config))
     found = r"(target\.network|encoder)\..*|data\.(num_\w+|fingerprint|levels)"  # what a run fills in
     if config.get("encoder"):
         found += rf"|model\.({'|'.join(OF_BACKBONE)})|data\.(mean|std)"
     changed = [
         f"--config.{key}={value}"
         for key, value in leaves(config)
-        if key in recipe and plain(value) != plain(recipe[key]) and not re.fullmatch(found, key)
+        if key in recipe and now[key] != recipe[key] and not re.fullmatch(found, key)
     ]
     return shlex.join(["mim_jax", f"--config={config.recipe}", *changed, f"--workdir={workdir}"])
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON has it: lists for tuples."""
-    return json.loads(json.dumps(value))
-
-
-def flops_per_image(config: ml_collections.ConfigDict) -> float:
-    config = config.copy_and_resolve_references().unlock()
+@functools.cache
+def flops_per_image(run_workdir: Path) -> float:
+    """Of the step of a run. It is traced once, though the page is written again after each run."""
+    config = Run(run_workdir, "", {}).config
     resolve_target(config)
     with jax.set_mesh(sharding.make_mesh(-1, 1)):
         return step_flops(config) / config.data.batch_size
@@ -272,11 +273,12 @@ def table_of(runs: Sequence[Run]) -> list[Row]:
     """The rows of finished runs: one for each recipe, with the supervised runs that began with one of its runs."""
     found: dict[str, Row] = {}
     recipes: dict[str, str] = {}  # workdir -> recipe
-    order = {load.recipe.partition(":")[0]: place for place, load in enumerate(ENTRIES.values())}
+    order = {name: place for place, name in enumerate(ENTRIES)}
     configs = [(run, run.config) for run in runs]
     configs.sort(key=lambda pair: (order.get(pair[1].method, len(order)), pair[1].seed))
     for run, config in configs:
-        latest = journal.history(run.workdir).latest
+        history = journal.history(run.workdir)
+        latest = history.latest
         if config.method == SCRATCH and not config.init_from:
             row = found.setdefault(SCRATCH, Row("supervised, from scratch", "whole, with labels", PUBLISHED_SCRATCH))
             row.fine.append(latest[ACCURACY])
@@ -292,8 +294,8 @@ def table_of(runs: Sequence[Run]) -> list[Row]:
             row.seconds += [row.images * each] if (each := seconds_per_image(run.workdir)) else []
             row.mib += [run.record["mib"]] if "mib" in run.record else []
             if not row.curves:
-                row.flops, curves = flops_per_image(config), journal.history(run.workdir).curves
-                row.curves = {tag: curves[tag].points() for tag in (KNN, RETRIEVAL) if tag in curves}
+                row.flops = flops_per_image(run.workdir)
+                row.curves = {tag: history.curves[tag].points() for tag in (KNN, RETRIEVAL) if tag in history.curves}
         else:
             continue
         row.commands.append(command_of(config, run.workdir))
@@ -360,10 +362,7 @@ def write_page(out: Path, rows: Sequence[Row]) -> None:
     for tag, title in ((KNN, "k-NN accuracy"), (RETRIEVAL, "View retrieval")):
         drawn = [(row.title, row.curves[tag]) for row in rows if tag in row.curves]
         if drawn:
-            legend = "".join(
-                f'<li><svg width="18" height="8"><line class="c{i}" x2="18" y1="4" y2="4"/></svg>{escape(name)}</li>'
-                for i, (name, _) in enumerate(drawn)
-            )
+            legend = "".join(report.legend_item(f"c{i}", name) for i, (name, _) in enumerate(drawn))
             last = max(points[-1][0] for _, points in drawn)
             svg = report.plot(report.Chart(title, "", {}), [points for _, points in drawn], [], last)
             caption = "Over the steps of the first seed, on the images that the run was evaluated on."
@@ -383,9 +382,8 @@ def write_page(out: Path, rows: Sequence[Row]) -> None:
 
 
 COLORS = "#3b6fd4 #d9792b #1f8a5b #c93c37 #8a55c7 #8c6d3f #d05fa2 #5d6b7a #a5a02a #2aa5b8 #6f9b2f #b04a4a".split()
-STYLE = ".wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }\n"
-STYLE += "th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); }\n"
-STYLE += "th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }\n"
+STYLE = ".wide { overflow-x: auto; } .wide table { font-size: .85rem; white-space: nowrap; }\n"
+STYLE += ".wide th, .wide td { padding: .35rem .7rem; } th:nth-child(2), td:nth-child(2) { text-align: left; }\n"
 STYLE += "\n".join(f"line.c{i}, polyline.c{i} {{ stroke: {c}; }} circle.c{i} {{ fill: {c}; }}" for i, c in enumerate(COLORS))
 
 PAGE = """<!doctype html>

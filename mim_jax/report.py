@@ -253,16 +253,17 @@ def _chart(chart: Chart, history: History) -> str:
     baselines = _baselines(list(chart.series), latest)
     lines = [(f"c{i}", name, points[-1][1]) for i, (name, points) in enumerate(curves.items())]
     lines += [(f"baseline f{i}", name, value) for i, (name, value) in enumerate(baselines.items())]
-    legend = "".join(
-        f'<li><svg width="18" height="8"><line class="{kind}" x2="18" y1="4" y2="4"/></svg>{escape(name)}'
-        f" <b>{number(value)}</b></li>"
-        for kind, name, value in lines
-    )
+    legend = "".join(legend_item(kind, name, f" <b>{number(value)}</b>") for kind, name, value in lines)
     return (
         f'<figure class="chart"><h3>{escape(chart.title)}</h3><ul class="legend">{legend}</ul>'
         f"{plot(chart, list(curves.values()), list(baselines.values()), last_step=max(latest['step'], 1))}"
         f"{f'<figcaption>{escape(chart.caption)}</figcaption>' if chart.caption else ''}</figure>"
     )
+
+
+def legend_item(kind: str, name: str, more: str = "") -> str:
+    """A line of this CSS class, its name, and more HTML."""
+    return f'<li><svg width="18" height="8"><line class="{kind}" x2="18" y1="4" y2="4"/></svg>{escape(name)}{more}</li>'
 
 
 def plot(chart: Chart, curves: Sequence[Sequence[tuple[float, float]]], baselines: Sequence[float], last_step: float) -> str:

@@ -158,7 +158,7 @@ def train_target(config: ml_collections.ConfigDict, stop: Stop) -> TrainState | 
     if target is None or target.weights or not target.workdir or "method" not in target.network:
         return None
     network = target.network.copy_and_resolve_references().unlock()
-    if max(checkpoint.saved_steps(checkpoint.absolute(target.workdir) / "checkpoints"), default=0) >= total_steps(network):
+    if checkpoint.finished(checkpoint.absolute(target.workdir), network):
         return None
     of_images = ("name", "dir", "split", "eval_split", "canvas", "workers", "levels", "max_pixels")
     network.data.update({key: config.data[key] for key in of_images})

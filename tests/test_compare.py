@@ -87,7 +87,7 @@ def test_time_left(tmp_path, monkeypatch):
     """Runs of a kind that has none yet are taken to last as long as the others do on average."""
     plan = list(compare.plan(tmp_path, ["mae", "simmim"], seeds=2, images=6400))
     assert compare.time_left(plan) == "time left unknown"
-    monkeypatch.setattr(compare, "done", lambda workdir: workdir.exists())
+    monkeypatch.setattr(compare, "done", lambda run: run.workdir.exists())
     for (*_, run), seconds in zip(plan, (60, 180)):  # MAE's two
         run.workdir.mkdir()
         run.note(seconds=seconds)
