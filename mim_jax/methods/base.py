@@ -126,6 +126,12 @@ class BackboneMethod(Method):
     backbone: Any  # ViT | Swin
     pictures: tuple[str, ...] = ("attention",)
 
+    def encoded(self, params: Params, crops: jax.Array, key: jax.Array | None = None, **options: Any) -> dict[str, jax.Array]:
+        """The backbone's output for crops [B, G, H, W, C] of one size, see `ViT`; in training with a `key`, for stochastic
+        depth. `options` are those of the backbone's call."""
+        rngs, train = ({}, False) if key is None else ({"drop_path": key}, True)
+        return self.backbone.apply({"params": params["backbone"]}, [crops], train=train, rngs=rngs, **options)[0]
+
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
         return vit.features(self.backbone, params["backbone"], images)
 

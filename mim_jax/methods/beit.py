@@ -49,9 +49,7 @@ class Beit(BackboneMethod):
 
     def predict(self, params: Params, views: Params, places: jax.Array, key: jax.Array | None = None) -> list[jax.Array]:
         """Scores [B, G, M, K] of the patches at `places` [B, G, M], one array for each term of the loss."""
-        rngs, train = ({}, False) if key is None else ({"drop_path": key}, True)
-        variables = {"params": params["backbone"]}
-        out = self.backbone.apply(variables, [views["global"]], train=train, masks=[views["mask"]], rngs=rngs)[0]
+        out = self.encoded(params, views["global"], key, masks=[views["mask"]])
         return [self.scores(params, out["patch"], places)]
 
     def scores(self, params: Params, patch: jax.Array, places: jax.Array) -> jax.Array:

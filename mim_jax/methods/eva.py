@@ -53,9 +53,7 @@ class Eva(BackboneMethod):
     def predict(self, params: Params, views: Params, places: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """The teacher's features of the patches at `places` [B, G, M] as the model predicts them, [B, G, M, D]; `key` is for
         stochastic depth."""
-        rngs, train = ({}, False) if key is None else ({"drop_path": key}, True)
-        variables = {"params": params["backbone"]}
-        out = self.backbone.apply(variables, [views["global"]], train=train, masks=[views["mask"]], rngs=rngs)[0]
+        out = self.encoded(params, views["global"], key, masks=[views["mask"]])
         picked = jnp.take_along_axis(out["patch"], places[..., None], axis=2)
         return self.head.apply({"params": params["head"]}, picked)
 

@@ -5,7 +5,6 @@ squared error of the masked patches' pixels.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +43,7 @@ class Mae(BackboneMethod):
 
     def predict(self, params: Params, views: Params, key: jax.Array | None = None) -> jax.Array:
         """All patches as the decoder sees them, [B, G, N, p * p * C]; `key` is for stochastic depth."""
-        encode = functools.partial(self.backbone.apply, masks=[views["mask"]], visible=self.views.masks.visible)
-        rngs, train = ({}, False) if key is None else ({"drop_path": key}, True)
-        out = encode({"params": params["backbone"]}, [views["global"]], train=train, rngs=rngs)[0]
+        out = self.encoded(params, views["global"], key, masks=[views["mask"]], visible=self.views.masks.visible)
         return self.decoder.apply({"params": params["decoder"]}, **out, mask=views["mask"])
 
     def reconstruction(self, params: Params, extra: Params, target: Params, views: Params) -> Images:

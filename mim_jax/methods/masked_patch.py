@@ -67,10 +67,8 @@ class MaskedPatch(BackboneMethod):
 
     def predict(self, params: Params, images: jax.Array, hidden: jax.Array, key: jax.Array | None = None) -> jax.Array:
         """Scores [B, G, N, 512] of all patches where those in `hidden` are the token; `key` is for stochastic depth."""
-        rngs, train = ({}, False) if key is None else ({"drop_path": key}, True)
-        variables = {"params": params["backbone"]}
-        out = self.backbone.apply(variables, [images], train=train, masks=[hidden], rngs=rngs)[0]
-        return self.head.apply({"params": params["head"]}, out["patch"])
+        patch = self.encoded(params, images, key, masks=[hidden])["patch"]
+        return self.head.apply({"params": params["head"]}, patch)
 
     def reconstruction(self, params: Params, extra: Params, target: Params, views: Params) -> Images:
         predicted = self.predict(params, views["global"], views["mask"]).argmax(-1)

@@ -58,9 +58,8 @@ class MoCoV3(BackboneMethod):
         """([B, out_dim] for each view, new running statistics) of the student (with a `key`) or the teacher, which has no
         predictor. Batch normalisation sees one view at a time; its statistics are always those of the batch."""
         frozen = jax.lax.stop_gradient(params["backbone"]["patch_embed"])
-        variables = {"params": params["backbone"] | {"patch_embed": frozen}}
-        rngs, train = ({}, False) if key is None else ({"drop_path": key}, True)
-        cls = self.backbone.apply(variables, [views["global"]], train=train, rngs=rngs)[0]["cls"]
+        params = params | {"backbone": params["backbone"] | {"patch_embed": frozen}}
+        cls = self.encoded(params, views["global"], key)["cls"]
         out = []
         for view in range(2):
             x = cls[:, view]

@@ -48,9 +48,7 @@ class SimMim(BackboneMethod):
 
     def predict(self, params: Params, views: Params, key: jax.Array | None = None) -> jax.Array:
         """The predicted images [B, G, H, W, C]; `key` is for stochastic depth."""
-        rngs, train = ({}, False) if key is None else ({"drop_path": key}, True)
-        variables = {"params": params["backbone"]}
-        out = self.backbone.apply(variables, [views["global"]], train=train, masks=[views["mask"]], rngs=rngs)[0]
+        out = self.encoded(params, views["global"], key, masks=[views["mask"]])
         return unpatchify(self.decoder.apply({"params": params["decoder"]}, out["patch"]), self.backbone.stride)
 
     def reconstruction(self, params: Params, extra: Params, target: Params, views: Params) -> Images:

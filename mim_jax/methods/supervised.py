@@ -57,8 +57,7 @@ class Supervised(BackboneMethod):
         return (1 - self.label_smoothing) * sure + self.label_smoothing / self.num_classes
 
     def loss(self, params, teacher, target, extra, views, key, step):
-        rngs = {"drop_path": key}
-        out = self.backbone.apply({"params": params["backbone"]}, [views["global"]], train=True, rngs=rngs)[0]
+        out = self.encoded(params, views["global"], key)
         logits, targets = self.logits(params, out), self.targets(views)
         loss = -jnp.mean(jnp.sum(targets * jax.nn.log_softmax(logits), axis=-1))
         right = jnp.mean(logits.argmax(-1) == targets.argmax(-1), dtype=loss.dtype)
@@ -74,11 +73,11 @@ class Supervised(BackboneMethod):
         return logits.astype(param_dtype(logits.dtype))
 
     def class_scores(self, params: Params, extra: Params, images: jax.Array) -> jax.Array:
-        return self.logits(params, self.backbone.apply({"params": params["backbone"]}, [images[:, None]])[0])
+        return self.logits(params, self.encoded(params, images[:, None]))
 
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
         """As of other methods, but "cls" is what the linear layer sees, [B, D]: after mean pooling and its norm, if so."""
-        out = self.backbone.apply({"params": params["backbone"]}, [images[:, None]])[0]
+        out = self.encoded(params, images[:, None])
         pooled = self.pooled(out)
         if self.head.norm:
             pooled = LayerNorm(self.head.dtype).apply({"params": params["head"]["fc_norm"]}, pooled)
