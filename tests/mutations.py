@@ -274,7 +274,7 @@ MUTATIONS = (
       "test_target.py::test_a_frozen_encoder_normalizes_images_as_in_its_training"),
     M("fine-tuning begins with the student", "learned.py", 'where(shapes, part) if "encoder" in config else "params"',
       '"params"', "test_supervised.py::test_a_backbone_of_a_run"),
-    M("sine-cosine positions as DINO's", "learned.py", 'offset=0.1 if pos == "learned" else 0.0', "offset=0.1",
+    M("sine-cosine positions as DINO's", "learned.py", 'getattr(encoder, "pos_offset", 0.1)', "0.1",
       "test_supervised.py::test_a_backbone_of_a_run"),
     # Supervised training
     M("two norms before the classifier", "methods/supervised.py", 'final_norm=m.pool == "cls"', "final_norm=True",
