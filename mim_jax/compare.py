@@ -45,6 +45,7 @@ METHODS = flags.DEFINE_list("methods", None, "Some of the methods; by default al
 RUNS = flags.DEFINE_string("runs", None, "Workdirs, as a pattern: only makes the page of these.")
 
 IMAGES_A_MINUTE = 1000  # that each run sees, for a minute of the budget
+LABELED = 4  # images of pretraining for one of fine-tuning; 8 in BEiT's recipe
 BATCH = 64
 NETWORK = {"patch_size": 8, "dim": 128, "depth": 3, "heads": 4, "unroll": 3}
 
@@ -63,12 +64,13 @@ class Entry:
     published: tuple[str, str, str]
     needs: str = ""
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pool: str = "mean"  # of fine-tuning: "cls" where the method has trained this token, as in DINO's and iBOT's own
 
 
 MASKS = {"mask.count": 6, "mask.smallest": 2}
 ENTRIES = {
-    "dino": Entry("dino:demo", "DINO", "2 large, 2 small crops", ("82.8", "78.2", "ViT-B, MAE table 3")),
-    "mocov3": Entry("mocov3:demo", "MoCo v3", "2 crops", ("83.2", "76.7", "ViT-B, its repository")),
+    "dino": Entry("dino:demo", "DINO", "2 large, 2 small crops", ("82.8", "78.2", "ViT-B, MAE table 3"), pool="cls"),
+    "mocov3": Entry("mocov3:demo", "MoCo v3", "2 crops", ("83.2", "76.7", "ViT-B, its repository"), pool="cls"),
     "masked_patch": Entry("masked_patch:demo", "ViT", "50 % corrupted", ("79.9", "", "ViT-B, 384 px, on JFT, its B.1.2")),
     "beit": Entry(
         "beit:demo", "BEiT", "38 % masked", ("83.2", "56.7", "ViT-B, its table 4"), "vqvae",
@@ -76,8 +78,12 @@ ENTRIES = {
     ),
     "simmim": Entry("simmim:demo", "SimMIM", "60 % masked", ("83.8", "56.7", "ViT-B, its repository")),
     "mae": Entry("mae:demo", "MAE", "the visible 25 %", ("83.6", "68.0", "ViT-B, its table 3")),
-    "ibot": Entry("ibot:demo", "iBOT", "2 large, 2 small crops, masked", ("84.0", "79.5", "ViT-B, its repository")),
-    "dinov2": Entry("dinov2:demo", "DINOv2", "2 large, 2 small crops, masked", ("88.9", "86.5", "ViT-g, 448 px, its code")),
+    "ibot": Entry(
+        "ibot:demo", "iBOT", "2 large, 2 small crops, masked", ("84.0", "79.5", "ViT-B, its repository"), pool="cls"
+    ),
+    "dinov2": Entry(
+        "dinov2:demo", "DINOv2", "2 large, 2 small crops, masked", ("88.9", "86.5", "ViT-g, 448 px, its code"), pool="cls"
+    ),
     "eva": Entry("eva:demo", "EVA", "38 % masked", ("89.6", "", "ViT-g, 336 px, its repository"), "dino", MASKS),
     "beit2": Entry(
         "beit2:demo", "BEiT v2", "38 % masked", ("85.5", "80.1", "ViT-B, its paper"), "vqkd",
@@ -177,13 +183,13 @@ def pretraining(out: Path, name: str, seed: int, images: int) -> Run:
 
 
 def fine_tuning(out: Path, name: str, seed: int, images: int) -> Run:
-    """The supervised run that begins with what `pretraining` learned, or with nothing."""
-    changes = settings(seed, images) | {"eval.test": 10_000}
+    """The supervised run that begins with what `pretraining` learned from `images` images, or with nothing."""
+    changes = settings(seed, images // LABELED // BATCH * BATCH) | {"eval.test": 10_000}
     changes |= {"eval.every": f"{images} examples", "checkpoint.every": "never"}
     if name == SCRATCH:
         changes |= {f"model.{key}": value for key, value in NETWORK.items()}
     else:
-        changes["init_from"] = out / f"{name}_{seed}"
+        changes |= {"init_from": out / f"{name}_{seed}", "model.pool": ENTRIES[name].pool}
     return Run(out / f"{name}_{seed}_fine", "supervised:demo", changes)
 
 
@@ -337,8 +343,8 @@ def spread(values: Sequence[float]) -> str:
 NOTES = (
     "Scores are shares of the test images, which were read once, after the last step: mean ± standard error over the seeds. "
     "Fine-tuned: the accuracy of the supervised run that began with what was learned, with as many labeled steps as the one "
-    "from scratch. Linear: ridge regression on frozen features. k-NN: 20 neighbors. View retrieval: how often the nearest of "
-    "all second crops is of the same image.",
+    f"from scratch; in the runs that this command makes, 1 for {LABELED} of pretraining. Linear: ridge regression on frozen "
+    "features. k-NN: 20 neighbors. View retrieval: how often the nearest of all second crops is of the same image.",
     "Cost: time of the pretraining steps, relative to SimMIM, without compilation and evaluation, and without the run that a "
     "method learns from (a tokenizer or a teacher). GFLOP: of a step, forward and backward, as XLA counts them. Peak memory: "
     "of the whole process.",
