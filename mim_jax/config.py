@@ -140,6 +140,7 @@ WORDS = {
     "model.ffn": ("mlp", "swiglu"),
     "model.pos": ("learned", "sincos", "relative"),
     "model.pool": ("cls", "mean"),
+    "model.remat": ("none", "dots", "full"),
     "mask.shape": ("block", "random"),
     "crops.interpolation": ("bicubic", "bilinear", "lanczos"),
     "crops.target_interpolation": ("bicubic", "bilinear", "lanczos"),
@@ -159,7 +160,8 @@ INTERVALS = ("eval.every", "checkpoint.every", "log_every")
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises ValueError for the first value that cannot be, with its key and what it must be.
 
-    Of keys alone; what only a method knows is checked where it is made. Under a mesh batches must be divisible by its devices.
+    Of keys alone; what only a method knows is checked where it is made. Under a mesh batches must be divisible by its devices,
+    and the images of a device by `mask.group_size`: a group that several devices had to work on would be slow.
     """
     values = dict(leaves(config))
 
@@ -217,6 +219,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     for key in ("data.batch_size", "eval.batch_size"):
         if mesh and values[key] % mesh.size:
             raise wrong(key, f"must be a multiple of the {mesh.size} devices")
+    if mesh and (each := values["data.batch_size"] // mesh.size) % (group := values.get("mask.group_size", 1)):
+        fits = math.gcd(each, group)
+        raise wrong(
+            "mask.group_size", f"must divide the {each} images of the batch that each of {mesh.size} devices has: {fits}"
+        )
 
 
 def leaves(config: ml_collections.ConfigDict | dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -272,6 +279,7 @@ def skeleton() -> ml_collections.ConfigDict:
     config.model.drop_path_rate = 0.0
     config.model.dtype = "bfloat16"
     config.model.unroll = 1  # blocks a loop iteration holds: larger compiles longer
+    config.model.remat = "none"  # what is computed again in the backward pass, to save memory: "none", "dots", "full", "auto"
 
     config.crops.global_crops_number = 1
 

@@ -4,6 +4,7 @@ One mesh with the axes `("data", "fsdp")`. Both carry the batch; parameters are 
 sharded over `fsdp`. Losses are written for the global batch, so nothing else in the code base mentions a device.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -40,6 +41,14 @@ def current_mesh() -> Mesh | None:
     """The mesh given to `jax.set_mesh`, or None."""
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else mesh
+
+
+def platform() -> str:
+    """Where the program that is being made will run: "cpu", "gpu" or "tpu". The mesh says it, which may be of devices that this
+    machine does not have; without a mesh it is JAX's default."""
+    device: Any = jax.sharding.get_abstract_mesh().abstract_device
+    name = device.platform if device else jax.default_backend()
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def pin_batch(x: jax.Array) -> jax.Array:
@@ -116,9 +125,35 @@ def table(tree: Any, rules: Rules, mesh: Mesh) -> str:
 
 
 def global_batch(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows -> global arrays over the batch axes (without a mesh: plain device arrays)."""
+    """This process's `share` -> global arrays over the batch axes (without a mesh: plain device arrays)."""
     mesh = current_mesh()
     if mesh is None:
         return jax.device_put(batch)
-    sharding = NamedSharding(mesh, BATCH)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    rows = len(next(iter(batch.values())))
+    size = rows * mesh.size // len(mesh.local_devices)
+    place, held = NamedSharding(mesh, BATCH), share(size)
+    if len(held) != rows:
+        raise ValueError(f"this process holds {len(held)} rows of a batch of {size}, but was given {rows}")
+
+    def of_device(index: tuple[slice, ...], value: np.ndarray) -> np.ndarray:
+        start, stop, _ = index[0].indices(size)
+        first = int(np.searchsorted(held, start))
+        return value[first : first + stop - start]
+
+    return {
+        key: jax.make_array_from_callback((size, *value.shape[1:]), place, functools.partial(of_device, value=value))
+        for key, value in batch.items()
+    }
+
+
+def share(size: int) -> np.ndarray:
+    """The rows of a global batch of `size` that this process's devices hold, int [b], in order.
+
+    The rows lie on the devices in the order of the mesh. On a torus this is not the order of the processes, so what a process
+    holds may be several pieces.
+    """
+    mesh = current_mesh()
+    if mesh is None:
+        return np.arange(size)
+    places = NamedSharding(mesh, BATCH).addressable_devices_indices_map((size,))
+    return np.unique(np.concatenate([np.arange(size)[index] for index in places.values() if index]))

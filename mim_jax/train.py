@@ -93,7 +93,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
                 log.print(scores(baselines).rstrip())
 
         settings = {key: data[key] for key in ("batch_size", "canvas", "workers", "levels", "max_pixels")}
-        processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
         masks = method.views.host_masks(config.seed)
         batches = pipeline.train_batches(
             source,
@@ -102,8 +101,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
             masks=masks,
             on_bad=bad_images.count,
             ahead=stop.ahead,
+            share=sharding.share(data.batch_size),
             **settings,
-            **processes,
         )
         stack.enter_context(contextlib.closing(batches))
         train_step, compiled = make_train_step(method, config), False

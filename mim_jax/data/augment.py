@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from mim_jax.sharding import platform
+
 Array = jax.Array
 
 TRIES = 10  # draws of a crop's box until one fits, as in torchvision
@@ -134,7 +136,7 @@ def augment(
 def _parts(images: int, pixels: int) -> int:
     """In how many parts to work on a batch of `images` of which crops of `pixels` are made: in one but on a CPU."""
     each, rest = divmod(images, jax.device_count())
-    if jax.default_backend() != "cpu" or rest:
+    if platform() != "cpu" or rest:
         return 1
     return max(n for n in range(1, each + 1) if each % n == 0 and (n == 1 or each // n * pixels >= PIXELS_A_CORE * CORES))
 

@@ -43,8 +43,7 @@ def train_batches(
     batch_size: int,
     canvas: int,
     start: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: np.ndarray | None = None,
     workers: int = 0,
     masks: DrawMasks | None = None,
     on_bad: OnBad | None = None,
@@ -52,13 +51,14 @@ def train_batches(
     max_pixels: int = decode.MAX_PIXELS,
     ahead: Ahead = iter,
 ) -> Generator[Batch, None, None]:
-    """Endless batches of process p: rows `[p * b, (p + 1) * b)` of each global batch, `b = batch_size / process_count`.
+    """Endless batches, of each the rows that this process holds.
 
     Args:
       seed: of the order, in [0, 2**32).
-      batch_size: global; must be divisible by `process_count`.
+      batch_size: of the global batch.
       canvas: side, in pixels, of the square on which each image is placed; larger images are reduced to fit.
       start: number of the first batch; to resume, the number of steps done.
+      share: int [b], places in each global batch, see `sharding.share`; by default all.
       workers: processes that decode; 0 decodes in threads of this process.
       masks: positions int64 [b] in the stream -> masks by name, each bool [b, crops, N]; called where images are decoded.
       on_bad: called in this process with (row, "name: reason") for each bad image; by default, each is logged once.
@@ -72,17 +72,15 @@ def train_batches(
     Raises ValueError for a bad argument, and while iterating for MAX_SUBSTITUTES bad images in a row; OSError if a worker is
     killed.
     """
-    if batch_size % process_count:
-        raise ValueError(f"The batch size {batch_size} must be divisible by the number of processes {process_count}.")
     rows = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    size = batch_size // process_count
-    blocks = rows.batch(size, drop_remainder=True)  # the stream is endless: nothing is dropped
+    share = np.arange(batch_size) if share is None else share
 
-    def make(block: int, rows: np.ndarray) -> Batch:
-        batch = load(source, rows, canvas, levels, max_pixels)
-        return batch if masks is None else batch | masks(block * size + np.arange(size))
+    def make(number: int) -> Batch:
+        positions = number * batch_size + share
+        batch = load(source, [rows[position] for position in positions.tolist()], canvas, levels, max_pixels)
+        return batch if masks is None else batch | masks(positions)
 
-    batches = blocks.map_with_index(make)[process_index::process_count][start:]
+    batches = grain.MapDataset.range(len(rows) // batch_size).map(make)[start:]
     if workers == 0:
         iterator = batches.to_iter_dataset(_read_options(source))
     else:
@@ -135,23 +133,20 @@ def eval_batches(
     *,
     canvas: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: np.ndarray | None = None,
     on_bad: OnBad | None = None,
     levels: decode.Levels | None = None,
     max_pixels: int = decode.MAX_PIXELS,
     among: np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """The given rows once, in order; process p decodes its share of each global batch, as in `train_batches`.
+    """The given rows once, in order; of each global batch this process decodes its `share`, as in `train_batches`.
 
     Yields batches as `train_batches`, with "place" int32 [b], the place of each image in `rows`. The last batch is padded with
     its last image. A bad image is replaced by one of `among`, by default `rows`, so that no other split gets in.
     """
-    if batch_size % process_count:
-        raise ValueError(f"The batch size {batch_size} must be divisible by the number of processes {process_count}.")
     pool = rows if among is None else among
     places = np.minimum(np.arange(-(-len(rows) // batch_size) * batch_size, dtype=np.int32), len(rows) - 1)
-    places = places.reshape(-1, process_count, batch_size // process_count)[:, process_index]
+    places = places.reshape(-1, batch_size)[:, slice(None) if share is None else share]
     batches = grain.MapDataset.range(len(places)).map(
         lambda number: load(source, rows[places[number]], canvas, levels, max_pixels, pool) | {"place": places[number]}
     )

@@ -27,7 +27,7 @@ from mim_jax.evaluators.knn import knn_accuracy, pixel_features, whitened_featur
 from mim_jax.evaluators.probe import probe_accuracy, standardize
 from mim_jax.evaluators.retrieval import view_retrieval
 from mim_jax.methods.base import Method
-from mim_jax.sharding import global_batch, pin_batch, replicate
+from mim_jax.sharding import global_batch, pin_batch, replicate, share
 from mim_jax.state import TrainState
 
 BASELINE_SIZE = 32  # side at which plain pixels are measured, at most: PCA needs the square of the number of values
@@ -268,11 +268,10 @@ class Evaluation:
     def _stream(self, source: Source, rows: np.ndarray, function: Callable[[Batch], Batch], side: int) -> Arrays:
         """`function(batch)` [B, ...] of the images at `rows`, which it turns into pictures of `side`: arrays [N, ...]."""
         size = self.batch_size(len(rows), side)
-        processes = dict(process_index=jax.process_index(), process_count=jax.process_count())
         results: Arrays = OrderedDict()
         parts = (self.bank_rows, self.source), (self.test_rows, self.held_out)
         among = next(part for part, of in parts if of is source and np.isin(rows, part).all())
-        options = processes | self.decoding | {"among": among}
+        options = self.decoding | {"among": among, "share": share(size)}
         stream = pipeline.eval_batches(source, rows, canvas=self.canvas, batch_size=size, on_bad=self.on_bad, **options)
         for start, batch in zip(range(0, len(rows), size), stream, strict=True):
             for name, part in jax.device_get(gather(OrderedDict(function(global_batch(batch))))).items():

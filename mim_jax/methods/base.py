@@ -215,8 +215,13 @@ class Tokenizer(Method):
 
 def vit_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
     """What the ViTs of all methods take from `config.model`."""
-    names = ("patch_size", "img_size", "dim", "depth", "heads", "mlp_ratio", "drop_path_rate", "unroll")
-    return {name: model[name] for name in names} | {"dtype": jnp.dtype(model.dtype)}
+    names = ("patch_size", "img_size", "dim", "depth", "heads", "mlp_ratio", "drop_path_rate")
+    return {name: model[name] for name in names} | {"dtype": jnp.dtype(model.dtype)} | loop_settings(model)
+
+
+def loop_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
+    """How the loop over the blocks runs."""
+    return {"unroll": model.unroll, "remat": model.get("remat", "none")}  # a run of 0.4 has no such key
 
 
 def make_views(config: ml_collections.ConfigDict, *crops: Crops, masks: Masks = NO_MASKS) -> Views:

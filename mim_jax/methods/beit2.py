@@ -39,7 +39,7 @@ class Beit2(beit.Beit):
     def cls_layers(self, tokens: int, stochastic: bool, crops: int = 1) -> nn.Module:
         """The blocks of the second prediction."""
         settings = self.backbone.block(((crops, tokens),), stochastic) | {"kernel_init": TORCH_UNIFORM}
-        return stack(self.head_layers, self.head_layers, **settings)
+        return stack(self.head_layers, self.head_layers, self.backbone.remat, **settings)
 
     def predict(self, params: Params, views: Params, places: jax.Array, key: jax.Array | None = None) -> list[jax.Array]:
         vit, train = self.backbone, key is not None

@@ -12,7 +12,7 @@ import ml_collections
 
 from mim_jax import losses
 from mim_jax.masking import RandomMask
-from mim_jax.methods.base import BackboneMethod, Images, Params, global_views, vit_settings
+from mim_jax.methods.base import BackboneMethod, Images, Params, global_views, loop_settings, vit_settings
 from mim_jax.models.decoders import MaeDecoder
 from mim_jax.models.layers import fill_masked, patchify, unpatchify
 from mim_jax.models.vit import ViT
@@ -69,6 +69,6 @@ def make(config: ml_collections.ConfigDict) -> Mae:
             kernel_init=xavier,
             patch_init=xavier,
         ),
-        decoder=MaeDecoder(m.patch_size**2 * 3, grid, **config.decoder, mlp_ratio=m.mlp_ratio, unroll=m.unroll, dtype=dtype),
+        decoder=MaeDecoder(m.patch_size**2 * 3, grid, **config.decoder, mlp_ratio=m.mlp_ratio, dtype=dtype, **loop_settings(m)),
         norm_pix_loss=config.loss.norm_pix_loss,
     )

@@ -13,7 +13,7 @@ import ml_collections
 
 from mim_jax import losses
 from mim_jax.masking import RandomMask
-from mim_jax.methods.base import BackboneMethod, Images, Params, global_views
+from mim_jax.methods.base import BackboneMethod, Images, Params, global_views, loop_settings
 from mim_jax.methods.beit import beit_vit
 from mim_jax.models.decoders import PixelHead
 from mim_jax.models.layers import fill_masked, patchify, unpatchify
@@ -62,7 +62,9 @@ def make(config: ml_collections.ConfigDict) -> SimMim:
     if m.arch == "swin":
         if len(m.depths) != len(m.heads):
             raise ValueError(f"model.depths={m.depths} and model.heads={m.heads} must have one number for each stage")
-        settings = {name: m[name] for name in ("patch_size", "img_size", "dim", "mlp_ratio", "drop_path_rate", "unroll")}
+        settings = {name: m[name] for name in ("patch_size", "img_size", "dim", "mlp_ratio", "drop_path_rate")} | loop_settings(
+            m
+        )
         backbone: ViT | Swin = Swin(depths=tuple(m.depths), heads=tuple(m.heads), window=m.window, dtype=dtype, **settings)
     elif m.arch == "vit":
         backbone = beit_vit(config, m.pos)

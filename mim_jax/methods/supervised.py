@@ -10,7 +10,7 @@ import ml_collections
 
 from mim_jax.data import mixing
 from mim_jax.data.rand_augment import rand_augment
-from mim_jax.methods.base import BackboneMethod, Params, global_views, made, vit_settings
+from mim_jax.methods.base import BackboneMethod, Params, global_views, loop_settings, made, vit_settings
 from mim_jax.models.heads import Classifier
 from mim_jax.models.layers import LayerNorm, param_dtype
 from mim_jax.models.swin import Swin
@@ -133,6 +133,6 @@ def encoder(config: ml_collections.ConfigDict) -> ViT | Swin:
     backbone = getattr(made(config.encoder), "backbone", None)
     if not isinstance(backbone, (ViT, Swin)):
         raise ValueError(f"init_from={config.init_from} is a run of {config.encoder.method}, which has no ViT or Swin backbone")
-    now = {name: m[name] for name in ("img_size", "drop_path_rate", "unroll")} | {"dtype": jnp.dtype(m.dtype)}
+    now = {name: m[name] for name in ("img_size", "drop_path_rate")} | {"dtype": jnp.dtype(m.dtype)} | loop_settings(m)
     of_pretraining = {"drop_path_group": 0, "patch_grad": 1.0} if isinstance(backbone, ViT) else {}
     return backbone.clone(**now, **of_pretraining, mask_token=False)

@@ -15,7 +15,7 @@ import ml_collections
 from mim_jax import health, losses
 from mim_jax.data.augment import Target
 from mim_jax.methods.base import Params, Tokenizer, global_views, make_target, patch_features, vit_settings
-from mim_jax.models.layers import dense, param_dtype
+from mim_jax.models.layers import Dense, param_dtype
 from mim_jax.models.quantizers import NormEmaQuantizer, State, cosine_kmeans, unit
 from mim_jax.models.vit import ViT, features, rescale_residual
 
@@ -30,8 +30,8 @@ class TaskLayer(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype, shape = param_dtype(self.dtype), x.shape[:-1]
         x, init = x.reshape(-1, x.shape[-1]).astype(dtype), nn.initializers.normal(0.02)
-        x = jnp.tanh(dense(x.shape[-1], dtype, init, name="hidden")(x))
-        return dense(self.out_dim, dtype, init, name="out")(x).reshape(*shape, self.out_dim)
+        x = jnp.tanh(Dense(x.shape[-1], dtype, init, name="hidden")(x))
+        return Dense(self.out_dim, dtype, init, name="out")(x).reshape(*shape, self.out_dim)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

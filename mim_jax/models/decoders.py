@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.layers import TORCH_UNIFORM, Initializer, LayerNorm, dense, param_dtype, torch_bias
+from mim_jax.models.layers import TORCH_UNIFORM, Dense, Initializer, LayerNorm, param_dtype, spread, torch_bias
 from mim_jax.models.positions import sincos_positions
 from mim_jax.models.vit import stack, visible_first
 from mim_jax.sharding import pin_batch
@@ -26,6 +26,7 @@ class MaeDecoder(nn.Module):
     mlp_ratio: float = 4.0
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     unroll: int = 1
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -37,17 +38,17 @@ class MaeDecoder(nn.Module):
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim), dtype)
 
         x = jnp.concatenate([cls[:, :, None], patch], axis=2)
-        x = dense(self.dim, self.dtype, self.kernel_init, name="embed")(x.reshape(-1, x.shape[-1]))
+        x = Dense(self.dim, self.dtype, self.kernel_init, name="embed")(x.reshape(-1, x.shape[-1]))
         x = pin_batch(x.reshape(batch, n, -1, self.dim))
         place = jnp.argsort(visible_first(mask), axis=-1)[..., None]  # the inverse of that order
         tokens = jnp.take_along_axis(x[:, :, 1:], jnp.minimum(place, x.shape[2] - 2), axis=2)
-        tokens = jnp.where(mask[..., None], mask_token.astype(self.dtype), tokens)
+        tokens = jnp.where(mask[..., None], spread(mask_token, tokens.shape, self.dtype), tokens)
         x = jnp.concatenate([x[:, :, :1], tokens], axis=2) + positions
         settings = dict(heads=self.heads, mlp_ratio=self.mlp_ratio, kernel_init=self.kernel_init, dtype=self.dtype)
-        blocks = stack(self.depth, self.unroll, layout=((n, 1 + count),), stochastic=False, **settings)
+        blocks = stack(self.depth, self.unroll, self.remat, layout=((n, 1 + count),), stochastic=False, **settings)
         x, _ = blocks(x.reshape(batch, -1, self.dim), jnp.zeros(self.depth), (None,))
         x = LayerNorm(self.dtype, name="norm")(x.reshape(batch, n, 1 + count, self.dim)[:, :, 1:])
-        x = dense(self.out_dim, self.dtype, self.kernel_init, name="pred")(x.reshape(-1, self.dim))
+        x = Dense(self.out_dim, self.dtype, self.kernel_init, name="pred")(x.reshape(-1, self.dim))
         return pin_batch(x.reshape(batch, n, count, self.out_dim).astype(dtype))
 
 
@@ -63,5 +64,5 @@ class PixelHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype, fan_in = param_dtype(self.dtype), x.shape[-1]
-        head = dense(self.out_dim, self.dtype, TORCH_UNIFORM, "linear", bias_init=torch_bias(fan_in))
+        head = Dense(self.out_dim, self.dtype, TORCH_UNIFORM, bias_init=torch_bias(fan_in), name="linear")
         return pin_batch(head(x.reshape(-1, fan_in)).reshape(*x.shape[:3], -1).astype(dtype))

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.layers import TORCH_UNIFORM, Initializer, LayerNorm, dense, gelu, param_dtype, sums
+from mim_jax.models.layers import TORCH_UNIFORM, Dense, Initializer, LayerNorm, gelu, param_dtype, product, sums
 from mim_jax.sharding import pin_batch
 
 
@@ -58,7 +58,7 @@ class WeightNormDense(nn.Module):
         v = self.param("weight_v", TORCH_UNIFORM, (x.shape[-1], self.features), dtype)
         g = g if self.train_norm else jax.lax.stop_gradient(g)
         # The products are scaled, not the kernel: jax 0.10 fuses a kernel's scaling into a slow product on a CPU (25 x).
-        return (x.astype(self.dtype) @ v.astype(self.dtype)) * (g * jax.lax.rsqrt(sums(v * v, 0)))
+        return product(x.astype(self.dtype), v) * (g * jax.lax.rsqrt(sums(v * v, 0)))
 
 
 class DinoHead(nn.Module):
@@ -88,7 +88,7 @@ class DinoHead(nn.Module):
         x = cls if patch is None else jnp.concatenate([cls, patch], axis=1)
         shape, dtype = x.shape[:-1], param_dtype(self.dtype)
         x = x.reshape(-1, x.shape[-1])
-        linear = functools.partial(dense, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std))
+        linear = functools.partial(Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std))
         for i in range(self.nlayers - 1):
             x = linear(self.hidden_dim, name=f"mlp_{i}")(x)
             x = gelu(BatchNorm(name=f"bn_{i}")(x, train).astype(self.dtype) if self.use_bn else x)
@@ -121,10 +121,10 @@ class BatchNormMlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         for i in range(self.layers - 1):
-            x = pin_batch(dense(self.hidden_dim, self.dtype, TORCH_UNIFORM, f"mlp_{i}", use_bias=False)(x))
+            x = pin_batch(Dense(self.hidden_dim, self.dtype, TORCH_UNIFORM, use_bias=False, name=f"mlp_{i}")(x))
             x = nn.relu(BatchNorm(name=f"bn_{i}")(x, train=True))
         last = self.layers - 1
-        x = pin_batch(dense(self.out_dim, self.dtype, TORCH_UNIFORM, f"mlp_{last}", use_bias=False)(x))
+        x = pin_batch(Dense(self.out_dim, self.dtype, TORCH_UNIFORM, use_bias=False, name=f"mlp_{last}")(x))
         return BatchNorm(affine=False, name=f"bn_{last}")(x, train=True)
 
 
@@ -137,7 +137,7 @@ class TokenHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        logits = dense(self.vocab_size, self.dtype, self.kernel_init, name="linear")(x.reshape(-1, x.shape[-1]))
+        logits = Dense(self.vocab_size, self.dtype, self.kernel_init, name="linear")(x.reshape(-1, x.shape[-1]))
         return pin_batch(logits.astype(param_dtype(self.dtype)).reshape(*x.shape[:-1], self.vocab_size))
 
 
@@ -155,4 +155,4 @@ class Classifier(nn.Module):
             x = LayerNorm(self.dtype, name="fc_norm")(x)
         elif self.norm == "batch":
             x = BatchNorm(eps=1e-6, affine=False, name="bn")(x, train)
-        return dense(self.num_classes, self.dtype, nn.initializers.normal(self.init_std), name="linear")(x)
+        return Dense(self.num_classes, self.dtype, nn.initializers.normal(self.init_std), name="linear")(x)

@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mim_jax.sharding import platform
+
 
 def param_dtype(dtype: Any) -> Any:
     """The dtype of parameters, norms and losses: float32, or float64 where the computation has it."""
@@ -46,10 +48,47 @@ def torch_bias(fan_in: int) -> Initializer:
     return lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
 
 
-def dense(features: int, dtype: Any, kernel_init: Initializer, name: str | None = None, **options: Any) -> nn.Dense:
-    """A linear layer for flat tokens, [N, I] -> [N, features]; `options` are those of `flax.linen.Dense`."""
-    types = dict(dtype=dtype, param_dtype=param_dtype(dtype))
-    return nn.Dense(features, kernel_init=kernel_init, name=name, **types, **options)
+@jax.custom_vjp
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [N, I] times a parameter [I, O], in the dtype of x. The parameter's gradient is summed, over tokens and devices, in its
+    own dtype."""
+    return x @ kernel.astype(x.dtype)
+
+
+def _product_fwd(x, kernel):
+    return product(x, kernel), (x, kernel)
+
+
+def _product_bwd(residuals, dy):
+    x, kernel = residuals
+    gradient = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype)
+    return jax.lax.dot_general(dy, kernel.astype(dy.dtype), (((1,), (1,)), ((), ()))), gradient
+
+
+product.defvjp(_product_fwd, _product_bwd)
+
+
+def spread(parameter: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """A parameter broadcast to `shape`, then cast: so its gradient, too, is summed in its own dtype."""
+    return jnp.broadcast_to(parameter, shape).astype(dtype)
+
+
+class Dense(nn.Module):
+    """A linear layer for flat tokens, [N, I] -> [N, features]."""
+
+    features: int
+    dtype: Any
+    kernel_init: Initializer
+    use_bias: bool = True
+    bias_init: Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = param_dtype(self.dtype)
+        y = product(x.astype(self.dtype), self.param("kernel", self.kernel_init, (x.shape[-1], self.features), dtype))
+        if self.use_bias:
+            y += spread(self.param("bias", self.bias_init, (self.features,), dtype), y.shape, y.dtype)
+        return y
 
 
 def patchify(images: jax.Array, size: int) -> jax.Array:
@@ -74,7 +113,7 @@ def convolve(x: jax.Array, kernel: jax.Array, strides: Any, padding: Any, **rest
     With a stride, on a CPU, it is one matrix product with the concatenated shifted images: XLA's gradients of such are
     slow there.
     """
-    if jax.default_backend() != "cpu" or tuple(strides) == (1, 1):
+    if platform() != "cpu" or tuple(strides) == (1, 1):
         return jax.lax.conv_general_dilated(x, kernel, strides, padding, **rest)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     (height, width, _, out), (rows, columns) = kernel.shape, strides
@@ -89,7 +128,7 @@ def convolve_to_twice(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
     On a CPU, for the same reason, it is one product, whose results are added where they overlap.
     """
-    if jax.default_backend() != "cpu":
+    if platform() != "cpu":
         return jax.lax.conv_transpose(x, kernel, (2, 2), "SAME")
     batch, rows, columns, dim = x.shape
     flat = x.reshape(-1, dim) @ jnp.moveaxis(kernel, 2, 0).reshape(dim, -1)
@@ -174,7 +213,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None =
     so a zero token is added, which the softmax ignores. Elsewhere it is the plain product over [B * H, T, d].
     """
     batch, length, heads, depth = q.shape
-    if jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
+    if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
         odd = length % 2
         q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
         if bias is not None:

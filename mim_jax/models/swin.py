@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mim_jax.models.layers import TORCH_UNIFORM, Initializer, LayerNorm, attention, dense, param_dtype
+from mim_jax.models.layers import TORCH_UNIFORM, Dense, Initializer, LayerNorm, attention, param_dtype, spread
 from mim_jax.models.positions import bias_of_pairs
-from mim_jax.models.vit import Block, Layout, PatchEmbed, split_heads
+from mim_jax.models.vit import Block, Layout, PatchEmbed, remembering, split_heads
 from mim_jax.sharding import pin_batch
 
 EPS = 1e-5  # of all norms
@@ -116,7 +116,7 @@ class Stage(nn.Module):
         x = jnp.concatenate([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], axis=-1)
         dtype, kernel_init = block.keywords["dtype"], block.keywords["kernel_init"]
         x = LayerNorm(dtype, EPS, name="merge_norm")(x).reshape(-1, 4 * dim)
-        merged = dense(2 * dim, dtype, kernel_init, name="merge", use_bias=False)(x)
+        merged = Dense(2 * dim, dtype, kernel_init, name="merge", use_bias=False)(x)
         return pin_batch(merged.reshape(batch, height // 2, width // 2, 2 * dim))
 
 
@@ -138,6 +138,7 @@ class Swin(nn.Module):
     mask_token: bool = True
     kernel_init: Initializer = nn.initializers.normal(0.02)
     unroll: int = 1
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @property
@@ -157,12 +158,18 @@ class Swin(nn.Module):
         if self.mask_token:
             mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.dim), dtype)
         if masks is not None:
-            x = jnp.where(masks[0].reshape(*x.shape[:3], 1), mask_token.astype(self.dtype), x)
+            x = jnp.where(masks[0].reshape(*x.shape[:3], 1), spread(mask_token, x.shape, self.dtype), x)
 
         rates = np.split(np.linspace(0, self.drop_path_rate, sum(self.depths)), np.cumsum(self.depths)[:-1])
         for i, (heads, of_stage) in enumerate(zip(self.heads, rates)):
-            settings = dict(mlp_ratio=self.mlp_ratio, kernel_init=self.kernel_init, dtype=self.dtype)
-            block = functools.partial(SwinBlock, heads=heads, stochastic=train and self.drop_path_rate > 0, **settings)
+            block = functools.partial(
+                remembering(SwinBlock, self.remat),
+                heads=heads,
+                mlp_ratio=self.mlp_ratio,
+                stochastic=train and self.drop_path_rate > 0,
+                kernel_init=self.kernel_init,
+                dtype=self.dtype,
+            )
             x = Stage(block, self.window, merge=i < len(rates) - 1, unroll=self.unroll, name=f"stage_{i}")(x, of_stage)
         x = LayerNorm(dtype, EPS, name="norm")(x).reshape(batch, n, -1, x.shape[-1])
         return [{"cls": x.mean(2), "patch": x}]

@@ -16,14 +16,16 @@ import numpy as np
 
 from mim_jax.models.layers import (
     TORCH_UNIFORM,
+    Dense,
     Initializer,
     LayerNorm,
     attention,
     attention_weights,
-    dense,
     gelu,
     param_dtype,
     patchify,
+    product,
+    spread,
     torch_bias,
 )
 from mim_jax.models.positions import interpolate_positions, relative_bias, rotated, sincos_positions
@@ -130,7 +132,7 @@ class Block(nn.Module):
             q_bias, v_bias = (
                 self.param(name, nn.initializers.zeros, (dim,), param_dtype(self.dtype)) for name in ("q_bias", "v_bias")
             )
-            qkv += jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]).astype(self.dtype)
+            qkv += spread(jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]), qkv.shape, self.dtype)
         y = pin_batch(self.attend(qkv.reshape(batch, tokens, 3 * dim), layout, biases))
         return self.scaled(self.linear(dim, "proj")(y.reshape(-1, dim)), x.shape, "gamma_1")
 
@@ -149,15 +151,15 @@ class Block(nn.Module):
             y = nn.silu(gate) * value
         return self.scaled(self.linear(dim, "w3")(y), x.shape, "gamma_2")
 
-    def linear(self, features: int, name: str, use_bias: bool = True) -> nn.Dense:
-        return dense(features, self.dtype, self.kernel_init, name, use_bias=use_bias)
+    def linear(self, features: int, name: str, use_bias: bool = True) -> Dense:
+        return Dense(features, self.dtype, self.kernel_init, use_bias, name=name)
 
     def scaled(self, y: jax.Array, shape: tuple[int, ...], name: str) -> jax.Array:
         """A branch's residual in this shape, times its LayerScale if there is one."""
         y = pin_batch(y.reshape(shape))
         if self.layerscale:
             gamma = self.param(name, nn.initializers.constant(self.layerscale), shape[-1:], param_dtype(self.dtype))
-            y = y * gamma.astype(self.dtype)
+            y = y * spread(gamma, y.shape, self.dtype)
         return y
 
     def attend(self, qkv: jax.Array, layout: Layout, biases: Sequence[jax.Array | None]) -> jax.Array:
@@ -187,10 +189,18 @@ def bias_table(module: nn.Module, grid: int, heads: int, dtype: Any) -> jax.Arra
     return module.param("relative_position_bias_table", nn.initializers.zeros, shape, param_dtype(dtype))
 
 
-def stack(depth: int, unroll: int, **block: Any) -> nn.Module:
+def remembering(block: Callable[..., nn.Module], remat: str) -> Any:
+    """The block, with what the backward pass finds in memory and need not compute again. `remat`: "none": everything; "dots":
+    the outputs of its linear layers; "full": only its input (Chen et al. 2016, arXiv:1604.06174)."""
+    if remat == "none":
+        return block
+    return nn.remat(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None)
+
+
+def stack(depth: int, unroll: int, remat: str = "none", **block: Any) -> nn.Module:
     """`depth` blocks, their parameters stacked under `blocks`: called with (x, [depth] drop-path rates, biases)."""
     return nn.scan(
-        Block,
+        remembering(Block, remat),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "drop_path": True},
         in_axes=(0, nn.broadcast),
@@ -236,10 +246,10 @@ class PatchEmbed(nn.Module):
 
         kernel = self.param("kernel", matrix, (p, p, channels, self.dim), dtype)
         patches = patchify(images[:, : rows * p, : columns * p], p).reshape(-1, fan_in).astype(self.dtype)
-        out = patches @ kernel.reshape(-1, self.dim).astype(self.dtype)
+        out = product(patches, kernel.reshape(-1, self.dim))
         if self.use_bias:
             bias = self.param("bias", self.bias_init or torch_bias(fan_in), (self.dim,), dtype)
-            out += bias.astype(self.dtype)
+            out += spread(bias, out.shape, self.dtype)
         return out.reshape(n, rows, columns, self.dim)
 
 
@@ -266,6 +276,7 @@ class ViT(nn.Module):
         kernel_init, patch_init, patch_bias_init, token_init, pos_init: initializers of the linear layers, of the patch
             embedding, of CLS, registers and mask token, and of learned positions.
         unroll: blocks per iteration of the loop over the blocks.
+        remat: see `remembering`.
     """
 
     patch_size: int
@@ -295,6 +306,7 @@ class ViT(nn.Module):
     mask_token_init: Initializer | None = None  # None: as CLS
     pos_init: Initializer = nn.initializers.normal(0.02)
     unroll: int = 1
+    remat: str = "none"
     dtype: Any = jnp.float32
 
     @property
@@ -369,19 +381,19 @@ class ViT(nn.Module):
                 patches = self.patch_grad * patches + (1 - self.patch_grad) * jax.lax.stop_gradient(patches)
             rows, columns = patches.shape[1:3]
             patches = patches.reshape(batch, n, rows * columns, self.dim)
-            cls, bias = cls_token.astype(self.dtype), None
+            cls, bias = cls_token, None
             if mask is not None and self.mask_token:
-                patches = jnp.where(mask[..., None], mask_token.astype(self.dtype), patches)
+                patches = jnp.where(mask[..., None], spread(mask_token, patches.shape, self.dtype), patches)
             if self.pos == "relative":
                 bias = relative_bias(table, grid, (rows, columns))
             elif self.pos != "relative_each":
                 offset = self.pos_offset if self.pos == "learned" and not self.antialias else 0.0
-                positions = interpolate_positions(pos_embed, rows, columns, offset, self.antialias).astype(self.dtype)
-                patches, cls = patches + positions[:, 1:], cls + positions[:, :1]
+                positions = interpolate_positions(pos_embed, rows, columns, offset, self.antialias)
+                patches, cls = patches + spread(positions[:, 1:], patches.shape, self.dtype), cls + positions[:, :1]
             if mask is not None and not self.mask_token:
                 patches = jnp.take_along_axis(patches, visible_first(mask)[..., :visible, None], axis=2)
-            first = jnp.concatenate([cls, register_tokens.astype(self.dtype)], axis=1) if self.registers else cls
-            first = jnp.broadcast_to(first[:, None], (batch, n, *first.shape[1:]))
+            first = jnp.concatenate([cls, register_tokens], axis=1) if self.registers else cls
+            first = spread(first[:, None], (batch, n, *first.shape[1:]), self.dtype)
             return jnp.concatenate([first, patches], axis=2).reshape(batch, -1, self.dim), bias
 
         tokens, biases = zip(*(embed(images, mask) for images, mask in zip(crops, masks or [None] * len(crops))))
@@ -390,7 +402,7 @@ class ViT(nn.Module):
         self.sow("intermediates", "tokens", x)
         self.sow("intermediates", "biases", biases)
         grids = tuple((images.shape[2] // self.patch_size, images.shape[3] // self.patch_size) for images in crops)
-        blocks = stack(self.depth, self.unroll, **self.block(layout, train and self.drop_path_rate > 0, grids))
+        blocks = stack(self.depth, self.unroll, self.remat, **self.block(layout, train and self.drop_path_rate > 0, grids))
         x, _ = blocks(x, jnp.linspace(0, self.drop_path_rate, self.depth), biases)
 
         norm = LayerNorm(dtype, name="norm") if self.final_norm else lambda x: x.astype(dtype)
