@@ -8,6 +8,7 @@
   --config.KEY=VALUE       changes a value of it
   --workdir=FOLDER         for metrics, checkpoints, pictures and the report; a run that is there is continued
   --dry_run                prints the plan (parameters, sharding, memory) and stops
+  --plan=v5e-256           the same for a TPU slice or for GPUs (h100-8) that this machine does not have
   --compiled=FOLDER        keeps compiled programs, so that the next start is fast; by default ~/.cache/mim_jax/compiled,
                            with "" nowhere
 """
@@ -36,6 +37,7 @@ from mim_jax.stopping import Stop, leave
 EXAMPLE = "mim_jax --config=dino:demo --workdir=runs/dino"
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
+PLAN = flags.DEFINE_string("plan", "", "Devices to plan for, which need not be here: v5e-8, v5p-64, v6e-256, h100-8.")
 COMPILED = flags.DEFINE_string("compiled", None, "Folder of compiled programs; empty: none are kept.")
 
 # Other words for keys, and those of earlier versions.
@@ -146,8 +148,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         compiled.keep(Path(COMPILED.value or user_cache() / "compiled").expanduser().absolute())
     config.data.dir, config.init_from, config.resume = map(absolute, (config.data.dir, config.init_from, config.resume))
     try:
-        if DRY_RUN.value:
-            print(dry_run.plan(config))
+        if DRY_RUN.value or PLAN.value:
+            print(dry_run.plan(config, PLAN.value))
         elif WORKDIR.value:
             train.run(config, str(absolute(WORKDIR.value)), stop)
         else:

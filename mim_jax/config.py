@@ -140,7 +140,7 @@ WORDS = {
     "model.ffn": ("mlp", "swiglu"),
     "model.pos": ("learned", "sincos", "relative"),
     "model.pool": ("cls", "mean"),
-    "model.remat": ("none", "dots", "full"),
+    "model.remat": ("none", "dots", "full", "auto"),
     "mask.shape": ("block", "random"),
     "crops.interpolation": ("bicubic", "bilinear", "lanczos"),
     "crops.target_interpolation": ("bicubic", "bilinear", "lanczos"),

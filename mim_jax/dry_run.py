@@ -1,7 +1,9 @@
-"""The plan of a run without running it: nothing is allocated and no data is read."""
+"""The plan of a run without running it: nothing is allocated, and images are counted at most."""
 
-from collections.abc import Callable
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,46 +13,175 @@ from clu import parameter_overview
 
 from mim_jax import sharding
 from mim_jax.config import resolve_encoder, resolve_target
+from mim_jax.data.sources import open_splits
 from mim_jax.durations import steps_per_epoch, total_steps
 from mim_jax.learned import abstract_target
 from mim_jax.methods.base import make_method
 from mim_jax.state import abstract_state
 from mim_jax.step import make_train_step
+from mim_jax.topology import Slice, describe
+
+REMAT = ("none", "dots", "full")  # what `model.remat` may be, the fastest first
+COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+USED = 0.4  # share of the peak that a good step reaches: an assumption
 
 
-def plan(config: ml_collections.ConfigDict) -> str:
-    """Compiles the real train step for the available devices and says what it will need.
+class TooLarge(ValueError):
+    """The compiler says that the program does not fit into the memory of a device."""
 
-    Simulated devices are enough: with `JAX_NUM_CPU_DEVICES=8` a laptop plans for eight.
+
+class Program(NamedTuple):
+    """A compiled train step, and the shapes that it was compiled for."""
+
+    compiled: jax.stages.Compiled
+    state: Any
+    target: Any
+
+    @property
+    def memory(self) -> Any:
+        """What the compiler says of the memory of a device, in bytes."""
+        return self.compiled.memory_analysis()
+
+    @property
+    def peak(self) -> int:
+        """Bytes of memory that a device needs."""
+        of_arrays = self.memory.argument_size_in_bytes + self.memory.output_size_in_bytes - self.memory.alias_size_in_bytes
+        return of_arrays + self.memory.temp_size_in_bytes
+
+
+def compile_step(config: ml_collections.ConfigDict) -> Program:
+    """The real train step, for the mesh that is set. Raises TooLarge."""
+    method = make_method(config)
+    state, target = abstract_state(method, config), abstract_target(method, config)
+    try:
+        compiled = make_train_step(method, config).lower(state, target, abstract_batch(method, config)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if match := re.search(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG]) hbm|RESOURCE_EXHAUSTED", str(error)):
+            raise TooLarge(f"needs {match[1]} of {match[2]}" if match[1] else "does not fit") from error
+        raise
+    return Program(compiled, state, target)
+
+
+def resolve_remat(config: ml_collections.ConfigDict, memory: float | None = None) -> str:
+    """Sets `model.remat`, where it is "auto", to the fastest way that fits into the memory of a device, and says so in a line;
+    "" where it is not. `memory` is in bytes, by default that of the devices of the mesh; where they tell none, all fits.
+
+    Compiles the step once for each way that it tries. Raises ValueError if none fits.
     """
+    if config.model.get("remat") != "auto":
+        return ""
+    if memory is None:
+        mesh = sharding.current_mesh()
+        device = mesh.local_devices[0] if mesh else jax.local_devices()[0]
+        memory = (device.memory_stats() or {}).get("bytes_limit")
+    tried = []
+    for config.model.remat in REMAT if memory else REMAT[:1]:
+        try:
+            needed = compile_step(config).peak if memory else 0
+        except TooLarge as error:
+            tried.append(f"{config.model.remat} {error}")
+            continue
+        if not memory:
+            return "model.remat is none: the devices do not tell how much memory they have"
+        if needed <= memory:
+            before = "".join(f"; {each}" for each in tried)
+            return f"model.remat is {config.model.remat}: {needed / 2**30:.2f} of {memory / 2**30:.2f} GiB a device{before}"
+        tried.append(f"{config.model.remat} needs {needed / 2**30:.2f} GiB")
+    raise ValueError(
+        f"the step does not fit into the {(memory or 0) / 2**30:.2f} GiB of a device with any model.remat "
+        f"({', '.join(tried)}): take more devices, a smaller data.batch_size, or mesh.fsdp"
+    )
+
+
+def plan(config: ml_collections.ConfigDict, topology: str = "") -> str:
+    """Compiles the real train step for the devices that there are, or for those of `topology`, and says what it will need.
+
+    Simulated devices are enough: with `JAX_NUM_CPU_DEVICES=8` a laptop plans for eight. Of a topology, see `describe`, there
+    need be no device at all. Raises ValueError for a bad config or topology, and if the step does not fit.
+    """
+    slice_ = describe(topology) if topology else None
     resolve_target(config)
     resolve_encoder(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    if config.data.dir:
+        source, _ = open_splits(config.data.name, config.data.dir, config.data.split, config.data.eval_split)
+        config.data.num_examples, config.data.num_classes = len(source), source.num_classes
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slice_ and slice_.devices)
     with jax.set_mesh(mesh):
-        method = make_method(config)
-        state, target = abstract_state(method, config), abstract_target(method, config)
-        args = state, target, abstract_batch(method, config)
-        memory: Any = make_train_step(method, config).lower(*args).compile().memory_analysis()
-        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        peak += memory.temp_size_in_bytes
-        flops, total = step_flops(config), total_steps(config)
-        trees = {"parameters": state.params, "teacher": state.teacher, "optimizer": state.opt_state, "frozen target": target}
-        return "\n".join(
-            [
-                parameter_overview.get_parameter_overview(state.params, include_stats=False),
-                sharding.table(state, config.mesh.rules, mesh),
-                *([f"frozen target\n{sharding.table(target, config.mesh.rules, mesh)}"] if target else []),
-                "",
-                f"{mesh.size} x {mesh.devices.flat[0].device_kind}, global batch {config.data.batch_size}, {total:,} steps "
-                f"({total / steps_per_epoch(config):,.1f} epochs)",
-                "per device:",
-                *(f"  {name:<15} {device_bytes(tree) / 2**20:>10,.1f} MiB" for name, tree in trees.items() if tree),
-                f"  peak            {peak / 2**20:>10,.1f} MiB   (as compiled for this machine)",
-                f"  state donated   {memory.alias_size_in_bytes / 2**20:>10,.1f} MiB of {device_bytes(state) / 2**20:,.1f}",
-                f"FLOPs per step: {flops:.3e} in all, {flops / mesh.size:.3e} per device, "
-                f"{flops / config.data.batch_size / 1e9:,.2f} GFLOP per image",
-            ]
+        chosen = resolve_remat(config, slice_ and slice_.chip.memory)
+        try:
+            program = compile_step(config)
+        except TooLarge as error:
+            advice = "--config.model.remat=auto, a smaller data.batch_size, mesh.fsdp or more devices"
+            raise ValueError(f"the step {error} for each of {mesh.size} devices ({topology}): try {advice}") from error
+        return "\n".join([*of_run(config, program, mesh), chosen, *of_program(config, program, mesh, slice_)])
+
+
+def of_run(config: ml_collections.ConfigDict, program: Program, mesh: jax.sharding.Mesh) -> Sequence[str]:
+    """What is trained, and where it lies."""
+    state, target, total = program.state, program.target, total_steps(config)
+    return [
+        parameter_overview.get_parameter_overview(state.params, include_stats=False),
+        sharding.table(state, config.mesh.rules, mesh),
+        *([f"frozen target\n{sharding.table(target, config.mesh.rules, mesh)}"] if target else []),
+        "",
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}, global batch {config.data.batch_size}, {total:,} steps "
+        f"({total / steps_per_epoch(config):,.1f} epochs)",
+    ]
+
+
+def of_program(
+    config: ml_collections.ConfigDict, program: Program, mesh: jax.sharding.Mesh, slice_: Slice | None
+) -> Sequence[str]:
+    """Memory, communication and arithmetic of a step."""
+    state, memory = program.state, program.memory
+    trees = {"parameters": state.params, "teacher": state.teacher, "optimizer": state.opt_state}
+    trees |= {"frozen target": program.target}
+    lines = ["per device:", *(f"  {name:<15} {device_bytes(tree) / 2**20:>10,.1f} MiB" for name, tree in trees.items() if tree)]
+    lines += [f"  temporary       {memory.temp_size_in_bytes / 2**20:>10,.1f} MiB"]
+    lines += [
+        f"  peak            {program.peak / 2**20:>10,.1f} MiB   (as compiled for {'them' if slice_ else 'this machine'})"
+    ]
+    lines += [f"  state donated   {memory.alias_size_in_bytes / 2**20:>10,.1f} MiB of {device_bytes(state) / 2**20:,.1f}"]
+    if slice_:
+        each = config.data.batch_size // mesh.size
+        room = slice_.chip.memory - program.peak
+        more = int(each * (1 + room / max(memory.temp_size_in_bytes, 1)))
+        lines += [
+            f"  {'fits' if room >= 0 else 'DOES NOT FIT'}: {program.peak / 2**30:.2f} of {slice_.chip.memory / 2**30:.2f} GiB; "
+            f"about {more} images a device would fill it, and it has {each}"
+        ]
+    lines += ["sent between devices in a step:" if mesh.size > 1 else ""]
+    for (name, dtype), (count, size) in communication(program.compiled.as_text() or "").items():
+        lines.append(f"  {count:>4} {name:<18} {dtype:<5} {size / 2**20:>10,.1f} MiB")
+    nominal, executed = step_flops(config, remat="none"), step_flops(config)
+    lines += [
+        f"FLOPs per step: {nominal:.3e} in all, {nominal / mesh.size:.3e} per device, "
+        f"{nominal / config.data.batch_size / 1e9:,.2f} GFLOP per image"
+        + f"; with what is computed again {executed / nominal - 1:.0%} more"
+        * (executed > nominal)
+    ]
+    if slice_:
+        seconds = executed / mesh.size / (USED * slice_.chip.flops)
+        lines.append(
+            f"at {USED:.0%} of the peak of {slice_.chip.flops / 1e12:.0f} TFLOP/s, an assumption: {seconds * 1e3:,.1f} ms a step, "
+            f"{config.data.batch_size / seconds:,.0f} images/s"
         )
+    return list(filter(None, lines))
+
+
+def communication(program: str) -> dict[tuple[str, str], tuple[int, int]]:
+    """{(collective, dtype): (number, bytes of the results)} of a compiled program's text. What is in a loop counts once."""
+    numbers, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for shapes, name in re.findall(rf"= (\(?[a-z]+\d*\[.*?) ({COLLECTIVES})(?:-start)?\(", program):
+        found = re.findall(r"([a-z]+\d+)\[([\d,]*)\]", shapes)
+        for dtype, dimensions in found:
+            sizes[name, dtype] += np.prod([int(n) for n in dimensions.split(",") if n], dtype=int) * bits(dtype) // 8
+        numbers.update({(name, dtype) for dtype, _ in found})
+    return {key: (numbers[key], int(sizes[key])) for key in sorted(sizes)}
+
+
+def bits(dtype: str) -> int:
+    return int(match[1]) if (match := re.search(r"(\d+)", dtype)) else 8
 
 
 def abstract_batch(method: Any, config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
@@ -61,17 +192,23 @@ def abstract_batch(method: Any, config: ml_collections.ConfigDict) -> dict[str, 
     return {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for name, s in shapes.items()}
 
 
-def step_flops(config: ml_collections.ConfigDict, make: Callable[[ml_collections.ConfigDict], Any] = make_method) -> float:
-    """Floating-point operations of a step over the global batch, as XLA counts them before it optimizes.
+def step_flops(
+    config: ml_collections.ConfigDict, make: Callable[[ml_collections.ConfigDict], Any] = make_method, remat: str = ""
+) -> float:
+    """Floating-point operations of a step over the global batch, as XLA counts them before it optimizes; with another
+    `model.remat` if one is given.
 
-    XLA counts the body of a loop once, however often it runs: so the blocks are unrolled first.
+    XLA counts the body of a loop once, however often it runs: so the blocks are unrolled first. It is asked for a CPU's program:
+    of an accelerator's fused kernels it knows nothing.
     """
     config = config.copy_and_resolve_references()
     if "unroll" in config.model:
         config.model.unroll = 1000
-    method = make(config)
-    args = abstract_state(method, config), abstract_target(method, config), abstract_batch(method, config)
-    cost: Any = make_train_step(method, config).lower(*args).cost_analysis()
+        config.model.remat = remat or config.model.remat
+    with jax.set_mesh(sharding.make_mesh(1, 1, jax.local_devices(backend="cpu")[:1])):
+        method = make(config)
+        args = abstract_state(method, config), abstract_target(method, config), abstract_batch(method, config)
+        cost: Any = make_train_step(method, config).lower(*args).cost_analysis()
     return cost["flops"]
 
 

@@ -16,7 +16,7 @@ import ml_collections
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from mim_jax import checkpoint, health, journal, learned, report, sharding
+from mim_jax import checkpoint, dry_run, health, journal, learned, report, sharding
 from mim_jax.bad_images import BadImages
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.config import resolve_encoder, resolve_target
@@ -63,6 +63,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
             survey = pipeline.survey(held_out, data.canvas, survey.levels, data.max_pixels)
             lines += [f"held-out images: {line}" for line in survey.lines]
         data.levels = survey.levels
+        lines += filter(None, [dry_run.resolve_remat(config)])
         method = make_method(config)  # with the steps per epoch of this source
         stack.enter_context(locked(workdir))
         if config.get("target", {}).get("workdir") == str(workdir):

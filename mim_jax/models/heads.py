@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.layers import TORCH_UNIFORM, Dense, Initializer, LayerNorm, gelu, param_dtype, product, sums
+from mim_jax.models.layers import TORCH_UNIFORM, Dense, Initializer, LayerNorm, gelu, linear, param_dtype, sums
 from mim_jax.sharding import pin_batch
 
 
@@ -58,7 +58,7 @@ class WeightNormDense(nn.Module):
         v = self.param("weight_v", TORCH_UNIFORM, (x.shape[-1], self.features), dtype)
         g = g if self.train_norm else jax.lax.stop_gradient(g)
         # The products are scaled, not the kernel: jax 0.10 fuses a kernel's scaling into a slow product on a CPU (25 x).
-        return product(x.astype(self.dtype), v) * (g * jax.lax.rsqrt(sums(v * v, 0)))
+        return linear(x.astype(self.dtype), v) * (g * jax.lax.rsqrt(sums(v * v, 0)))
 
 
 class DinoHead(nn.Module):
@@ -88,11 +88,11 @@ class DinoHead(nn.Module):
         x = cls if patch is None else jnp.concatenate([cls, patch], axis=1)
         shape, dtype = x.shape[:-1], param_dtype(self.dtype)
         x = x.reshape(-1, x.shape[-1])
-        linear = functools.partial(Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std))
+        layer = functools.partial(Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std))
         for i in range(self.nlayers - 1):
-            x = linear(self.hidden_dim, name=f"mlp_{i}")(x)
+            x = layer(self.hidden_dim, name=f"mlp_{i}")(x)
             x = gelu(BatchNorm(name=f"bn_{i}")(x, train).astype(self.dtype) if self.use_bn else x)
-        x = linear(self.bottleneck_dim, name=f"mlp_{self.nlayers - 1}")(x).astype(dtype)
+        x = layer(self.bottleneck_dim, name=f"mlp_{self.nlayers - 1}")(x).astype(dtype)
         x = (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)).reshape(*shape, -1)
 
         def prototypes(number: int, name: str) -> Callable[[jax.Array], jax.Array]:

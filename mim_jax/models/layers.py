@@ -49,23 +49,25 @@ def torch_bias(fan_in: int) -> Initializer:
 
 
 @jax.custom_vjp
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [N, I] times a parameter [I, O], in the dtype of x. The parameter's gradient is summed, over tokens and devices, in its
-    own dtype."""
-    return x @ kernel.astype(x.dtype)
+def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """x [N, I] times `kernel` [I, O], plus `bias` [O], in the dtype of x. The gradients of the two parameters are summed, over
+    tokens and devices, in their own dtype, which is at least float32."""
+    y = x @ kernel.astype(x.dtype)
+    return y if bias is None else y + bias.astype(x.dtype)
 
 
-def _product_fwd(x, kernel):
-    return product(x, kernel), (x, kernel)
+def _linear_fwd(x, kernel, bias):
+    return linear(x, kernel, bias), (x, kernel, bias)
 
 
-def _product_bwd(residuals, dy):
-    x, kernel = residuals
-    gradient = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype)
-    return jax.lax.dot_general(dy, kernel.astype(dy.dtype), (((1,), (1,)), ((), ()))), gradient
+def _linear_bwd(residuals, dy):
+    x, kernel, bias = residuals
+    dx = jax.lax.dot_general(dy, kernel.astype(dy.dtype), (((1,), (1,)), ((), ())))
+    dkernel = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype)
+    return dx, dkernel, None if bias is None else sums(dy, 0, bias.dtype)[0]
 
 
-product.defvjp(_product_fwd, _product_bwd)
+linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 def spread(parameter: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -85,10 +87,9 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = param_dtype(self.dtype)
-        y = product(x.astype(self.dtype), self.param("kernel", self.kernel_init, (x.shape[-1], self.features), dtype))
-        if self.use_bias:
-            y += spread(self.param("bias", self.bias_init, (self.features,), dtype), y.shape, y.dtype)
-        return y
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), dtype)
+        bias = self.param("bias", self.bias_init, (self.features,), dtype) if self.use_bias else None
+        return linear(x.astype(self.dtype), kernel, bias)
 
 
 def patchify(images: jax.Array, size: int) -> jax.Array:
@@ -156,10 +157,11 @@ def fill_masked(images: jax.Array, filling: jax.Array, mask: jax.Array) -> jax.A
     return jnp.where(pixels[..., None], filling, images)
 
 
-def sums(x: jax.Array, axis: int) -> jax.Array:
-    """The sums of a matrix along an axis, which is kept, as a product with ones: fast on a CPU, and a reduction elsewhere."""
-    ones = jnp.ones((x.shape[axis], 1), x.dtype)
-    return jnp.matmul(ones.T, x, precision="highest") if axis == 0 else jnp.matmul(x, ones, precision="highest")
+def sums(x: jax.Array, axis: int, dtype: Any = None) -> jax.Array:
+    """The sums, in `dtype`, of a matrix along an axis, which is kept, as a product with ones: fast on a CPU, and a reduction
+    elsewhere."""
+    ones, how = jnp.ones((x.shape[axis], 1), x.dtype), dict(precision="highest", preferred_element_type=dtype)
+    return jnp.matmul(ones.T, x, **how) if axis == 0 else jnp.matmul(x, ones, **how)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -22,9 +22,9 @@ from mim_jax.models.layers import (
     attention,
     attention_weights,
     gelu,
+    linear,
     param_dtype,
     patchify,
-    product,
     spread,
     torch_bias,
 )
@@ -194,6 +194,8 @@ def remembering(block: Callable[..., nn.Module], remat: str) -> Any:
     the outputs of its linear layers; "full": only its input (Chen et al. 2016, arXiv:1604.06174)."""
     if remat == "none":
         return block
+    if remat == "auto":
+        raise ValueError('model.remat is "auto": call mim_jax.dry_run.resolve_remat(config)')
     return nn.remat(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None)
 
 
@@ -246,11 +248,8 @@ class PatchEmbed(nn.Module):
 
         kernel = self.param("kernel", matrix, (p, p, channels, self.dim), dtype)
         patches = patchify(images[:, : rows * p, : columns * p], p).reshape(-1, fan_in).astype(self.dtype)
-        out = product(patches, kernel.reshape(-1, self.dim))
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init or torch_bias(fan_in), (self.dim,), dtype)
-            out += spread(bias, out.shape, self.dtype)
-        return out.reshape(n, rows, columns, self.dim)
+        bias = self.param("bias", self.bias_init or torch_bias(fan_in), (self.dim,), dtype) if self.use_bias else None
+        return linear(patches, kernel.reshape(-1, self.dim), bias).reshape(n, rows, columns, self.dim)
 
 
 class ViT(nn.Module):
