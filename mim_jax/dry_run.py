@@ -163,8 +163,8 @@ def of_program(
     if slice_:
         seconds = executed / mesh.size / (USED * slice_.chip.flops)
         lines.append(
-            f"at {USED:.0%} of the peak of {slice_.chip.flops / 1e12:.0f} TFLOP/s, an assumption: {seconds * 1e3:,.1f} ms a step, "
-            f"{config.data.batch_size / seconds:,.0f} images/s"
+            f"at {USED:.0%} of the peak of {slice_.chip.flops / 1e12:.0f} TFLOP/s, an assumption: "
+            f"{seconds * 1e3:,.1f} ms a step, {config.data.batch_size / seconds:,.0f} images/s"
         )
     return list(filter(None, lines))
 
@@ -198,8 +198,8 @@ def step_flops(
     """Floating-point operations of a step over the global batch, as XLA counts them before it optimizes; with another
     `model.remat` if one is given.
 
-    XLA counts the body of a loop once, however often it runs: so the blocks are unrolled first. It is asked for a CPU's program:
-    of an accelerator's fused kernels it knows nothing.
+    XLA counts the body of a loop once, however often it runs: so the blocks are unrolled first. It is asked for a CPU's
+    program: of an accelerator's fused kernels it knows nothing.
     """
     config = config.copy_and_resolve_references()
     if "unroll" in config.model:
