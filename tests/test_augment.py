@@ -136,6 +136,16 @@ def test_crop_of_random_boxes_is_equal_nearly_everywhere():
     assert np.mean(equal) > 0.9998
 
 
+def test_products_in_bfloat16_give_the_same_levels(monkeypatch):
+    """What accelerators compute: the levels of Pillow's filters, in three passes."""
+    image, box = planes(noise(90, 90)), jnp.array([3, 5, 80, 61])
+    want = A.crop_resize(image, box, 33)
+    monkeypatch.setattr(A, "platform", lambda: "tpu")
+    program = jax.make_jaxpr(lambda: A.crop_resize(image, box, 33))()
+    assert str(program).count("preferred_element_type=float32") == 6 and "bf16" in str(program)
+    np.testing.assert_array_equal(A.crop_resize(image, box, 33), want)
+
+
 def test_a_crop_does_not_depend_on_the_bound_of_its_sides():
     canvas = planes(noise(80, 80))
     for seed in range(20):
