@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 import zlib
-from typing import NoReturn
+from typing import Any, NoReturn
 from unittest import mock
 
 import jax
@@ -37,6 +37,7 @@ OF_ANOTHER = re.compile("gloo|nccl|coordination|heartbeat|barrier|connection (cl
 
 Gone = jax.errors.JaxRuntimeError  # of `tell`, `heard` and `exchange`, when another process has died or does not answer
 
+_handlers: list[Any] = []  # that C++ calls, kept alive
 _end = 1, LOST  # exit code and last line of this process, should jax end it
 
 
@@ -86,10 +87,9 @@ def check(coordinator: str | None, processes: int | None, process: int | None) -
 
 def detected() -> tuple[str | None, int | None, int | None, list[int] | None]:
     """(coordinator, processes, process, local devices) of the environment as jax knows it; None for those that it does not."""
-    hidden = ()
-    if "JOB_COMPLETION_INDEX" not in os.environ:  # a pod on its own, of which jax would ask the server of Kubernetes
-        hidden = ("KUBERNETES_SERVICE_HOST",)
-    others = {name: value for name, value in os.environ.items() if name not in hidden}
+    others = dict(os.environ)
+    if "JOB_COMPLETION_INDEX" not in others:  # a pod on its own, of which jax would ask the server of Kubernetes
+        others.pop("KUBERNETES_SERVICE_HOST", None)
     unset, address = (None,) * 4, os.environ.get("JAX_COORDINATOR_ADDRESS")
     try:
         with mock.patch.dict(os.environ, others, clear=True), warnings.catch_warnings(record=True):
@@ -101,9 +101,7 @@ def detected() -> tuple[str | None, int | None, int | None, list[int] | None]:
     if process is None and "JOB_COMPLETION_INDEX" in os.environ:
         index = os.environ["JOB_COMPLETION_INDEX"]
         raise OSError(f"this is pod {index} of a Kubernetes job: install jax[k8s], or give {FLAGS}, or --processes=1")
-    if one_a_host():
-        local = None
-    return coordinator, processes, process, local
+    return coordinator, processes, process, None if local is None or one_a_host() else list(local)
 
 
 def one_a_host() -> bool:
@@ -136,8 +134,8 @@ def connect(coordinator: str, processes: int, process: int, local: list[int] | N
                 initialization_timeout=TIME_LIMIT,
                 heartbeat_timeout_seconds=SILENCE,
             )
-    except RuntimeError as error:
-        raise OSError(f"{late}: {brief(error)}") from error
+    except RuntimeError as error:  # `bad_cast`, as below, when the time is over
+        raise OSError(late if "bad_cast" in str(error) else f"{late}: {brief(error)}") from error
     _end = 1, LOST
 
 
@@ -145,26 +143,32 @@ def ended() -> None:
     leave(*_end)
 
 
-@ctypes.CFUNCTYPE(None)
-def _terminate() -> None:
-    kind = ctypes.cast(_cxx.__cxa_current_exception_type(), ctypes.POINTER(ctypes.c_char_p))
-    if kind and kind[1] == b"St8bad_cast":
-        ended()
-    _default_terminate()
-
-
 def catch_terminate() -> None:
     """jaxlib (0.10) cannot call a callback of Python about a process that died: C++ then ends the program by a `bad_cast`."""
-    global _cxx, _default_terminate
-    with contextlib.suppress(AttributeError, OSError):  # of another C++ library
-        _cxx = ctypes.CDLL("libstdc++.so.6")
-        _cxx.__cxa_current_exception_type.restype = ctypes.c_void_p
-        _cxx._ZSt13set_terminatePFvvE.restype = ctypes.CFUNCTYPE(None)
-        _default_terminate = _cxx._ZSt13set_terminatePFvvE(_terminate)
+    try:
+        library = ctypes.CDLL("libstdc++.so.6")
+        set_terminate, exception_type = library._ZSt13set_terminatePFvvE, library.__cxa_current_exception_type
+    except (AttributeError, OSError):  # another C++ library
+        return
+    exception_type.restype, set_terminate.restype = ctypes.c_void_p, ctypes.CFUNCTYPE(None)
+
+    def terminate() -> None:
+        kind = ctypes.cast(exception_type(), ctypes.POINTER(ctypes.c_char_p))
+        if kind and kind[1] == b"St8bad_cast":
+            ended()
+        before()
+
+    _handlers.append(ctypes.CFUNCTYPE(None)(terminate))
+    before = set_terminate(_handlers[-1])
+
+
+def client() -> Any:
+    """Of jax's coordination service; None where this process is the only one."""
+    return distributed.global_state.client
 
 
 def several() -> bool:
-    return distributed.global_state.client is not None and distributed.global_state.num_processes > 1
+    return client() is not None and distributed.global_state.num_processes > 1
 
 
 def first() -> bool:
@@ -186,13 +190,13 @@ def check_same(config: ml_collections.ConfigDict) -> None:
 
 def tell(name: str) -> None:
     """Tells all processes, see `heard`."""
-    distributed.global_state.client.key_value_set(name, "told", allow_overwrite=True)
+    client().key_value_set(name, "told", allow_overwrite=True)
 
 
 def heard(name: str, wait_s: float) -> bool:
     """Whether any process tells this name within some seconds."""
     try:
-        distributed.global_state.client.blocking_key_value_get(name, round(1000 * wait_s))
+        client().blocking_key_value_get(name, round(1000 * wait_s))
         return True
     except Gone as error:
         if "DEADLINE_EXCEEDED" not in str(error):  # another process has died
@@ -202,9 +206,9 @@ def heard(name: str, wait_s: float) -> bool:
 
 def exchange(name: str, value: int) -> list[int]:
     """The values of all processes, by their numbers. Needs no device. All must call it, once for each name."""
-    state = distributed.global_state
-    state.client.key_value_set(f"{name}/{state.process_id}", str(value))
-    each = (state.client.blocking_key_value_get(f"{name}/{i}", 1000 * ANSWER) for i in range(state.num_processes))
+    client().key_value_set(f"{name}/{distributed.global_state.process_id}", str(value))
+    count = distributed.global_state.num_processes
+    each = (client().blocking_key_value_get(f"{name}/{i}", 1000 * ANSWER) for i in range(count))
     return [int(value) for value in each]
 
 
@@ -222,7 +226,7 @@ def finish(code: int, line: str = "") -> NoReturn:
         os.write(2, f"{line}\n".encode())
     _end = code, ""
     with contextlib.suppress(Gone):
-        distributed.global_state.client.wait_at_barrier(f"end {code}", 1000 * (5 if code else 10 * ANSWER))
+        client().wait_at_barrier(f"end {code}", 1000 * (5 if code else 10 * ANSWER))
     leave(code)
 
 

@@ -43,7 +43,7 @@ def unseen(workdir: Path) -> str:
         written = (workdir / "lock").read_bytes()
         own[: len(written)] = np.frombuffer(written, np.uint8)
     want = multihost_utils.broadcast_one_to_all(own).tobytes().rstrip(b"\0")
-    for _ in range(SEEN * 10):
+    for _ in range(round(10 * SEEN)):
         with contextlib.suppress(OSError):
             if (workdir / "lock").read_bytes() == want:
                 return ""

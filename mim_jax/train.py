@@ -82,6 +82,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
 
         step, bad_images = int(state.step), BadImages(log, before=record.get("bad_images", 0))
         evaluation = Evaluation(config, method, source, held_out, bad_images.name)
+        evaluation.check = stop.check
         for line in filter(None, dict.fromkeys([*lines, evaluation.unlabeled, evaluation.warning])):
             log.print(line)
         if record:

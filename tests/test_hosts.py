@@ -9,11 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax._src import clusters
+from jax._src.clusters import cloud_tpu_cluster
+from jax.experimental import multihost_utils
 from PIL import Image
 
-from mim_jax import hosts, journal
+from mim_jax import hosts, journal, load_config, lock
 from mim_jax.checkpoint import saved_steps
 from mim_jax.stopping import NOTHING_LOST
 
@@ -81,6 +85,141 @@ class Run:
         return [path.read_text() for path in self.errors]
 
 
+# How a process finds the others. None of them is there.
+
+SLURM = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "node[007-008]",
+    "SLURM_NTASKS": "16",
+    "SLURM_PROCID": "11",
+    "SLURM_LOCALID": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
+}
+MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
+}
+ONE_A_NODE = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+TPU = {"agent-worker-number": "3", "worker-network-endpoints": "a:b:127.0.0.1,a:b:10.0.0.2", "tpu-env": "A: 'b'"}
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """A function: environment, arguments of `hosts.start` -> whether there are several, and the arguments of `connect`."""
+    for name in [name for name in os.environ if re.match("SLURM|OMPI|KUBERNETES|JOB_COMPL|TPU_|JAX_COORDINATOR", name)]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+    found = []
+    monkeypatch.setattr(hosts, "connect", lambda *how: found.append(how))
+
+    def started(environment, *arguments):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return hosts.start(*arguments), *found
+
+    return started
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "want"),
+    [
+        ({}, (), (False,)),
+        (POD, (), (False,)),  # not of a job
+        (SLURM, (), (True, ("node007:61441", 16, 11, [3]))),
+        (SLURM | ONE_A_NODE, (), (True, ("node007:61441", 2, 1, None))),  # with all devices of its host
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, (), (False,)),
+        (SLURM, (None, 1, None), (False,)),
+        (SLURM, ("here:99", 2, 0), (True, ("here:99", 2, 0, None))),
+        (SLURM | {"JAX_COORDINATOR_ADDRESS": "here:99"}, (), (True, ("here:99", 16, 11, [3]))),
+        (MPI, (), (True, ("10.96.0.1:62624", 2, 1, [0]))),
+        (MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, (), (True, ("10.96.0.1:62624", 2, 1, None))),
+    ],
+)
+def test_processes_are_found_where_the_cluster_tells_them(start, environment, arguments, want):
+    assert start(environment, *arguments) == want
+    assert "kubernetes" not in sys.modules
+
+
+def test_a_cloud_tpu_tells_its_processes(start, monkeypatch):
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(clusters.cluster, "running_in_cloud_tpu_vm", True)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: (TPU[key], 200))
+    assert start({}) == (True, ("127.0.0.1:8482", 2, 3, None))
+
+
+def test_a_pod_of_a_job_is_not_one_run_on_its_own(start, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(OSError, match=r"this is pod 3 of a Kubernetes job: install jax\[k8s\], or give --coordinator="):
+        start(POD | {"JOB_COMPLETION_INDEX": "3"})
+
+
+def test_a_cluster_that_tells_nonsense_is_refused_in_one_line(start):
+    with pytest.raises(OSError, match=r"the cluster does not tell which process this is: invalid literal .*; --coordinator="):
+        start(SLURM | {"SLURM_PROCID": "first"})
+
+
+def test_a_program_of_several_begins_again_with_less_to_say(start, monkeypatch):
+    begun = []
+    monkeypatch.setattr(os, "execv", lambda *how: begun.append(how))
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+    assert start({}) == (False,) and not begun
+    start(SLURM)
+    assert begun == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])] and os.environ["TF_CPP_MIN_LOG_LEVEL"] == "3"
+
+
+def test_a_port_that_is_taken_is_told():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"process 0 cannot listen at port {port}, of coordinator 127.0.0.1:{port}: Addr"):
+            hosts.connect(f"127.0.0.1:{port}", 2, 0)
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """This process is the second of two. A function: what the first one tells -> nothing."""
+
+    def tells(array):
+        monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda own: array)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    for module in (hosts, lock):
+        monkeypatch.setattr(module, "of_any_process", lambda problem: problem)
+    return tells
+
+
+def test_a_workdir_that_is_another_one_is_told(second, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SEEN", 0.1)
+    second(np.frombuffer(b"process 1 on first\n" + bytes(100), np.uint8))
+    for content in (None, "process 1 on second\n"):
+        if content:
+            (tmp_path / "lock").write_text(content)
+        with pytest.raises(OSError, match=f"{tmp_path} of process 1 on .* is not the folder of process 0: the workdir must be"):
+            with lock.locked(tmp_path):
+                pass
+    (tmp_path / "lock").write_text("process 1 on first\n")
+    with lock.locked(tmp_path):
+        pass
+
+
+def test_another_config_is_told(second, monkeypatch):
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", lambda own: first.append(own) or own)
+    first, config = [], load_config("mae:demo").unlock()
+    hosts.check_same(config)
+    second(first[0])
+    config.data.dir, config.data.workers = "elsewhere", 3
+    hosts.check_same(config)
+    config.optim.lr = 9.0
+    with pytest.raises(ValueError, match="process 1 on .* has optim.lr=9.0: not as process 0"):
+        hosts.check_same(config)
+
+
+# Whole commands.
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices", "stopped", "killed"), [(2, 2, 1, 0), (4, 1, 0, 2)])
 def test_a_run_of_several_processes_is_stopped_killed_and_finished(images, tmp_path, count, devices, stopped, killed):
@@ -137,6 +276,28 @@ def test_before_all_train_a_signal_ends_all_at_once(images, tmp_path):
     assert run.finish(60) == [0, 0], run.written()
     told, silent = run.written()
     assert told.endswith(f"{NOTHING_LOST}\n") and silent == ""
+
+
+ALONE = """
+import sys
+from mim_jax import hosts
+hosts.TIME_LIMIT = 3
+try:
+    hosts.connect(sys.argv[1], 2, int(sys.argv[2]))
+except OSError as error:  # as in the command line
+    hosts.fail(error, f"error: {error}")
+"""
+
+
+@pytest.mark.slow
+def test_one_that_is_alone_gives_up_in_one_line():
+    environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    for process, host in ((0, "127.0.0.1"), (1, "127.0.0.1"), (1, "no.such.host.invalid")):
+        coordinator = f"{host}:{free_port()}"
+        command = [sys.executable, "-c", ALONE, coordinator, str(process)]
+        result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False)
+        assert result.stderr == f"error: process {process} of 2 could not meet the others at {coordinator} within 3 s\n"
+        assert result.returncode == 1
 
 
 @pytest.mark.slow
