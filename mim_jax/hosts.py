@@ -98,9 +98,10 @@ def detected() -> tuple[str | None, int | None, int | None, list[int] | None]:
     except Exception as error:  # of any type that the libraries of the clusters raise
         raise OSError(f"the cluster does not tell which process this is: {brief(error)}; {FLAGS} does") from error
     coordinator, processes, process, local = found
-    if process is None and "JOB_COMPLETION_INDEX" in os.environ:
-        index = os.environ["JOB_COMPLETION_INDEX"]
-        raise OSError(f"this is pod {index} of a Kubernetes job: install jax[k8s], or give {FLAGS}, or --processes=1")
+    rank = os.environ.get("JOB_COMPLETION_INDEX", os.environ.get("OMPI_COMM_WORLD_RANK"))
+    if process is None and rank is not None:  # Kubernetes without its package, Open MPI 5
+        how = f"install jax[k8s] on Kubernetes, or give {FLAGS}, or --processes=1"
+        raise OSError(f"this is process {rank} of a job in which jax does not find the others: {how}")
     return coordinator, processes, process, None if local is None or one_a_host() else list(local)
 
 

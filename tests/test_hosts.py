@@ -150,10 +150,11 @@ def test_a_cloud_tpu_tells_its_processes(start, monkeypatch):
     assert start({}) == (True, ("127.0.0.1:8482", 2, 3, None))
 
 
-def test_a_pod_of_a_job_is_not_one_run_on_its_own(start, monkeypatch):
+def test_a_process_that_finds_no_others_is_not_a_run_on_its_own(start, monkeypatch):
     monkeypatch.setitem(sys.modules, "kubernetes", None)
-    with pytest.raises(OSError, match=r"this is pod 3 of a Kubernetes job: install jax\[k8s\], or give --coordinator="):
-        start(POD | {"JOB_COMPLETION_INDEX": "3"})
+    for environment in (POD | {"JOB_COMPLETION_INDEX": "1"}, {"OMPI_COMM_WORLD_RANK": "1"}):  # the second: Open MPI 5
+        with pytest.raises(OSError, match=r"this is process 1 of a job in which jax does not find the others: install jax"):
+            start(environment)
 
 
 def test_a_cluster_that_tells_nonsense_is_refused_in_one_line(start):
