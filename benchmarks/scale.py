@@ -39,7 +39,8 @@ HEADINGS = (
 TEXT = """# What fits where
 
 `python benchmarks/scale.py` compiles the train step of each recipe, at its own batch, for devices that are not there:
-`--plan=v5e-8 --config.mesh.fsdp={fsdp} --config.model.remat=auto`, with jax {jax}, up to {date}. Memory is the compiler's own figure.
+`--plan=v5e-8 --config.mesh.fsdp={fsdp} --config.model.remat=auto`, with jax {jax}, up to
+{date}. Memory is the compiler's own figure.
 Nothing in this table was run on such devices.
 
 """

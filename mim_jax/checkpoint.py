@@ -204,10 +204,6 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 raise OSError(f"a checkpoint was written to {self.folder}, but cannot be read back: {error}") from error
         self.read_back = step
 
-    def reached_preemption(self, step: int) -> bool:
-        """Whether any process of the run got SIGTERM; all processes must ask at the same steps."""
-        return self.manager.reached_preemption(step)
-
     def kept(self) -> str:
         """A sentence for error messages: which checkpoint is safe."""
         with contextlib.suppress(Exception):  # of a save that is under way: another error is reported now

@@ -11,6 +11,7 @@
   --plan=v5e-256           the same for a TPU slice or for GPUs (h100-8) that this machine does not have
   --compiled=FOLDER        keeps compiled programs, so that the next start is fast; by default ~/.cache/mim_jax/compiled,
                            with "" nowhere
+  --coordinator=HOST:PORT --processes=N --process=I   one run on several hosts, where no cluster tells them to jax
 """
 
 import difflib
@@ -29,7 +30,7 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mim_jax import compiled, dry_run, train
+from mim_jax import compiled, dry_run, hosts, train
 from mim_jax.config import PACKAGED, absolute, leaves, load_config
 from mim_jax.data.sources import user_cache
 from mim_jax.stopping import Stop, leave
@@ -38,6 +39,9 @@ EXAMPLE = "mim_jax --config=dino:demo --workdir=runs/dino"
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
 PLAN = flags.DEFINE_string("plan", "", "Devices to plan for, which need not be here: v5e-8, v5p-64, v6e-256, h100-8.")
+COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT at which process 0 listens.")
+PROCESSES = flags.DEFINE_integer("processes", None, "How many processes the run has.")
+PROCESS = flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
 COMPILED = flags.DEFINE_string("compiled", None, "Folder of compiled programs; empty: none are kept.")
 
 # Other words for keys, and those of earlier versions.
@@ -148,18 +152,25 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         compiled.keep(Path(COMPILED.value or user_cache() / "compiled").expanduser().absolute())
     config.data.dir, config.init_from, config.resume = map(absolute, (config.data.dir, config.init_from, config.resume))
     try:
+        if not (DRY_RUN.value or PLAN.value or WORKDIR.value):
+            sys.exit(f"error: --workdir is missing, for example {EXAMPLE}")
+        if not PLAN.value and hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value) and stop:
+            stop.join()
         if DRY_RUN.value or PLAN.value:
             print(dry_run.plan(config, PLAN.value))
-        elif WORKDIR.value:
-            train.run(config, str(absolute(WORKDIR.value)), stop)
         else:
-            sys.exit(f"error: --workdir is missing, for example {EXAMPLE}")
-    except (OSError, ValueError, train.NotFinite) as error:
-        if not raised_here(error):
+            train.run(config, str(absolute(WORKDIR.value)), stop)
+    except Exception as error:
+        expected = isinstance(error, (OSError, ValueError, train.NotFinite)) and raised_here(error)
+        if hosts.several():
+            hosts.fail(error, f"error: {error}" if expected else traceback.format_exc())
+        if not expected:
             raise
         if stop:
             leave(1, f"error: {error}")
         sys.exit(f"error: {error}")
+    if hosts.several():
+        hosts.finish(0)
     if stop and stop.requested:
         leave(0)
 

@@ -10,8 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from mim_jax.checkpoint import of_any_process
+
+SEEN = 15  # s after which a file of one host is seen by all
 
 
 @contextlib.contextmanager
@@ -21,12 +25,31 @@ def locked(workdir: Path) -> Iterator[None]:
     The lock is the system's (`flock`): it ends with the process that holds it, however that ends, and on NFS it holds for
     other machines, too. On a file system without such locks a line says so, and nothing is held.
 
-    Raises OSError, with the process and the host of the other run, if the workdir is in use or cannot be written.
+    Raises OSError, with the process and the host of the other run, if the workdir is in use or cannot be written, and if
+    another process of this run does not see the lock: its host has another folder of that name.
     """
     with contextlib.ExitStack() as stack:
         if problem := of_any_process(take(workdir, stack) if jax.process_index() == 0 else ""):
             raise OSError(problem)
+        if jax.process_count() > 1 and (problem := of_any_process(unseen(workdir))):
+            raise OSError(problem)
         yield
+
+
+def unseen(workdir: Path) -> str:
+    """That this process does not see the lock that the first one has taken; "" if it does. All must call it."""
+    own = np.zeros(500, np.uint8)
+    if jax.process_index() == 0:
+        written = (workdir / "lock").read_bytes()
+        own[: len(written)] = np.frombuffer(written, np.uint8)
+    want = multihost_utils.broadcast_one_to_all(own).tobytes().rstrip(b"\0")
+    for _ in range(round(10 * SEEN)):
+        with contextlib.suppress(OSError):
+            if (workdir / "lock").read_bytes() == want:
+                return ""
+        time.sleep(0.1)
+    who = f"process {jax.process_index()} on {socket.gethostname()}"
+    return f"{workdir} of {who} is not the folder of process 0: the workdir must be one that all hosts see, as on NFS"
 
 
 def take(workdir: Path, stack: contextlib.ExitStack) -> str:
@@ -44,6 +67,7 @@ def take(workdir: Path, stack: contextlib.ExitStack) -> str:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
+        os.fsync(file.fileno())  # other hosts of this run look for it
     except OSError as error:
         return f"cannot write to {error.filename or workdir}: {error.strerror}"
     return ""

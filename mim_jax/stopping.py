@@ -9,6 +9,8 @@ Imports nothing that takes long: the command line listens before it imports jax.
 """
 
 import contextlib
+import itertools
+import math
 import os
 import queue
 import signal
@@ -38,37 +40,78 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
         program: for the command line: before training, the program ends at once, with exit code 0 and a line; a second
             SIGINT ends it with exit code 130. Both work during any call.
 
-    Outside of the main thread, where Python has no signals, nothing is listened to. Where jax.distributed runs, SIGTERM is
-    left to jax, which tells all processes, and the first SIGINT is passed on as SIGTERM. Processes must compute in step, so
-    `wait` and `ahead` are not ended there.
+    Outside of the main thread, where Python has no signals, nothing is listened to.
+
+    Of several processes, each tells the others of a signal. They compute in step, so `wait` and `ahead` are not ended: all
+    agree on one call of `reached`, at which they end. If one of them does not train yet, all end at once. The second SIGINT
+    ends a process with exit code 130.
     """
 
     training = requested = False
+    numbers = itertools.count()
 
     def __init__(self, program: bool = False):
         self.program = program
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # its `put` may be called while a signal interrupts a `get`
         self._interrupted = self._threads = False
         self._before: dict[int, Any] = {}
+        self._name = ""  # by which several processes know this object
+        self._agreeing = threading.Lock()
+        self._calls, self._last = 0, math.inf  # of `reached`
 
     def __enter__(self) -> "Stop":
+        self._threads = True
+        if not self.program:
+            self.join()
         if threading.current_thread() is not threading.main_thread():
+            self._threads = False
             return self
         wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup, `command &`
-        if not self.program and several_processes():
-            self._before = {signal.SIGINT: signal.signal(signal.SIGINT, self._pass_on)}
-            return self
         self._before = {number: signal.signal(number, self._handle) for number in wanted}
         if self.program:
             # Blocked in all threads and processes that are started from now on, and waited for by one.
             signal.pthread_sigmask(signal.SIG_BLOCK, wanted)
             threading.Thread(target=self._watch, args=(wanted,), daemon=True).start()
-        self._threads = True
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._name = ""
+
+    def join(self) -> None:
+        """Listens to the other processes, too, where there are several."""
+        from mim_jax import hosts
+
+        if hosts.several():
+            self._threads, self._name = False, f"stop {next(self.numbers)}"
+            threading.Thread(target=self._agree, args=(self._name,), daemon=True).start()
+
+    def _agree(self, name: str) -> None:
+        from mim_jax import hosts
+
+        with contextlib.suppress(hosts.Gone):  # jax is ending this process, too
+            while not hosts.heard(name, 10):
+                if not self._name:
+                    return
+            with self._agreeing:  # no step begins before all have answered
+                places = hosts.exchange(name, self._calls if self.training else ~self._calls)
+                if min(places) < 0 and self.program:
+                    hosts.finish(0, NOTHING_LOST if hosts.first() else "")
+                self.requested, self._last = True, 1 + max(max(place, ~place) for place in places)
+
+    def reached(self) -> bool:
+        """Whether to end here, where nothing is half done. Several processes call it equally often."""
+        if not self._name:
+            return self.requested
+        with self._agreeing:
+            self._calls += 1
+            return self._calls >= self._last
+
+    def check(self) -> None:
+        """In the midst of a long computation of several processes: raises Stopped where they have agreed to end."""
+        if self._name and self.reached():
+            raise Stopped(NOTHING_LOST)
 
     def wait(self, function: Callable[..., T], *args: Any) -> T:
         """`function(*args)`, called in a thread, with the mesh of this one. Raises Stopped as soon as a stop is requested."""
@@ -133,32 +176,25 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
     def _handle(self, number: int, _: object) -> None:
         """Also called by a thread, for a program."""
         again = self._interrupted and number == signal.SIGINT
-        self.requested, self._interrupted = True, self._interrupted or number == signal.SIGINT
-        self._inbox.put(None)
-        if self.program and again:
+        self._interrupted = self._interrupted or number == signal.SIGINT
+        if again and (self.program or self._name):
             leave(130, AT_ONCE)
-        elif self.program and not self.training:
-            leave(0, NOTHING_LOST)
         elif again:
             raise KeyboardInterrupt
+        elif self._name:
+            from mim_jax import hosts
+
+            return hosts.tell(self._name)
+        self.requested = True
+        self._inbox.put(None)
+        if self.program and not self.training:
+            leave(0, NOTHING_LOST)
         elif not self.training:
             raise Stopped(NOTHING_LOST)
 
     def _watch(self, wanted: list[signal.Signals]) -> None:
         while True:
             self._handle(signal.sigwait(wanted), None)
-
-    def _pass_on(self, *_: object) -> None:
-        if self._interrupted:
-            leave(130, AT_ONCE)
-        self._interrupted = True
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def several_processes() -> bool:
-    import jax
-
-    return jax.distributed.is_initialized()
 
 
 def leave(code: int, line: str = "") -> NoReturn:

@@ -16,7 +16,7 @@ import ml_collections
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from mim_jax import checkpoint, dry_run, health, journal, learned, report, sharding
+from mim_jax import checkpoint, dry_run, health, hosts, journal, learned, report, sharding
 from mim_jax.bad_images import BadImages
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.config import resolve_encoder, resolve_target
@@ -65,6 +65,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         data.levels = survey.levels
         lines += filter(None, [dry_run.resolve_remat(config)])
         method = make_method(config)  # with the steps per epoch of this source
+        hosts.check_same(config)
         stack.enter_context(locked(workdir))
         if config.get("target", {}).get("workdir") == str(workdir):
             raise ValueError(f"target.workdir is the workdir of this run, {workdir}: it needs one of its own")
@@ -82,6 +83,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
 
         step, bad_images = int(state.step), BadImages(log, before=record.get("bad_images", 0))
         evaluation = Evaluation(config, method, source, held_out, bad_images.name)
+        evaluation.check = stop.check
         for line in filter(None, dict.fromkeys([*lines, evaluation.unlabeled, evaluation.warning])):
             log.print(line)
         if record:
@@ -109,9 +111,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         train_step, compiled = make_train_step(method, config), False
         steps = StepLog(config, log, checkpoints, record.get("skipped", 0))
         evaluated, seen, finished = last_evaluation(log), bad_images.own, False
-        stop.training = True
+        stop.training = jax.process_count() == 1  # several processes end at once until all can do a step
         try:
-            while not (stop.requested or checkpoints.reached_preemption(step)):
+            while not stop.reached():
                 if evaluate_every and step > evaluated and (step % evaluate_every == 0 or step == total):
                     steps.flush()
                     with log.paused():
@@ -131,7 +133,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
                     break
                 batch = sharding.global_batch(next(batches))
                 if not compiled:
-                    compiled = stop.wait(compile_step, train_step, state, target, batch)
+                    compiled = stop.training = stop.wait(compile_step, train_step, state, target, batch)
                 state, metrics = train_step(state, target, batch)
                 del batch  # its memory is of use to the next one
                 step, seen = step + 1, bad_images.own

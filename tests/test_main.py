@@ -44,7 +44,7 @@ def command():
     logging.set_verbosity(verbosity)
     for name in [name for name in flags.FLAGS if name.partition(".")[0] == "config"]:
         delattr(flags.FLAGS, name)
-    for name in ("workdir", "dry_run"):
+    for name in ("workdir", "dry_run", "coordinator", "processes", "process"):
         flags.FLAGS[name].unparse()
 
 
@@ -98,6 +98,16 @@ WRONG = [
     ([DEMO, "--workdir={tmp}", "--config.data.name=folder", "--config.data.dir=~/no"], "There is no folder {home}/no: "),
     (["--config=dino", "--workdir={tmp}", "--config.data.dir={tmp}"],
      "Prepare it where TensorFlow is installed with `tfds build imagenet2012 --data_dir={tmp}"),
+    # Several hosts
+    ([DEMO, "--workdir={tmp}", "--processes=2"],
+     "error: of --coordinator=HOST:PORT --processes=N --process=I all three are needed, or none where the cluster tells them"),
+    ([DEMO, "--workdir={tmp}", "--coordinator=host", "--processes=2", "--process=0"],
+     "error: coordinator is 'host', but must be HOST:PORT, where process 0 listens"),
+    ([DEMO, "--workdir={tmp}", "--coordinator=host:0", "--processes=2", "--process=0"], "coordinator is 'host:0', but must"),
+    ([DEMO, "--workdir={tmp}", "--coordinator=host:1", "--processes=0", "--process=0"], "error: processes is 0, but must be"),
+    ([DEMO, "--workdir={tmp}", "--coordinator=host:1", "--processes=2", "--process=2"],
+     "error: process is 2, but must be in [0, 2), as there are 2 processes"),
+    ([DEMO, "--workdir={tmp}", "--coordinator=host:1", "--processes=2", "--process=b"], "error: flag --process=b: "),
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mim_jax import hosts
 from mim_jax.data import pipeline, sources
 from mim_jax.sharding import current_mesh, make_mesh
 from mim_jax.stopping import AT_ONCE, NOTHING_LOST, SIGNALS, Stop, Stopped
@@ -123,19 +124,78 @@ def test_a_signal_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGINT, before)
 
 
-def test_of_several_processes_the_first_control_c_is_a_sigterm_for_jax(monkeypatch):
-    heard = []
-    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
-    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("SIGTERM"))
-    monkeypatch.setattr("mim_jax.stopping.leave", lambda *told: heard.append(told))
-    try:
-        with Stop() as stop:
-            assert stop.wait(threading.current_thread) is threading.main_thread()  # in step with the other processes
-            send(signal.SIGINT)
-            send(signal.SIGINT)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert heard == ["SIGTERM", (130, AT_ONCE)] or heard[-2:] == [(130, AT_ONCE), "SIGTERM"]
+# Of several processes. The others are played here.
+
+
+@pytest.fixture
+def other(monkeypatch):
+    """A function: what the other process answers -> nothing. And whether any process has told."""
+    told, answer, ended = threading.Event(), [], []
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    monkeypatch.setattr(hosts, "tell", lambda name: told.set())
+    monkeypatch.setattr(hosts, "heard", lambda name, wait_s: told.wait(wait_s))
+    monkeypatch.setattr(hosts, "exchange", lambda name, own: [own, *answer])
+
+    def finish(*how):
+        ended.append(how)
+        raise hosts.Gone("in place of an end")
+
+    monkeypatch.setattr(hosts, "finish", finish)
+    yield told, answer, ended
+    told.set()
+    for thread in threading.enumerate():
+        if "_agree" in thread.name:
+            thread.join()
+
+
+def settled(what) -> bool:
+    return any(what() or time.sleep(0.01) for _ in range(500))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_several_processes_end_at_the_call_after_the_last_one(other, number):
+    _, answer, _ = other
+    answer[:] = [4]
+    with Stop() as stop:
+        stop.training = True
+        assert stop.wait(threading.current_thread) is threading.main_thread()  # in step with the other processes
+        assert not stop.reached() and not stop.requested
+        send(number)
+        assert settled(lambda: stop.requested)
+        assert [stop.reached() for _ in range(4)] == [False, False, False, True]
+        with pytest.raises(Stopped):
+            stop.check()
+
+
+def test_a_process_hears_of_a_signal_to_another_one(other):
+    told, answer, _ = other
+    answer[:] = [0]
+    with Stop() as stop:
+        stop.training = True
+        stop.check()
+        told.set()
+        assert settled(lambda: stop.requested) and stop.reached()
+
+
+def test_a_program_of_several_ends_at_once_before_all_train(other):
+    told, answer, ended = other
+    for training, answered in ((True, ~7), (False, 7)):
+        told.clear()
+        answer[:] = [answered]
+        stop = Stop(program=True)
+        stop.training = training
+        stop.join()
+        told.set()
+        assert settled(lambda: ended) and ended.pop() == (0, NOTHING_LOST) and not stop.requested
+
+
+def test_of_several_processes_a_second_control_c_ends_one(other, monkeypatch):
+    other[1][:] = [0]
+    monkeypatch.setattr("mim_jax.stopping.leave", lambda *how: sys.exit(str(how)))
+    with pytest.raises(SystemExit) as left, Stop():
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+    assert left.value.code == str((130, AT_ONCE))
 
 
 # Programs.

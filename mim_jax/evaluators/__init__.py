@@ -94,6 +94,7 @@ class Evaluation:
         crop = method.views.crops[0].size
         self.detail = 2 * crop if crop <= DETAILED else crop
         self.on_bad = on_bad or pipeline.log_once()
+        self.check: Callable[[], None] = lambda: None  # called before each batch; what it raises ends the evaluation
         self.good = len(self.test_rows)  # held-out images that could be read, once they have been
         self.encoded: tuple[Any, Arrays, Arrays] | None = None  # of the last state, by its `step`
 
@@ -274,6 +275,7 @@ class Evaluation:
         options = self.decoding | {"among": among, "share": share(size)}
         stream = pipeline.eval_batches(source, rows, canvas=self.canvas, batch_size=size, on_bad=self.on_bad, **options)
         for start, batch in zip(range(0, len(rows), size), stream, strict=True):
+            self.check()
             for name, part in jax.device_get(gather(OrderedDict(function(global_batch(batch))))).items():
                 if not start:
                     results[name] = np.empty((len(rows), *part.shape[1:]), part.dtype)
