@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 class Mutation(NamedTuple):
     name: str
-    file: str  # under mim_jax/
+    file: str  # from mim_jax/
     old: str  # found once in the file
     new: str
     tests: str  # that must notice it, under tests/, by the name that pytest has for them
