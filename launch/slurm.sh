@@ -2,7 +2,7 @@
 #SBATCH --job-name=mim_jax --nodes=1 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8
 #SBATCH --time=24:00:00 --signal=B:USR1@180 --requeue --open-mode=append
 # Trains on a Slurm cluster, one process for each GPU. From the root of the checkout, in a folder that all nodes see:
-#   sbatch launch/slurm.sh --config=dino:vits16 --workdir=runs/vits16 --config.data.dir=$HOME/images
+#   sbatch launch/slurm.sh --config=dino:vits16 --workdir=runs/vits16 --config.data.dir=$HOME/tensorflow_datasets
 #   sbatch --nodes=4 --partition=NAME launch/slurm.sh ...    options of sbatch come first and win over those above
 # Three minutes before its time is up, the run saves and the job is queued again. After any other end, submit it again.
 # Makes the virtual environment on first use (EXTRAS: see setup.sh). Where nodes have no network, do so on the login node:

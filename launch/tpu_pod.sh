@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on all hosts of a Cloud TPU VM, from nothing: copies the code there, installs it, starts it, shows what is printed.
-#   bash launch/tpu_pod.sh NAME ZONE --config=dino:vits16 --workdir=gs://BUCKET/run --config.data.dir=gs://BUCKET/images
+#   bash launch/tpu_pod.sh NAME ZONE --config=dino:vits16 --workdir=gs://BUCKET/run --config.data.dir=gs://BUCKET/tfds
 #   bash launch/tpu_pod.sh NAME ZONE         shows it again (Ctrl-C ends only the showing)
 #   bash launch/tpu_pod.sh NAME ZONE stop    the run saves and ends
 # The first command again goes on with the run, also on new hosts. Needs gcloud, logged in. EXTRAS: as in setup.sh.

@@ -3,6 +3,7 @@
 Stand-ins for gcloud, srun and others start the processes of a cluster on this machine.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -10,13 +11,18 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
+
+from mim_jax import journal
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,7 +78,9 @@ echo 'mkdir -p "$HOME/.local/bin" && cp "$TOOLS/../uv" "$HOME/.local/bin/uv"'
 # Two tasks, whose numbers are those of Slurm.
 SRUN = """#!/bin/bash
 echo "srun $1" >>"$LOG"
-for task in 0 1; do SLURM_PROCID=$task LOG=$LOG.$task "${@:2}" & echo $! >>"$LOG.tasks"; done
+rm -f "$LOG.tasks"
+export SLURM_NTASKS=2 SLURM_STEP_NODELIST=localhost
+for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task LOG=$LOG.$task "${@:2}" & echo $! >>"$LOG.tasks"; done
 for process in $(<"$LOG.tasks"); do wait "$process" || code=$?; done
 exit "${code:-0}"
 """
@@ -213,9 +221,9 @@ def test_uv_brings_python_where_none_suits(checkout: Checkout):
     assert checkout.launch(PYTHON="python3.12", **tools) == [] and checkout.result.returncode == 1
 
 
-def soon(condition: Callable[[], Any]) -> None:
+def soon(condition: Callable[[], Any], seconds: float = 60) -> None:
     """Waits until it holds."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -338,6 +346,46 @@ def test_slurm_reports_a_run_that_fails_and_a_wrong_folder(slurm: Checkout):
     assert slurm.result.returncode == 3 and slurm.noted()[-1] == "srun --cpus-per-task=8"
     slurm.launch(script=SLURM, SLURM_SUBMIT_DIR=str(slurm.elsewhere))
     assert slurm.result.returncode == 1 and "Submit it from the root of the checkout" in slurm.result.stderr
+
+
+@pytest.mark.slow
+def test_slurm_trains_stops_in_time_and_goes_on(slurm: Checkout, tmp_path: Path):
+    """The real program, which jax tells its number and the host of process 0 from Slurm's variables."""
+    images, run, rng = tmp_path / "images", tmp_path / "run", np.random.default_rng(0)
+    for i in range(48):
+        path = images / f"class_{i % 2}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    installed = slurm.root / ".venv/bin/python"
+    installed.parent.mkdir(parents=True)
+    installed.write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    installed.chmod(0o755)
+    wanted = [f"{slurm.root}\n", *((slurm.root / name).read_text() for name in ("requirements.txt", "pyproject.toml"))]
+    (slurm.root / ".venv/installed-cuda13").write_text("".join(wanted))
+    arguments = [f"--config={ROOT}/tests/tiny.py:mae", f"--config.data.dir={images}", f"--workdir={run}", "--compiled="]
+    arguments += ["--config.total=100 steps", "--config.eval.every=never"]
+    slurm.environment |= os.environ | slurm.environment | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
+    slurm.environment["SLURM_JOB_ID"] = str(os.getpid())  # of which jax makes a port
+
+    def steps() -> list[int]:
+        return [row["step"] for row in journal.read(run) if "train/loss" in row]
+
+    job = slurm.start(*arguments, script=SLURM)
+    try:
+        soon(lambda: job.poll() is not None or len(steps()) > 5, seconds=600)
+        job.send_signal(signal.SIGUSR1)
+        _, told = job.communicate(timeout=120)
+    finally:
+        for process in map(int, slurm.noted(slurm.log.with_name("log.tasks"))):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    assert job.returncode == 0 and f"scontrol requeue {os.getpid()}" in slurm.noted(), told
+    assert steps() == list(range(1, 1 + len(steps()))) and 5 < len(steps()) < 100
+
+    job = slurm.start(*arguments, script=SLURM)
+    _, told = job.communicate(timeout=600)
+    assert job.returncode == 0 and "resuming after step" in told and "report: " in told, told
+    assert slurm.noted() == ["srun --cpus-per-task=8"] and steps() == list(range(1, 101))
 
 
 # The fields of a JobSet (jobset.x-k8s.io/v1alpha2, as of JobSet 0.9) and of Kubernetes' Job and Pod that gke.yaml has, and what
