@@ -111,6 +111,7 @@ class Checkout:
         self.environment = {"PATH": str(tools), "LOG": str(self.log)}
         self.elsewhere = root / "elsewhere"
         self.elsewhere.mkdir()
+        self.hosts: list[Path] = []
 
     def tool(self, name: str, content: str) -> Path:
         """Puts a stand-in on the PATH."""
@@ -389,7 +390,7 @@ def test_slurm_trains_stops_in_time_and_goes_on(slurm: Checkout, tmp_path: Path)
 
 
 # The fields of a JobSet (jobset.x-k8s.io/v1alpha2, as of JobSet 0.9) and of Kubernetes' Job and Pod that gke.yaml has, and what
-# they hold. A list stands for items of one kind, None for a map of names.
+# they hold. A list stands for items of one kind, and the key `str` for any name.
 STRINGS = {str: str}
 JOBSET = {
     "apiVersion": str,
