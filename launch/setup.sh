@@ -1,8 +1,9 @@
+# shellcheck shell=bash
 # Sourced by the other scripts, from the root of the checkout. `setup EXTRAS` installs mim_jax with these extras of
 # pyproject.toml into a virtual environment, unless it is up to date, and sets $python to its interpreter.
 #
 #   PYTHON=python3.13 bash launch/...   this interpreter, in an environment of its own (.venv-3.13); else .venv
-#   EXTRAS=cuda13 bash launch/...       more extras, separated by commas: cuda12, cuda13, tpu
+#   EXTRAS=cuda13 bash launch/...       more extras, separated by commas: cuda12, cuda13, tpu, gcs
 #
 # Installs with uv if it is on the PATH, else with venv and pip.
 
@@ -33,6 +34,10 @@ find_python() {
       return
     fi
   done
+  if have_uv && [[ -z ${PYTHON:-} ]]; then
+    echo 3.13 # uv downloads it
+    return
+  fi
   fail "mim_jax needs Python 3.11, 3.12 or 3.13 with its venv module; none found${PYTHON:+ as PYTHON=$PYTHON}." \
     "Install one (Debian, Ubuntu: apt install python3 python3-venv), or name one: PYTHON=/path/to/python3 bash $0"
 }

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 class Mutation(NamedTuple):
     name: str
-    file: str  # under mim_jax/
+    file: str  # from mim_jax/
     old: str  # found once in the file
     new: str
     tests: str  # that must notice it, under tests/, by the name that pytest has for them
@@ -471,6 +471,22 @@ MUTATIONS = (
       "test_golden_beit.py::test_first_values_of_the_second_prediction"),
     M("BEiT v2's patches are of the last layer", "methods/beit2.py", "for i in (self.early_layers - 1, -1))",
       "for i in (-1, -1))", "test_golden_beit.py::test_beit_v2"),
+    # Launching
+    M("a second run starts beside the first", "../launch/tpu_pod.sh",
+      "|| { echo \"A run is in progress here: stop it first.\" >&2; exit 1; }", "|| true",
+      "test_launch.py::test_a_run_on_a_pod_is_shown_and_stopped"),
+    M("the lock ends with the start", "../launch/tpu_pod.sh", "nohup $run", "nohup $run 8>&-",
+      "test_launch.py::test_a_run_on_a_pod_is_shown_and_stopped"),
+    M("a pod's arguments are split at blanks", "../launch/tpu_pod.sh", "$(printf '%q ' \"$@\")", "$*",
+      "test_launch.py::test_a_pod_is_installed_and_started_from_nothing"),
+    M("a pod keeps modules that are no more", "../launch/tpu_pod.sh", "rm -rf mim_jax/mim_jax mim_jax/configs; ", "",
+      "test_launch.py::test_a_pod_is_installed_and_started_from_nothing"),
+    M("Slurm's signal ends the script first", "../launch/slurm.sh", "trap 'wait \"$run\"' TERM\n", "",
+      "test_launch.py::test_slurm_waits_for_a_run_that_is_told_to_stop"),
+    M("Slurm's job is not queued again", "../launch/slurm.sh", '  scontrol requeue "$SLURM_JOB_ID"\n', "",
+      "test_launch.py::test_slurm_queues_the_job_again_when_its_time_is_up"),
+    M("a pod that was told to stop has finished", "../launch/gke.yaml", "wait $!; exit 1' TERM", "wait $!; exit 0' TERM",
+      "test_launch.py::test_gke_runs_what_local_does"),
 )  # fmt: skip
 
 

