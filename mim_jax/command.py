@@ -163,8 +163,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
 
 
 def worth_logging(record: python_logging.LogRecord) -> bool:
-    """False for Orbax, which logs a failure for every file and thread. It is raised, too, and reported once."""
-    return record.name != "asyncio" and "/orbax/" not in record.pathname
+    """False for Orbax and gcsfs, which log a failure for every file and thread. It is raised, too, and reported once."""
+    return record.name not in ("asyncio", "gcsfs") and "/orbax/" not in record.pathname
 
 
 def unraisable(what: Any) -> None:
