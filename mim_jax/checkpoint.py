@@ -35,7 +35,7 @@ from jax.experimental import multihost_utils
 
 import mim_jax
 from mim_jax import config as configs
-from mim_jax import durations, files
+from mim_jax import durations, storage
 from mim_jax.config import leaves
 from mim_jax.sharding import path_name, replicate
 
@@ -138,15 +138,15 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         keep = config.checkpoint.keep or None
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=False)
         try:
-            if not files.remote(self.folder):
+            if not storage.remote(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if not os.access(self.folder, os.W_OK):
                     raise OSError(errno.EACCES, "it cannot be written to")
             self.plain = without_wildcards(self.folder)
             self.manager = ocp.CheckpointManager(self.plain, options=options, item_names=("state", "record"))
         except Exception as error:
-            if files.remote(self.folder):
-                raise OSError(f"cannot keep checkpoints in {self.folder}: {files.reason(error)}") from error
+            if storage.remote(self.folder):
+                raise OSError(f"cannot keep checkpoints in {self.folder}: {storage.reason(error)}") from error
             if not isinstance(error, OSError):
                 raise
             raise OSError(error.errno, f"cannot keep checkpoints: {error.strerror}", str(self.folder)) from error
@@ -178,7 +178,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             return
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         with self._named_errors():
-            free = math.inf if files.remote(self.folder) else shutil.disk_usage(self.folder).free
+            free = math.inf if storage.remote(self.folder) else shutil.disk_usage(self.folder).free
         if free < 1.2 * needed:
             raise OSError(
                 f"no room for a checkpoint in {self.folder}: {free / 2**20:,.0f} MiB are free and "
@@ -219,7 +219,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """A sentence for error messages: which checkpoint is safe."""
         with contextlib.suppress(Exception):  # of a save that is under way: another error is reported now
             self.manager.wait_until_finished()
-        if not (files.remote(self.folder) or self.folder.is_dir()):
+        if not (storage.remote(self.folder) or self.folder.is_dir()):
             return "The folder was removed."
         steps = saved_steps(self.folder)
         return f"The checkpoint of step {steps[0]} is whole." if steps else "No checkpoint was written yet."
@@ -321,7 +321,7 @@ def of_any_process(problem: str) -> str:
 
 def without_wildcards(folder: Path) -> Path:
     """The folder, under another name if its own has wildcards: Orbax looks for files by patterns that begin with it."""
-    if files.remote(folder) or glob.escape(str(folder)) == str(folder):
+    if storage.remote(folder) or glob.escape(str(folder)) == str(folder):
         return folder
     link = Path(tempfile.gettempdir()) / f"mim_jax-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
     with contextlib.suppress(FileExistsError):  # of an earlier start, or of another process
@@ -380,17 +380,17 @@ def devices() -> str:
 
 
 def absolute(path: str | Path) -> Path:
-    """The absolute path of a workdir, or its address, as by `files.absolute`. Raises ValueError for one that Orbax refuses."""
+    """The absolute path of a workdir, or its address, see `storage.absolute`. Raises ValueError for one that Orbax refuses."""
     if str(path).startswith("s3://"):
         raise ValueError(f"{path} cannot have checkpoints: Orbax keeps them at gs:// and on disks, not at s3://")
-    return files.absolute(path)
+    return storage.absolute(path)
 
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps of the finished checkpoints in a folder, newest first; [] without the folder. Orbax renames a checkpoint to its
     step at the end; at an address, where that takes a while, it writes the file COMMITTED to it."""
     steps = [path for path in (folder.iterdir() if folder.is_dir() else ()) if re.fullmatch("0|[1-9][0-9]*", path.name)]
-    whole = (path for path in steps if not files.remote(folder) or (path / COMMITTED).exists())
+    whole = (path for path in steps if not storage.remote(folder) or (path / COMMITTED).exists())
     return sorted((int(path.name) for path in whole), reverse=True)
 
 

@@ -23,7 +23,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 from tqdm.auto import tqdm
 
-from mim_jax import files
+from mim_jax import storage
 
 FILE = "metrics.jsonl"
 POINTS = 300  # of a curve at most; even
@@ -121,8 +121,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     ):
         """`resume_step`: of the checkpoint; None drops what an earlier run wrote here. `file`: in place of standard error.
         `held`: called before lines are written to an address; raises OSError if the workdir is another run's by now."""
-        self.workdir, self.total, self.batch_size = files.absolute(workdir), total_steps, batch_size
-        self.step, self._held, self._at_once = resume_step or 0, held, not files.remote(self.workdir)
+        self.workdir, self.total, self.batch_size = storage.absolute(workdir), total_steps, batch_size
+        self.step, self._held, self._at_once = resume_step or 0, held, not storage.remote(self.workdir)
         self._clock, self._file = clock, sys.stderr if file is None else file
         self._start: tuple[int, float] | None = None  # (step, time) after the first step of this process, which compiles
         self._lap: tuple[int, float] | None = None  # the same at the last `images_per_s`, moved on by pauses
@@ -135,7 +135,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         self.path = self.workdir / FILE
         with named_errors(self.path):
             board = self.workdir / "tensorboard"
-            lost, there = list[str](), files.parts(self.path)
+            lost, there = list[str](), storage.parts(self.path)
             for part in there or [self.path]:
                 with replacing(part) as draft:
                     for row in rows_of(part, lost.append) if there and resume_step is not None else ():
@@ -144,7 +144,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
                             self.history.add(row)
             if self._at_once:
                 board.mkdir(parents=True, exist_ok=True)
-            self._lines: Any = self.path.open("a", buffering=1) if self._at_once else files.Parts(self.path)
+            self._lines: Any = self.path.open("a", buffering=1) if self._at_once else storage.Parts(self.path)
             self._written = clock()
             # Written directly: the thread of tensorboardX's SummaryWriter dies of a full disk, and the run then waits for ever.
             self._events = EventsWriter(str(board / "events"), filename_suffix=f".{os.getpid()}.{time.time_ns()}")
@@ -276,7 +276,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 def rows(workdir: str | os.PathLike, on_bad: Callable[[str], None] = lambda line: None) -> Iterator[dict[str, Any]]:
     """The lines of `workdir/metrics.jsonl` in order (none without the file), one at a time. A line that is not whole, or that
     is no row of numbers, is left out; `on_bad` is called with it."""
-    for part in files.parts(files.absolute(workdir) / FILE):
+    for part in storage.parts(storage.absolute(workdir) / FILE):
         yield from rows_of(part, on_bad)
 
 
@@ -316,7 +316,7 @@ def inherit(old: Path, new: Path) -> None:
     """Copies figures and pictures of a run to the workdir where it goes on. First process only."""
     if jax.process_index() == 0:
         with named_errors(new):
-            if there := files.parts(old / FILE):
+            if there := storage.parts(old / FILE):
                 write_whole(new / FILE, b"".join(part.read_bytes() for part in there))
             for picture in (old / "pictures").glob("*"):
                 write_whole(new / "pictures" / picture.name, picture.read_bytes())
@@ -327,7 +327,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A draft of a file, which takes the file's place at the end of the block, whole and on the disk: neither a kill nor a
     crash of the machine leaves half of the file. An error leaves the old one; what a kill leaves of a draft, the next one
     overwrites. At an address a file is written in one piece anyway."""
-    if files.remote(path):
+    if storage.remote(path):
         content = io.BytesIO()
         yield content
         path.write_bytes(content.getvalue())
@@ -358,8 +358,8 @@ def named_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if files.remote(path):
-            raise OSError(f"cannot write {path}: {files.reason(error)}") from error
+        if storage.remote(path):
+            raise OSError(f"cannot write {path}: {storage.reason(error)}") from error
         if not isinstance(error, OSError):
             raise
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
@@ -369,13 +369,13 @@ class _Records:
     """Writes TensorBoard's records to an address, see `Parts`. Those of tensorboardX write all of a file for each record."""
 
     @staticmethod
-    def open(path: str) -> files.Parts:
-        return files.Parts(files.absolute(path))
+    def open(path: str) -> storage.Parts:
+        return storage.Parts(storage.absolute(path))
 
     @staticmethod
     def directory_check(path: str) -> None:
         pass
 
 
-for scheme in files.PACKAGES:
+for scheme in storage.PACKAGES:
     record_writer.register_writer_factory(scheme, _Records)

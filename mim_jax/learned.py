@@ -17,7 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from mim_jax import convert, files, sharding
+from mim_jax import convert, sharding, storage
 from mim_jax.checkpoint import SavedRun, newest
 from mim_jax.methods.base import Params, made
 from mim_jax.models import positions
@@ -222,7 +222,7 @@ def official_parts(file: str, family: str, count: int) -> Params:
     Raises FileNotFoundError if there is no such file, and ValueError if it is another kind of file, is damaged, or unpacks to
     much more than its own size and than the network needs. Nothing in it is run.
     """
-    path = files.absolute(file)
+    path = storage.absolute(file)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path} (config.target.weights)")
     try:

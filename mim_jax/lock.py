@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from mim_jax import files
+from mim_jax import storage
 from mim_jax.checkpoint import of_any_process
 
 
@@ -33,15 +33,15 @@ def locked(workdir: Path) -> Iterator[Callable[[], None]]:
         try:
             there = (workdir / "lock").read_text()
         except Exception as error:
-            raise OSError(f"cannot read {workdir}/lock: {files.reason(error)}") from error
+            raise OSError(f"cannot read {workdir}/lock: {storage.reason(error)}") from error
         if there != mine:
             raise OSError(f"{workdir} is in use by another run, which began later: {there.strip()}")
 
     with contextlib.ExitStack() as stack:
-        taking = take_over if files.remote(workdir) else take
+        taking = take_over if storage.remote(workdir) else take
         if problem := of_any_process(taking(workdir, mine, stack) if jax.process_index() == 0 else ""):
             raise OSError(problem)
-        yield held if files.remote(workdir) else lambda: None
+        yield held if storage.remote(workdir) else lambda: None
 
 
 def take(workdir: Path, mine: str, stack: contextlib.ExitStack) -> str:
@@ -72,7 +72,7 @@ def take_over(workdir: Path, mine: str, stack: contextlib.ExitStack) -> str:
             print(f"{workdir} was not left by {lock.read_text().strip()}; if it still runs, it ends now", file=sys.stderr)
         lock.write_text(mine)
     except Exception as error:
-        return f"cannot write to {workdir}: {files.reason(error)}"
+        return f"cannot write to {workdir}: {storage.reason(error)}"
 
     def leave() -> None:
         with contextlib.suppress(Exception):  # what ends the run is told

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mim_jax import files, journal
+from mim_jax import journal, storage
 from mim_jax.health import Verdict
 from mim_jax.journal import History
 
@@ -163,7 +163,7 @@ def write_report(
     `history`: that of the journal while a run goes on, else `journal.history(workdir)`. `facts`, name -> text, are shown at
     the end: data, steps, device, versions. Raises OSError, naming the path, if it cannot be written.
     """
-    workdir = files.absolute(workdir)
+    workdir = storage.absolute(workdir)
     latest = history.latest
     scores = "".join(_score(chart, latest) for chart in SCORES)
     charts = "".join(_chart(chart, history) for chart in CHARTS)
@@ -171,8 +171,8 @@ def write_report(
     others = sorted(tag for tag in latest if tag not in drawn and "_baseline_" not in tag and not tag.endswith("_error"))
     more = "".join(_chart(Chart(tag, "", {tag: tag}), history) for tag in others)
     tables = _few_labels(latest) + _mistakes(workdir / MISTAKES)
-    kept = {path.stem: path for path in sorted((workdir / "pictures").glob("*.png"))}
-    pictures = "".join(_picture(kept[name]) for name in {**CAPTIONS, **kept} if name in kept)
+    files = {path.stem: path for path in sorted((workdir / "pictures").glob("*.png"))}
+    pictures = "".join(_picture(files[name]) for name in {**CAPTIONS, **files} if name in files)
     page = PAGE.format(
         title=escape(title),
         step=f"{latest.get('step', 0):,}",

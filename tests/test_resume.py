@@ -69,7 +69,7 @@ def saved_state(workdir: Path, step: int | None = None) -> dict:
 
 
 def saved_record(workdir: Path) -> dict:
-    newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
     return json.loads((newest / "record/metadata").read_text())
 
 
@@ -805,8 +805,29 @@ def test_a_workdir_that_cannot_be_written_is_named(quick, tmp_path, monkeypatch)
     monkeypatch.setattr(os, "access", lambda path, how: how != os.W_OK)
     with pytest.raises(OSError, match=f"cannot keep checkpoints: it cannot be written to: '{tmp_path}/run/checkpoints'"):
         train.run(quick, tmp_path / "run")
-    with pytest.raises(ValueError, match="workdir is gs://bucket/run, but must be a folder of this machine"):
-        train.run(quick, "gs://bucket/run")
+    with pytest.raises(ValueError, match="s3://bucket/run cannot have checkpoints"):
+        train.run(quick, "s3://bucket/run")
+
+
+def test_a_run_in_a_bucket_ends_as_one_on_a_disk(quick, whole, bucket, tmp_path, capfd):
+    workdir = bucket / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        interrupt(patch, "batch", 9, crash)
+        train.run(quick, str(workdir))
+    assert checkpoint.saved_steps(workdir / "checkpoints") == [8, 6]
+    (workdir / "checkpoints/10/state").mkdir(parents=True)
+    (workdir / "checkpoints/10/state/manifest.ocdbt").write_bytes(b"begun, and ended by a kill")
+    damaged = next(file for file in (workdir / "checkpoints/8/state/d").iterdir())
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(bytes(content))
+    train.run(quick, str(workdir))
+    assert "step 8 is set aside: it is now gs://bucket/run/checkpoints/unreadable_8" in capfd.readouterr().err
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "12", "unreadable_8"]
+    (tmp_path / journal.FILE).write_bytes((workdir / journal.FILE).read_bytes())
+    assert rows_of(tmp_path) == rows_of(whole)
+    assert_same_bits(saved_state(workdir), saved_state(whole))
+    assert saved_record(workdir) == saved_record(whole)
 
 
 def test_a_second_run_in_a_workdir_is_refused(quick, whole, tmp_path):

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from mim_jax import storage
+
 SAMPLED = 64  # rows that a fingerprint and a survey read
 OFTEN_MEANT = {"cifar10": "cifar10", "cifar": "cifar10", "imagenet": "imagenet2012", "imagenet1k": "imagenet2012"}
 OFTEN_MEANT |= dict.fromkeys(("folder", "imagefolder", "images", "directory"), "folder")
@@ -134,6 +136,10 @@ def sliced(labels: np.ndarray, places: range) -> tuple[np.ndarray, str]:
 
 
 def _open_whole(name: str, data_dir: str | os.PathLike | None, split: str) -> Any:
+    if data_dir and storage.remote(data_dir):
+        storage.absolute(data_dir)  # which refuses an address that cannot be read
+        if name == "cifar10":
+            raise ValueError(f"data.dir is {data_dir}, but the cache of CIFAR-10 must be a folder of this machine")
     if name == "cifar10":
         return _open_cifar10(pathlib.Path(data_dir).expanduser() if data_dir else user_cache(), split)
     if name == "folder":

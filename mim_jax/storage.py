@@ -4,11 +4,14 @@ Both have the methods of pathlib (those of an address are etils' `epath`, which 
 has whole objects, which cannot be appended to, and no locks.
 """
 
+import concurrent.futures
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any, NamedTuple
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # what reads an address; the extras of mim_jax that bring them are gcs and s3
+READS = 32  # that are under way at a time: each takes a while to come
 PART = 2**20  # bytes of a part after which another one begins
 
 
@@ -75,3 +78,58 @@ class Parts:
                 self._number, self._part = self._number + 1, bytearray()
 
     close = flush
+
+
+class Entry(NamedTuple):
+    """What is in a folder at an address, as `os.scandir` has it; there are no links."""
+
+    name: str
+    path: str
+    folder: bool
+
+    def is_dir(self) -> bool:
+        return self.folder
+
+    def is_file(self) -> bool:
+        return not self.folder
+
+    def is_symlink(self) -> bool:
+        return False
+
+
+def tree(root: Path) -> dict[str, list[Entry]]:
+    """The address of each folder at and below `root`, and what is in it. Raises OSError."""
+    system, _ = _system(root)
+    scheme = f"{str(root).partition('://')[0]}://"
+
+    def scan(folder: str) -> list[Entry]:
+        found = [(scheme + info["name"].rstrip("/"), info["type"] == "directory") for info in system.ls(folder, detail=True)]
+        return [Entry(path.rpartition("/")[2], path, below) for path, below in found if path != folder]
+
+    tree, level = dict[str, list[Entry]](), [str(root)]
+    try:
+        with concurrent.futures.ThreadPoolExecutor(READS) as pool:
+            while level:
+                tree |= zip(level, pool.map(scan, level))
+                level = [entry.path for folder in level for entry in tree[folder] if entry.folder]
+    except Exception as error:
+        raise OSError(f"Cannot read {root}: {reason(error)}") from error
+    return tree
+
+
+def read(path: str | os.PathLike, limit: int) -> bytes:
+    """The bytes of an object at an address. Raises OSError, also for more than `limit` bytes."""
+    try:
+        system, name = _system(path)
+        content = system.cat_file(name, end=limit + 1)
+    except Exception as error:
+        raise OSError(reason(error)) from error
+    if len(content) > limit:
+        raise OSError(f"a file of more than {limit:,} bytes")
+    return content
+
+
+def _system(path: str | os.PathLike) -> tuple[Any, str]:
+    import fsspec
+
+    return fsspec.core.url_to_fs(os.fspath(absolute(path)))
