@@ -84,7 +84,6 @@ class Entry(NamedTuple):
     """What is in a folder at an address, as `os.scandir` has it; there are no links."""
 
     name: str
-    path: str
     folder: bool
 
     def is_dir(self) -> bool:
@@ -104,14 +103,14 @@ def tree(root: Path) -> dict[str, list[Entry]]:
 
     def scan(folder: str) -> list[Entry]:
         found = [(scheme + info["name"].rstrip("/"), info["type"] == "directory") for info in system.ls(folder, detail=True)]
-        return [Entry(path.rpartition("/")[2], path, below) for path, below in found if path != folder]
+        return [Entry(path.rpartition("/")[2], below) for path, below in found if path != folder]
 
     tree, level = dict[str, list[Entry]](), [str(root)]
     try:
         with concurrent.futures.ThreadPoolExecutor(READS) as pool:
             while level:
                 tree |= zip(level, pool.map(scan, level))
-                level = [entry.path for folder in level for entry in tree[folder] if entry.folder]
+                level = [f"{folder}/{entry.name}" for folder in level for entry in tree[folder] if entry.folder]
     except Exception as error:
         raise OSError(f"Cannot read {root}: {reason(error)}") from error
     return tree

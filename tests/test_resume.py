@@ -192,6 +192,26 @@ def test_a_run_stopped_and_killed_ends_as_one_left_alone(runs, stopped, uninterr
     assert_same_run(workdir, uninterrupted, last_step=STEPS)
 
 
+@pytest.mark.slow
+def test_a_run_in_a_bucket_that_is_stopped_and_killed_ends_as_one_on_a_disk(runs, uninterrupted, bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "environment", runs.environment | os.environ)
+    workdir, killed = bucket / "killed", 0
+    for end in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGKILL):
+        run = runs.start(workdir)
+        before = max(checkpoint.saved_steps(workdir / "checkpoints"), default=-1)
+        wait(run, lambda before=before: max(checkpoint.saved_steps(workdir / "checkpoints"), default=-1) > before + 6)
+        time.sleep(random.uniform(0, 0.5))
+        run.send_signal(end)
+        run.communicate(timeout=300)
+        killed += run.returncode == -signal.SIGKILL
+    assert killed
+    assert f"{workdir} was not left by process {run.pid} on" in runs.finish(runs.start(workdir))
+    (tmp_path / journal.FILE).write_bytes((workdir / journal.FILE).read_bytes())
+    assert rows_of(tmp_path) == rows_of(uninterrupted)
+    assert_same_bits(saved_state(workdir), saved_state(uninterrupted))
+    assert "view retrieval" in (workdir / "report.html").read_text().lower()
+
+
 def test_a_full_disk_is_one_message_and_exit_code_1(runs, stopped):
     workdir = shutil.copytree(stopped, runs.folder / "full")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # noqa: E731

@@ -55,6 +55,10 @@ class FolderSource:
         classes = f"{self.num_classes:,} classes" if self.classes else "no labels"
         return f"{shown(str(self.root))}{self.places} ({len(self):,} image files, {classes})"
 
+    @property
+    def far(self) -> bool:
+        return storage.remote(self.root)
+
     @functools.cached_property
     def fingerprint(self) -> str:
         return fingerprint(self, "\0".join(self.files), self.labels)

@@ -182,7 +182,7 @@ def load(
         images[:, :height, :width] = source.images[rows]
         label[:], index[:] = source.labels[rows], rows
     else:
-        if storage.remote(getattr(source, "root", "")):
+        if getattr(source, "far", False):
             source = _Ahead(source, rows)
         for i, row in enumerate(rows):
             pool = range(len(source)) if among is None else among

@@ -275,6 +275,7 @@ class TfdsSource:
     classes: Sequence[str]
     rows: Sequence[int] | np.ndarray  # of `data`
     shuffled: bool = True  # when it was prepared
+    far: bool = False  # at an address: it takes a while until an image comes
     notes: Sequence[str] = ()
 
     @property
@@ -337,5 +338,5 @@ def _open_tfds(name: str, data_dir: str | os.PathLike | None, split: str) -> Sou
     except NotImplementedError as error:
         raise ValueError(f"TFDS {name!r} in {builder.data_dir} is not in a random-access format. {how}") from error
     classes = getattr(features["label"], "names", ()) if "label" in features else ()
-    shuffled = not builder.info.disable_shuffling
-    return TfdsSource(data, builder.info.full_name, split, classes, range(len(data)), shuffled)
+    shuffled, far = not builder.info.disable_shuffling, storage.remote(builder.data_dir)
+    return TfdsSource(data, builder.info.full_name, split, classes, range(len(data)), shuffled, far)
