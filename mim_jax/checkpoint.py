@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -34,7 +35,7 @@ from jax.experimental import multihost_utils
 
 import mim_jax
 from mim_jax import config as configs
-from mim_jax import durations
+from mim_jax import durations, storage
 from mim_jax.config import leaves
 from mim_jax.sharding import path_name, replicate
 
@@ -49,6 +50,7 @@ SAID = {
     "data.fingerprint": " (other images, labels, or another order)",
     "target.fingerprint": " (other parameters of the frozen network)",
 }
+COMMITTED = "commit_success.txt"  # of Orbax: it is in a checkpoint that is whole
 AT_ONCE = 2**30  # bytes that are read back at a time
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -136,12 +138,17 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         keep = config.checkpoint.keep or None
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=False)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):
-                raise OSError(errno.EACCES, "it cannot be written to")
+            if not storage.remote(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if not os.access(self.folder, os.W_OK):
+                    raise OSError(errno.EACCES, "it cannot be written to")
             self.plain = without_wildcards(self.folder)
             self.manager = ocp.CheckpointManager(self.plain, options=options, item_names=("state", "record"))
-        except OSError as error:
+        except Exception as error:
+            if storage.remote(self.folder):
+                raise OSError(f"cannot keep checkpoints in {self.folder}: {storage.reason(error)}") from error
+            if not isinstance(error, OSError):
+                raise
             raise OSError(error.errno, f"cannot keep checkpoints: {error.strerror}", str(self.folder)) from error
 
     def __exit__(self, *_: object) -> None:
@@ -171,7 +178,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
             return
         needed = sum(x.nbytes for x in jax.tree.leaves(state))
         with self._named_errors():
-            free = shutil.disk_usage(self.folder).free
+            free = math.inf if storage.remote(self.folder) else shutil.disk_usage(self.folder).free
         if free < 1.2 * needed:
             raise OSError(
                 f"no room for a checkpoint in {self.folder}: {free / 2**20:,.0f} MiB are free and "
@@ -208,7 +215,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         """A sentence for error messages: which checkpoint is safe."""
         with contextlib.suppress(Exception):  # of a save that is under way: another error is reported now
             self.manager.wait_until_finished()
-        if not self.folder.is_dir():
+        if not (storage.remote(self.folder) or self.folder.is_dir()):
             return "The folder was removed."
         steps = saved_steps(self.folder)
         return f"The checkpoint of step {steps[0]} is whole." if steps else "No checkpoint was written yet."
@@ -310,7 +317,7 @@ def of_any_process(problem: str) -> str:
 
 def without_wildcards(folder: Path) -> Path:
     """The folder, under another name if its own has wildcards: Orbax looks for files by patterns that begin with it."""
-    if glob.escape(str(folder)) == str(folder):
+    if storage.remote(folder) or glob.escape(str(folder)) == str(folder):
         return folder
     link = Path(tempfile.gettempdir()) / f"mim_jax-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}"
     with contextlib.suppress(FileExistsError):  # of an earlier start, or of another process
@@ -369,14 +376,18 @@ def devices() -> str:
 
 
 def absolute(path: str | Path) -> Path:
-    return Path(path).expanduser().absolute()
+    """The absolute path of a workdir, or its address, see `storage.absolute`. Raises ValueError for one that Orbax refuses."""
+    if str(path).startswith("s3://"):
+        raise ValueError(f"{path} cannot have checkpoints: Orbax keeps them at gs:// and on disks, not at s3://")
+    return storage.absolute(path)
 
 
 def saved_steps(folder: Path) -> list[int]:
     """Steps of the finished checkpoints in a folder, newest first; [] without the folder. Orbax renames a checkpoint to its
-    step at the end."""
-    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
-    return sorted((int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)), reverse=True)
+    step at the end; at an address, where that takes a while, it writes the file COMMITTED to it."""
+    steps = [path for path in (folder.iterdir() if folder.is_dir() else ()) if re.fullmatch("0|[1-9][0-9]*", path.name)]
+    whole = (path for path in steps if not storage.remote(folder) or (path / COMMITTED).exists())
+    return sorted((int(path.name) for path in whole), reverse=True)
 
 
 def finished(workdir: Path, config: ml_collections.ConfigDict) -> bool:

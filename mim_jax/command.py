@@ -6,7 +6,8 @@
 
   --config=NAME:VARIANT    a recipe, or a file of one: my/recipe.py:variant
   --config.KEY=VALUE       changes a value of it
-  --workdir=FOLDER         for metrics, checkpoints, pictures and the report; a run that is there is continued
+  --workdir=FOLDER         for metrics, checkpoints, pictures and the report; a run that is there is continued; may be at
+                           gs://BUCKET/FOLDER
   --dry_run                prints the plan (parameters, sharding, memory) and stops
   --plan=v5e-256           the same for a TPU slice or for GPUs (h100-8) that this machine does not have
   --compiled=FOLDER        keeps compiled programs, so that the next start is fast; by default ~/.cache/mim_jax/compiled,
@@ -148,6 +149,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # of a process that cleans up after data workers
     config = flags.FLAGS.config
+    if "://" in (COMPILED.value or ""):
+        sys.exit(f"error: --compiled is {COMPILED.value}, but must be a folder of this machine")
     if COMPILED.value != "":
         compiled.keep(Path(COMPILED.value or user_cache() / "compiled").expanduser().absolute())
     config.data.dir, config.init_from, config.resume = map(absolute, (config.data.dir, config.init_from, config.resume))
@@ -176,8 +179,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
 
 
 def worth_logging(record: python_logging.LogRecord) -> bool:
-    """False for Orbax, which logs a failure for every file and thread. It is raised, too, and reported once."""
-    return record.name != "asyncio" and "/orbax/" not in record.pathname
+    """False for Orbax and gcsfs, which log a failure for every file and thread. It is raised, too, and reported once."""
+    return record.name not in ("asyncio", "gcsfs") and "/orbax/" not in record.pathname
 
 
 def unraisable(what: Any) -> None:

@@ -416,6 +416,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         sys.exit(f"error: not understood: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
+    if "://" in OUT.value:
+        sys.exit(f"error: --out is {OUT.value}, but must be a folder of this machine")
     out = Path(OUT.value).expanduser().absolute()
     if RUNS.value:
         found = [

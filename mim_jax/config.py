@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 from ml_collections.config_dict import placeholder
 
-from mim_jax import durations
+from mim_jax import durations, storage
 from mim_jax.sharding import current_mesh
 
 PACKAGED = next(path / "configs" for path in Path(__file__).parents if (path / "configs").is_dir())
@@ -66,7 +66,7 @@ def resolve_target(config: ml_collections.ConfigDict) -> None:
     with target.unlocked():
         for key in ("workdir", "weights"):
             target[key] = absolute(target[key])
-        saved = Path(target.workdir or "") / "config.json"
+        saved = storage.absolute(target.workdir or "") / "config.json"
         if target.workdir and saved.is_file():
             target.network = ml_collections.ConfigDict(json.loads(saved.read_text()))
             resolve_target(target.network)
@@ -89,7 +89,7 @@ def resolve_encoder(config: ml_collections.ConfigDict, workdir: str | Path = "")
     if "encoder" not in config or not config.init_from:
         return
     config.init_from = absolute(config.init_from)
-    saved, own = Path(config.init_from) / "config.json", Path(workdir or ".") / "config.json"
+    saved, own = (storage.absolute(folder) / "config.json" for folder in (config.init_from, workdir or "."))
     kept = json.loads(own.read_text()) if workdir and own.is_file() else {}
     if kept.get("init_from") == config.init_from and kept.get("encoder"):
         encoder = ml_collections.ConfigDict(kept["encoder"])

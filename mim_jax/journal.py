@@ -10,7 +10,6 @@ import io
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,13 +18,16 @@ from typing import Any, BinaryIO, TextIO
 
 import jax
 from PIL import Image
-from tensorboardX import summary
+from tensorboardX import record_writer, summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 from tqdm.auto import tqdm
 
+from mim_jax import storage
+
 FILE = "metrics.jsonl"
 POINTS = 300  # of a curve at most; even
+EVERY = 60.0  # seconds after which what is new is written to an address
 
 # tag -> how the progress shows it
 SHOWN: Mapping[str, Callable[[float], str]] = {
@@ -97,6 +99,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     A run that resumes after step s drops the lines of later steps, and one that a kill cut short. So each step is logged
     exactly once, provided that the figures of a step are written before its checkpoint.
 
+    At an address, where nothing can be appended to, lines are kept for up to EVERY seconds: call `flush` before a checkpoint.
+
     `history` is what metrics.jsonl holds, as the report needs it: no row is read again while the run goes on.
 
     Progress is a bar on a terminal or in a notebook, and one line for each `show` elsewhere.
@@ -113,9 +117,12 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         resume_step: int | None = None,
         file: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        held: Callable[[], None] = lambda: None,
     ):
-        """`resume_step`: of the checkpoint; None drops what an earlier run wrote here. `file`: in place of standard error."""
-        self.workdir, self.total, self.batch_size, self.step = Path(workdir), total_steps, batch_size, resume_step or 0
+        """`resume_step`: of the checkpoint; None drops what an earlier run wrote here. `file`: in place of standard error.
+        `held`: called before lines are written to an address; raises OSError if the workdir is another run's by now."""
+        self.workdir, self.total, self.batch_size = storage.absolute(workdir), total_steps, batch_size
+        self.step, self._held, self._at_once = resume_step or 0, held, not storage.remote(self.workdir)
         self._clock, self._file = clock, sys.stderr if file is None else file
         self._start: tuple[int, float] | None = None  # (step, time) after the first step of this process, which compiles
         self._lap: tuple[int, float] | None = None  # the same at the last `images_per_s`, moved on by pauses
@@ -128,14 +135,17 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         self.path = self.workdir / FILE
         with named_errors(self.path):
             board = self.workdir / "tensorboard"
-            board.mkdir(parents=True, exist_ok=True)
-            lost, there = list[str](), self.path.exists()
-            with replacing(self.path) as draft:
-                for row in rows(workdir, lost.append) if resume_step is not None else ():
-                    if row["step"] <= self.step:
-                        draft.write(json.dumps(row).encode() + b"\n")
-                        self.history.add(row)
-            self._lines = self.path.open("a", buffering=1)
+            lost, there = list[str](), storage.parts(self.path)
+            for part in there or [self.path]:
+                with replacing(part) as draft:
+                    for row in rows_of(part, lost.append) if there and resume_step is not None else ():
+                        if row["step"] <= self.step:
+                            draft.write(json.dumps(row).encode() + b"\n")
+                            self.history.add(row)
+            if self._at_once:
+                board.mkdir(parents=True, exist_ok=True)
+            self._lines: Any = self.path.open("a", buffering=1) if self._at_once else storage.Parts(self.path)
+            self._written = clock()
             # Written directly: the thread of tensorboardX's SummaryWriter dies of a full disk, and the run then waits for ever.
             self._events = EventsWriter(str(board / "events"), filename_suffix=f".{os.getpid()}.{time.time_ns()}")
             # TensorBoard hides what older files hold from this step on.
@@ -157,12 +167,23 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         row = {"step": int(step), **finite}
         with named_errors(self.path):
-            if not os.fstat(self._lines.fileno()).st_nlink:
+            if self._at_once and not os.fstat(self._lines.fileno()).st_nlink:
                 raise OSError(errno.ENOENT, "it was removed")
             self._lines.write(json.dumps(row, allow_nan=False) + "\n")
             self.history.add(row)
             scalars = [summary.scalar(tag, value).value[0] for tag, value in finite.items() if value is not None]
             self._event(step, summary=summary_pb2.Summary(value=scalars))
+        if not self._at_once and self._clock() - self._written > EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what has not been written yet to an address. On a disk all is there at once."""
+        if self._active and not self._at_once:
+            self._held()
+            with named_errors(self.path):
+                self._lines.flush()
+                self._events.flush()
+            self._written = self._clock()
 
     def picture(self, step: int, tag: str, picture: Image.Image) -> None:
         """Shows a picture in TensorBoard and keeps the latest as `workdir/pictures/{tag}.png`, for the report."""
@@ -229,6 +250,7 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+        self.flush()
         if self._active:
             with named_errors(self.path):
                 self._lines.close()
@@ -239,7 +261,8 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 
     def _event(self, step: int, **what: Any) -> None:
         self._events.write_event(event_pb2.Event(wall_time=time.time(), step=int(step), **what))
-        self._events.flush()
+        if self._at_once:
+            self._events.flush()
 
     def _eta(self) -> str:
         if self._start is None or self.step <= self._start[0]:
@@ -253,19 +276,23 @@ class Journal(contextlib.AbstractContextManager["Journal"]):
 def rows(workdir: str | os.PathLike, on_bad: Callable[[str], None] = lambda line: None) -> Iterator[dict[str, Any]]:
     """The lines of `workdir/metrics.jsonl` in order (none without the file), one at a time. A line that is not whole, or that
     is no row of numbers, is left out; `on_bad` is called with it."""
-    path = Path(workdir) / FILE
-    if not path.exists():
-        return
-    with path.open(errors="replace") as file:
+    for part in storage.parts(storage.absolute(workdir) / FILE):
+        yield from rows_of(part, on_bad)
+
+
+def rows_of(part: Path, on_bad: Callable[[str], None] = lambda line: None) -> Iterator[dict[str, Any]]:
+    """As `rows`, of one file."""
+    with part.open("rb") as file:
         for line in file:
+            text = line.decode(errors="replace")
             try:
-                row = json.loads(line)
+                row = json.loads(text)
             except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict) and type(row.get("step")) is int and all(map(_is_figure, row.values())):
                 yield row
-            elif line.endswith("\n"):  # not cut short by a kill
-                on_bad(line)
+            elif text.endswith("\n"):  # not cut short by a kill
+                on_bad(text)
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -289,17 +316,22 @@ def inherit(old: Path, new: Path) -> None:
     """Copies figures and pictures of a run to the workdir where it goes on. First process only."""
     if jax.process_index() == 0:
         with named_errors(new):
-            if (old / FILE).exists():
-                shutil.copy(old / FILE, new / FILE)
-            if (old / "pictures").exists():
-                shutil.copytree(old / "pictures", new / "pictures", dirs_exist_ok=True)
+            if there := storage.parts(old / FILE):
+                write_whole(new / FILE, b"".join(part.read_bytes() for part in there))
+            for picture in (old / "pictures").glob("*"):
+                write_whole(new / "pictures" / picture.name, picture.read_bytes())
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A draft of a file, which takes the file's place at the end of the block, whole and on the disk: neither a kill nor a
     crash of the machine leaves half of the file. An error leaves the old one; what a kill leaves of a draft, the next one
-    overwrites."""
+    overwrites. At an address a file is written in one piece anyway."""
+    if storage.remote(path):
+        content = io.BytesIO()
+        yield content
+        path.write_bytes(content.getvalue())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.tmp")
     try:
@@ -325,5 +357,25 @@ def named_errors(path: Path) -> Iterator[None]:
     """Names the path in the OSError of anything that cannot be written."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
+        if storage.remote(path):
+            raise OSError(f"cannot write {path}: {storage.reason(error)}") from error
+        if not isinstance(error, OSError):
+            raise
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
+
+
+class _Records:
+    """Writes TensorBoard's records to an address, see `Parts`. Those of tensorboardX write all of a file for each record."""
+
+    @staticmethod
+    def open(path: str) -> storage.Parts:
+        return storage.Parts(storage.absolute(path))
+
+    @staticmethod
+    def directory_check(path: str) -> None:
+        pass
+
+
+for scheme in storage.PACKAGES:
+    record_writer.register_writer_factory(scheme, _Records)

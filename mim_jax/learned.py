@@ -5,18 +5,19 @@ What a run learned is its EMA teacher, or its parameters if it has no teacher.
 
 import dataclasses
 import functools
+import io
 import math
 import re
 import sys
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 
-from mim_jax import convert, sharding
+from mim_jax import convert, sharding, storage
 from mim_jax.checkpoint import SavedRun, newest
 from mim_jax.methods.base import Params, made
 from mim_jax.models import positions
@@ -221,10 +222,13 @@ def official_parts(file: str, family: str, count: int) -> Params:
     Raises FileNotFoundError if there is no such file, and ValueError if it is another kind of file, is damaged, or unpacks to
     much more than its own size and than the network needs. Nothing in it is run.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"there is no file {Path(file).absolute()} (config.target.weights)")
+    path = storage.absolute(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} (config.target.weights)")
     try:
-        named = read_npz(file, limit=max(4 * Path(file).stat().st_size, 16 * count + 2**24))
+        with path.open("rb") as opened:
+            size = opened.seek(0, io.SEEK_END)
+            named = read_npz(opened, limit=max(4 * size, 16 * count + 2**24))
     except Exception as error:  # of broken bytes zipfile and NumPy raise almost anything
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -234,7 +238,7 @@ def official_parts(file: str, family: str, count: int) -> Params:
     return convert.from_torch(named, family)
 
 
-def read_npz(file: str, limit: int) -> dict[str, np.ndarray]:
+def read_npz(file: str | BinaryIO, limit: int) -> dict[str, np.ndarray]:
     """The arrays of a .npz file, of numbers only and of at most `limit` bytes together, which is known before any is read."""
     arrays = {}
     with zipfile.ZipFile(file) as archive:

@@ -13,7 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mim_jax import journal
+from mim_jax import journal, storage
 from mim_jax.health import Verdict
 from mim_jax.journal import History
 
@@ -163,7 +163,7 @@ def write_report(
     `history`: that of the journal while a run goes on, else `journal.history(workdir)`. `facts`, name -> text, are shown at
     the end: data, steps, device, versions. Raises OSError, naming the path, if it cannot be written.
     """
-    workdir = Path(workdir)
+    workdir = storage.absolute(workdir)
     latest = history.latest
     scores = "".join(_score(chart, latest) for chart in SCORES)
     charts = "".join(_chart(chart, history) for chart in CHARTS)

@@ -45,8 +45,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
     Raises FileNotFoundError for missing data, ValueError for a bad config or a checkpoint of another one, OSError when
     nothing can be written, NotFinite for a run that has diverged. None of them harms a checkpoint.
     """
-    if "://" in str(workdir):
-        raise ValueError(f"workdir is {workdir}, but must be a folder of this machine: mount the bucket")
     workdir = checkpoint.absolute(workdir)
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(Stop())
@@ -66,7 +64,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         lines += filter(None, [dry_run.resolve_remat(config)])
         method = make_method(config)  # with the steps per epoch of this source
         hosts.check_same(config)
-        stack.enter_context(locked(workdir))
+        held = stack.enter_context(locked(workdir))
         if config.get("target", {}).get("workdir") == str(workdir):
             raise ValueError(f"target.workdir is the workdir of this run, {workdir}: it needs one of its own")
         begun = checkpoint.saved_steps(workdir / "checkpoints")
@@ -77,7 +75,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         evaluate_every, save_every = interval(config, "eval.every"), interval(config, "checkpoint.every")
         checkpoints = stack.enter_context(Checkpoints(workdir, config))
         state, target, record = start(method, config, checkpoints)
-        log = stack.enter_context(Journal(workdir, total, data.batch_size, resume_step=record.get("step")))
+        log = stack.enter_context(Journal(workdir, total, data.batch_size, resume_step=record.get("step"), held=held))
         log.save("config.json", config.to_json_best_effort(indent=2).encode())
         log.print(f"{config.method} on {source.description}; {checkpoint.devices()}")
 
@@ -128,6 +126,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
                 if save_every and step and step % save_every == 0:
                     steps.flush()
                     with log.paused():
+                        log.flush()
                         checkpoints.save(step, state, bad_images=bad_images.total(seen), skipped=steps.skipped)
                 if finished := step == total:
                     break
@@ -143,6 +142,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         except Stopped:  # while it waited; nothing is half done
             pass
         steps.close()
+        log.flush()
         checkpoints.save(step, state, bad_images=bad_images.total(seen), skipped=steps.skipped)
         checkpoints.wait()
 

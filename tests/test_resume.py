@@ -33,6 +33,7 @@ from mim_jax.checkpoint import Checkpoints, differences, digests, newest, record
 from mim_jax.config import leaves
 from mim_jax.data import pipeline, sources
 from mim_jax.journal import Journal
+from mim_jax.learned import load_run
 from mim_jax.lock import locked
 from mim_jax.methods.base import make_method
 from mim_jax.sharding import make_mesh
@@ -69,7 +70,7 @@ def saved_state(workdir: Path, step: int | None = None) -> dict:
 
 
 def saved_record(workdir: Path) -> dict:
-    newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
     return json.loads((newest / "record/metadata").read_text())
 
 
@@ -190,6 +191,26 @@ def test_a_run_stopped_and_killed_ends_as_one_left_alone(runs, stopped, uninterr
     assert killed
     runs.finish(runs.start(workdir))
     assert_same_run(workdir, uninterrupted, last_step=STEPS)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_that_is_stopped_and_killed_ends_as_one_on_a_disk(runs, uninterrupted, bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "environment", runs.environment | os.environ)
+    workdir, killed = bucket / "killed", 0
+    for end in (signal.SIGTERM, signal.SIGKILL, signal.SIGKILL, signal.SIGKILL):
+        run = runs.start(workdir)
+        before = max(checkpoint.saved_steps(workdir / "checkpoints"), default=-1)
+        wait(run, lambda before=before: max(checkpoint.saved_steps(workdir / "checkpoints"), default=-1) > before + 6)
+        time.sleep(random.uniform(0, 0.5))
+        run.send_signal(end)
+        run.communicate(timeout=300)
+        killed += run.returncode == -signal.SIGKILL
+    assert killed
+    assert f"{workdir} was not left by process {run.pid} on" in runs.finish(runs.start(workdir))
+    (tmp_path / journal.FILE).write_bytes((workdir / journal.FILE).read_bytes())
+    assert rows_of(tmp_path) == rows_of(uninterrupted)
+    assert_same_bits(saved_state(workdir), saved_state(uninterrupted))
+    assert "view retrieval" in (workdir / "report.html").read_text().lower()
 
 
 def test_a_full_disk_is_one_message_and_exit_code_1(runs, stopped):
@@ -805,8 +826,31 @@ def test_a_workdir_that_cannot_be_written_is_named(quick, tmp_path, monkeypatch)
     monkeypatch.setattr(os, "access", lambda path, how: how != os.W_OK)
     with pytest.raises(OSError, match=f"cannot keep checkpoints: it cannot be written to: '{tmp_path}/run/checkpoints'"):
         train.run(quick, tmp_path / "run")
-    with pytest.raises(ValueError, match="workdir is gs://bucket/run, but must be a folder of this machine"):
-        train.run(quick, "gs://bucket/run")
+    with pytest.raises(ValueError, match="s3://bucket/run cannot have checkpoints"):
+        train.run(quick, "s3://bucket/run")
+
+
+def test_a_run_in_a_bucket_ends_as_one_on_a_disk(quick, whole, bucket, tmp_path, capfd):
+    workdir = bucket / "run"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        interrupt(patch, "batch", 9, crash)
+        train.run(quick, str(workdir))
+    (workdir / "checkpoints/10/state/manifest.ocdbt").write_bytes(b"begun, and ended by a kill")
+    assert checkpoint.saved_steps(workdir / "checkpoints") == [8, 6]
+    damaged = next(file for file in (workdir / "checkpoints/8/state/d").iterdir())
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(bytes(content))
+    train.run(quick, str(workdir))
+    assert "step 8 is set aside: it is now gs://bucket/run/checkpoints/unreadable_8" in capfd.readouterr().err
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["10", "12", "unreadable_8"]
+    (tmp_path / journal.FILE).write_bytes((workdir / journal.FILE).read_bytes())
+    assert rows_of(tmp_path) == rows_of(whole)
+    assert_same_bits(saved_state(workdir), saved_state(whole))
+    assert saved_record(workdir) == saved_record(whole)
+    there, here = load_run(str(workdir)), load_run(whole)
+    assert there.step == QUICK_STEPS
+    assert_same_bits(there.params, here.params)
 
 
 def test_a_second_run_in_a_workdir_is_refused(quick, whole, tmp_path):

@@ -125,3 +125,18 @@ def test_damage_and_a_lock_are_seen_by_both(images, tmp_path):
         errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [1, 1]
     assert all("is in use by another run" in error for error in errors)
+
+
+@pytest.mark.slow
+def test_two_processes_run_in_a_bucket_as_on_a_disk(images, bucket, tmp_path):
+    workdir = bucket / "two"
+    (_, progress), (_, silence) = finish(start(images, workdir))
+    finish(start(images, tmp_path))
+    assert "report: gs://bucket/two/report.html" in progress and "step " not in silence
+    figures = lambda at: [{tag: row[tag] for tag in row if "perf/" not in tag} for row in journal.read(at)]  # noqa: E731
+    assert figures(workdir) == figures(tmp_path)
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "6"}
+    digests = [json.loads((at / "checkpoints/6/record/metadata").read_text())["arrays"] for at in (workdir, tmp_path)]
+    assert digests[0] == digests[1]
+    _, progress = finish(start(images, workdir))[0]
+    assert f"resuming after step {two_processes.STEPS}" in progress

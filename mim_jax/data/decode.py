@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from mim_jax import storage
+
 MAX_PIXELS = 89_478_485  # above this Pillow warns: a third of a GB as RGB, which Pillow holds in 4 bytes
 BYTES_PER_PIXEL = 8  # decoding may take this times `max_pixels`
 MAX_FILE = 2**30  # bytes of a file; each reader thread may hold one
@@ -49,6 +51,8 @@ def read_file(path: str | os.PathLike, limit: int = MAX_FILE) -> bytes:
     Raises OSError for anything else (a pipe, a device, a folder), which is neither read nor waited for, and for more than
     `limit` bytes.
     """
+    if storage.remote(path):
+        return storage.read(path, limit)
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):

@@ -10,9 +10,11 @@ import pathlib
 import re
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from mim_jax import storage
 from mim_jax.data.decode import read_file
 from mim_jax.data.sources import Example, fingerprint, shown, sliced
 
@@ -52,6 +54,10 @@ class FolderSource:
     def description(self) -> str:
         classes = f"{self.num_classes:,} classes" if self.classes else "no labels"
         return f"{shown(str(self.root))}{self.places} ({len(self):,} image files, {classes})"
+
+    @property
+    def far(self) -> bool:
+        return storage.remote(self.root)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -101,20 +107,20 @@ def open_folder(data_dir: str | os.PathLike | None, split: str) -> FolderSource:
     Labels: two or more sub-folders of the split are its classes. Splits with a class of the training split share one list of
     classes, of all of them, in sorted order. A split without such a class has a list of its own.
 
-    Folders without images count for none of this. Raises FileNotFoundError if there is no such folder or split, OSError for a
+    Folders without images count for none of this. At an address (gs://, s3://), where there are no links, all else is the same.
+
+    Raises FileNotFoundError if there is no such folder or split, OSError for a
     folder that cannot be read, and ValueError if there are no images or it is not clear what a split is.
     """
-    root = pathlib.Path(data_dir or "").expanduser()
+    root = storage.absolute(data_dir or "")
     if not data_dir or not root.is_dir():
-        path = shown(str(root.absolute()))
+        path = shown(str(root))
         where = f"{path} is no folder" if root.exists() else f"There is no folder {path}"
         raise FileNotFoundError(f"{where if data_dir else 'data.dir is missing'}: set --config.data.dir to a folder of images.")
     images, left = _images_below(root)
     if not images:
         others = "; ".join(_left_out(left)) or "it is empty"
-        raise ValueError(
-            f"No images below {shown(str(root.resolve()))}: no file ends like one (.jpg, .png, .tif, ...); {others}."
-        )
+        raise ValueError(f"No images below {shown(str(root))}: no file ends like one (.jpg, .png, .tif, ...); {others}.")
 
     notes: list[str] = []
     top, inside = _enter(images, "", to_splits=True)
@@ -172,23 +178,23 @@ def open_folder(data_dir: str | os.PathLike | None, split: str) -> FolderSource:
 
 def _images_below(root: pathlib.Path) -> tuple[Images, LeftOut]:
     """The images by folder, and what is left out by reason. Of regular files only the names are looked at."""
+    tree = storage.tree(root) if storage.remote(root) else {}
     images: Images = collections.defaultdict(list)
     left: LeftOut = collections.defaultdict(list)
-    seen: set[tuple[int, int]] = set()  # inodes and devices of folders
+    seen: set[Any] = set()  # inodes and devices of folders
     folders, links, files = collections.deque([""]), collections.deque[str](), []
     while folders or links:
         folder = (folders or links).popleft()  # links last: an image is named by its real place
         path = os.path.join(root, folder)
         try:
-            inode = os.stat(path)[1:3]
+            inode = path if tree else os.stat(path)[1:3]
             if inode in seen:
                 left[AGAIN].append(folder)
                 continue
             seen.add(inode)
-            if not os.access(path, os.X_OK):  # its files could be listed, not read
+            if not tree and not os.access(path, os.X_OK):  # its files could be listed, not read
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            with os.scandir(path) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
+            found = sorted(_listed(path, tree), key=lambda entry: entry.name)
             if not found:
                 left["empty folder{s}"].append(folder)
             names = {entry.name for entry in found}
@@ -230,7 +236,14 @@ def _images_below(root: pathlib.Path) -> tuple[Images, LeftOut]:
     return images, left
 
 
-def _kinds(entry: os.DirEntry[str]) -> tuple[bool, bool]:
+def _listed(path: str, tree: Mapping[str, list[storage.Entry]]) -> list[Any]:
+    if tree:
+        return tree[path.rstrip("/")]
+    with os.scandir(path) as entries:
+        return list(entries)
+
+
+def _kinds(entry: os.DirEntry[str] | storage.Entry) -> tuple[bool, bool]:
     """Whether it is a folder, and whether it is a regular file; behind a link, what it leads to."""
     try:
         return entry.is_dir(), entry.is_file()

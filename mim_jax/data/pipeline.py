@@ -5,6 +5,7 @@ the positions [b * batch_size, (b + 1) * batch_size): a batch may have the end o
 number of processes, threads and workers does not matter, and there is nothing to checkpoint.
 """
 
+import concurrent.futures
 import functools
 import itertools
 import math
@@ -22,8 +23,9 @@ import numpy as np
 from absl import flags, logging
 from PIL import Image
 
+from mim_jax import storage
 from mim_jax.data import decode
-from mim_jax.data.sources import ArraySource, Source, sample
+from mim_jax.data.sources import ArraySource, Example, Source, sample
 
 MAX_SUBSTITUTES = 100
 NAMED = 1000  # bad images that are logged by their names
@@ -175,12 +177,32 @@ def load(
         images[:, :height, :width] = source.images[rows]
         label[:], index[:] = source.labels[rows], rows
     else:
+        if getattr(source, "far", False):
+            source = _Ahead(source, rows)
         for i, row in enumerate(rows):
             pool = range(len(source)) if among is None else among
             index[i], image, label[i] = _first_good(source, int(row), pool, canvas, levels, max_pixels)
             size[i] = height, width = image.shape[:2]
             images[i, :height, :width] = image
     return {"image": images, "size": size, "label": label, "index": index, "drawn": rows}
+
+
+class _Ahead:
+    """A source at an address, of which the given rows are read at once: each takes a while to come."""
+
+    def __init__(self, source: Source, rows: np.ndarray):
+        self._source, pool = source, concurrent.futures.ThreadPoolExecutor(storage.READS)
+        self._read = {row: pool.submit(source.__getitem__, row) for row in set(rows.tolist())}
+        pool.shutdown(wait=False)
+
+    def __getitem__(self, row: int) -> Example:
+        return self._read[row].result() if row in self._read else self._source[row]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
 
 
 class Survey(NamedTuple):

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from mim_jax import storage
+
 SAMPLED = 64  # rows that a fingerprint and a survey read
 OFTEN_MEANT = {"cifar10": "cifar10", "cifar": "cifar10", "imagenet": "imagenet2012", "imagenet1k": "imagenet2012"}
 OFTEN_MEANT |= dict.fromkeys(("folder", "imagefolder", "images", "directory"), "folder")
@@ -134,6 +136,10 @@ def sliced(labels: np.ndarray, places: range) -> tuple[np.ndarray, str]:
 
 
 def _open_whole(name: str, data_dir: str | os.PathLike | None, split: str) -> Any:
+    if data_dir and storage.remote(data_dir):
+        storage.absolute(data_dir)  # which refuses an address that cannot be read
+        if name == "cifar10":
+            raise ValueError(f"data.dir is {data_dir}, but the cache of CIFAR-10 must be a folder of this machine")
     if name == "cifar10":
         return _open_cifar10(pathlib.Path(data_dir).expanduser() if data_dir else user_cache(), split)
     if name == "folder":
@@ -269,6 +275,7 @@ class TfdsSource:
     classes: Sequence[str]
     rows: Sequence[int] | np.ndarray  # of `data`
     shuffled: bool = True  # when it was prepared
+    far: bool = False  # at an address: it takes a while until an image comes
     notes: Sequence[str] = ()
 
     @property
@@ -331,5 +338,5 @@ def _open_tfds(name: str, data_dir: str | os.PathLike | None, split: str) -> Sou
     except NotImplementedError as error:
         raise ValueError(f"TFDS {name!r} in {builder.data_dir} is not in a random-access format. {how}") from error
     classes = getattr(features["label"], "names", ()) if "label" in features else ()
-    shuffled = not builder.info.disable_shuffling
-    return TfdsSource(data, builder.info.full_name, split, classes, range(len(data)), shuffled)
+    shuffled, far = not builder.info.disable_shuffling, storage.remote(builder.data_dir)
+    return TfdsSource(data, builder.info.full_name, split, classes, range(len(data)), shuffled, far)
