@@ -10,7 +10,6 @@ Time of the CPU is of all threads; without --torch, only ours is measured. The p
 images.
 """
 
-import io
 import json
 import os
 import platform
@@ -24,7 +23,7 @@ import jax
 import numpy as np
 import PIL
 from absl import app, flags
-from PIL import Image
+from pictures import jpeg, natural_noise
 
 from mim_jax import sharding
 from mim_jax.data.augment import Crops, Policy, augment
@@ -117,23 +116,6 @@ def torchvision(folder: str) -> dict[str, Callable[[], tuple[float, float]]]:
         return tuple(json.loads(child.stdout.readline()))
 
     return {f"torchvision, {what}": lambda what=what: ask(what) for what in ("decoding", "augmentation")}
-
-
-def natural_noise(height: int, width: int, seed: int) -> np.ndarray:
-    """Noise uint8 [height, width, 3] with amplitudes that fall as 1 / frequency and correlated channels."""
-    rng = np.random.default_rng(seed)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
-    frequency[0, 0] = np.inf
-    planes = np.fft.ifft2(np.fft.fft2(rng.normal(size=(3, height, width))) / frequency).real
-    planes = planes / planes.std(axis=(1, 2), keepdims=True)
-    mixed = 0.8 * planes[0] + 0.35 * planes
-    return np.clip(118 + 58 * mixed, 0, 255).astype(np.uint8).transpose(1, 2, 0)
-
-
-def jpeg(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 if __name__ == "__main__":
