@@ -45,7 +45,9 @@ def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
     config.crops.update(global_crops_scale=(0.32, 1.0), local_crops_number=8, local_crops_scale=(0.05, 0.32))
 
     config.mask = ml_collections.ConfigDict()
-    config.mask.group_size = 64  # images per group, for masks, KoLeo and stochastic depth; a GPU's batch in the official code
+    # Images per group, for masks and stochastic depth. In the official code it is the batch of a GPU, here 64; 8 are what each of
+    # 256 devices has.
+    config.mask.group_size = 8
     config.mask.probability = 0.5
     config.mask.ratio = (0.1, 0.5)
     config.mask.exact = False  # True: the same number of masked patches in every group, reached by adding single patches
@@ -56,6 +58,7 @@ def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
     config.loss.dino_weight = 1.0
     config.loss.ibot_weight = 1.0
     config.loss.koleo_weight = 0.1
+    config.loss.koleo_groups = 8  # groups among which KoLeo looks for neighbours, all together: the official 64 images
 
     config.optim.update(lr=4e-3, lr_batch_size=1024, warmup="12_500 steps", momentum_teacher=0.992)
     config.optim.lr_batch_power = 0.5  # square root scaling of the learning rate
@@ -81,8 +84,8 @@ def vitl14(config):
     config.head.update(out_dim=131072, bottleneck_dim=384)
     config.ibot_head.update(out_dim=131072)
     config.crops.local_crops_size = 98
-    config.mask.group_size = 32
-    config.loss.update(centering="sinkhorn_knopp", separate_head=True)
+    config.mask.group_size = 12  # of 32 in the official code
+    config.loss.update(centering="sinkhorn_knopp", separate_head=True, koleo_groups=2)
     config.optim.update(lr=2e-4, warmup="100_000 steps", weight_decay_end=0.2, layer_decay=1.0, momentum_teacher=0.994)
 
 
@@ -98,7 +101,7 @@ def vitl14_518(config):
 def vitg14(config):
     vitl14(config)
     config.model.update(dim=1536, depth=40, heads=24)
-    config.mask.group_size = 12
+    config.loss.koleo_groups = 1
 
 
 def demo(config):
@@ -110,7 +113,7 @@ def demo(config):
     config.crops.update(global_crops_size=32, global_crops_scale=(0.5, 1.0), local_crops_number=2)
     config.crops.update(local_crops_size=16, local_crops_scale=(0.2, 0.6), blur_radius=(0.0, 0.3))
     config.loss.update(teacher_temp_warmup="0 steps", teacher_temp=0.04)
-    config.loss.update(separate_head=True, ibot_weight=0.3, koleo_weight=0.05)
+    config.loss.update(separate_head=True, ibot_weight=0.3, koleo_weight=0.05, koleo_groups=1)
     config.optim.update(lr=8e-3, lr_batch_size=256, lr_batch_power=1.0, min_lr=2e-5, warmup="100 steps", weight_decay_end=0.04)
     config.optim.update(layer_decay=1.0, patch_embed_lr=1.0, freeze_last_layer="50 steps", momentum_teacher=0.98)
 

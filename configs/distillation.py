@@ -30,7 +30,7 @@ def get_config(variant: str = "vits14") -> ml_collections.ConfigDict:
     learns_from(config, "dinov2:vitg14", family="dinov2")
 
     config.data.batch_size = 2048
-    config.mask.group_size = 16  # images per group, for KoLeo and stochastic depth
+    config.mask.group_size = 8  # images per group, for KoLeo and stochastic depth
     config.model.drop_path_rate = 0.0
     config.optim.update(lr=1e-3, lr_batch_size=0)  # 0: lr is not scaled with the batch
     del config.mask.probability, config.mask.ratio, config.mask.exact
@@ -53,7 +53,7 @@ def vitl14(config):
 
 def demo(config):
     config.target.update(config="dinov2:demo", workdir="runs/dinov2")
-    config.data.batch_size = config.mask.group_size = 64
+    config.data.batch_size = 64
     config.model.update(dim=48, depth=2, heads=3, unroll=2, init_std=0.14)
     config.optim.lr = 2e-3
 

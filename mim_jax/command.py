@@ -2,16 +2,14 @@
 
   mim_jax --config=dino:demo --workdir=runs/dino
   mim_jax --config=dino:demo --config.total="20 epochs" --config.data.name=folder --config.data.dir=~/images --workdir=runs/mine
-  JAX_NUM_CPU_DEVICES=8 mim_jax --config=mae:vitb16 --config.mesh.fsdp=8 --config.mesh.data=1 --dry_run
+  mim_jax --config=mae:vitb16 --config.mesh.fsdp=8 --config.model.remat=auto --plan=v5e-8
 
   --config=NAME:VARIANT    a recipe, or a file of one: my/recipe.py:variant
   --config.KEY=VALUE       changes a value of it
   --workdir=FOLDER         for metrics, checkpoints, pictures and the report; a run that is there is continued; may be at
                            gs://BUCKET/FOLDER
-  --dry_run                prints the plan (parameters, sharding, memory) and stops
-  --plan=v5e-256           the same for a TPU slice or for GPUs (h100-8) that this machine does not have
-  --compiled=FOLDER        keeps compiled programs, so that the next start is fast; by default ~/.cache/mim_jax/compiled,
-                           with "" nowhere
+  --dry_run, --plan=v5e-8  prints the plan (parameters, sharding, memory), of the devices here or of others, and stops
+  --compiled=FOLDER        for compiled programs, so that the next start is fast; "": none; default: ~/.cache/mim_jax/compiled
   --coordinator=HOST:PORT --processes=N --process=I   one run on several hosts, where no cluster tells them to jax
 """
 

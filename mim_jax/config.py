@@ -124,6 +124,7 @@ NUMBERS = (
     (r"head\.patch_out_dim", "[0, inf)"),
     (r"\w+\.(dim|depth|heads|codes)|(ibot_)?head\.(\w+_dim|vocab_size|nlayers)", "[1, inf)"),
     (r"crops\.(\w+_size|global_crops_number)|probe\.blocks|mask\.(group_size|mask_patch_size|count|smallest)", "[1, inf)"),
+    (r"loss\.koleo_groups", "[1, inf)"),
     (r"model\.drop_path_rate|optim\.(beta\d|momentum)", "[0, 1)"),
     (r"model\.(mlp_ratio|init_std)|optim\.eps|loss\.\w*temp(erature)?", "(0, inf)"),
     (r"augment\.magnitude", "[0, 10]"),
@@ -211,15 +212,17 @@ def check(config: ml_collections.ConfigDict) -> None:
                 raise wrong(key, f"must be a multiple of {stride} pixels, the model's patches (model.patch_size={patch})")
     if values.get("mask.smallest", 0) > values.get("mask.count", math.inf):
         raise wrong("mask.smallest", f"must be at most mask.count={values['mask.count']}")
-    if values["data.batch_size"] % values.get("mask.group_size", 1):
-        raise wrong("data.batch_size", f"must be a multiple of mask.group_size={values['mask.group_size']}")
+    if values["data.batch_size"] % (group := values.get("mask.group_size", 1)):
+        raise wrong("data.batch_size", f"must be a multiple of mask.group_size={group}")
+    if values["data.batch_size"] // group % values.get("loss.koleo_groups", 1):
+        raise wrong("loss.koleo_groups", f"must divide the {values['data.batch_size'] // group} groups of a batch")
     if not all(isinstance(rule, (tuple, list)) and len(rule) == 2 for rule in values["mesh.rules"]):
         raise wrong("mesh.rules", "must be pairs of a regex and a tuple of mesh axes")
     mesh = current_mesh()
     for key in ("data.batch_size", "eval.batch_size"):
         if mesh and values[key] % mesh.size:
             raise wrong(key, f"must be a multiple of the {mesh.size} devices")
-    if mesh and (each := values["data.batch_size"] // mesh.size) % (group := values.get("mask.group_size", 1)):
+    if mesh and (each := values["data.batch_size"] // mesh.size) % group:
         fits = math.gcd(each, group)
         raise wrong(
             "mask.group_size", f"must divide the {each} images of the batch that each of {mesh.size} devices has: {fits}"

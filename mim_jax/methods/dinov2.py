@@ -20,6 +20,7 @@ from mim_jax.methods.base import Params
 from mim_jax.methods.dino import SelfDistillation, multi_crop, vit_of
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.vit import ViT, masked_first
+from mim_jax.sharding import replicate
 from mim_jax.views import Views
 
 
@@ -28,7 +29,8 @@ class Dinov2(SelfDistillation):
     views: Views[Any]  # masks: GroupMask, or none for distillation
     dino_head: DinoHead
     ibot_head: DinoHead | None  # None: dino_head serves patches, too
-    group_size: int  # images whose masks are drawn together, and among which KoLeo looks for neighbours
+    group_size: int  # images whose masks are drawn together
+    koleo_size: int  # images among which KoLeo looks for neighbours
     centering: str
     dino_weight: float
     ibot_weight: float
@@ -75,7 +77,8 @@ class Dinov2(SelfDistillation):
         cls_log, patch_log = (jax.nn.log_softmax(x / self.student_temp) for x in (cls, patch))
         # the official code divides by a pair too many if there are no local crops
         alone = 1.0 if len(self.views.crops) > 1 else 2 / 3
-        koleo = sum(losses.koleo(cls_tokens[:, i], self.group_size) for i in range(crops))
+        neighbors = cls_tokens if self.koleo_size == self.group_size else replicate(cls_tokens)  # of several devices
+        koleo = sum(losses.koleo(neighbors[:, i], self.koleo_size) for i in range(crops))
         terms = {
             "train/loss_cls": self.dino_weight * alone * losses.dino_loss(cls_log, cls_probs),
             "train/loss_patch": self.ibot_weight * losses.patch_loss(patch_log, patch_probs, weight, batch * crops),
@@ -144,6 +147,7 @@ def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
         ibot_head=head(**config.ibot_head) if loss.separate_head else None,
         teacher_parts=("backbone", "dino_head", *(("ibot_head",) if loss.separate_head else ())),
         group_size=config.mask.group_size,
+        koleo_size=config.mask.group_size * config.loss.koleo_groups,
         schedules={"teacher_temp": temp},
         centering=loss.centering,
         student_temp=loss.student_temp,

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mim_jax.sharding import platform
 
@@ -75,6 +76,9 @@ def spread(parameter: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Arra
     return jnp.broadcast_to(parameter, shape).astype(dtype)
 
 
+DENSE = "dense"  # the outputs of linear layers, as `jax.checkpoint` knows them
+
+
 class Dense(nn.Module):
     """A linear layer for flat tokens, [N, I] -> [N, features]."""
 
@@ -89,7 +93,7 @@ class Dense(nn.Module):
         dtype = param_dtype(self.dtype)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), dtype)
         bias = self.param("bias", self.bias_init, (self.features,), dtype) if self.use_bias else None
-        return linear(x.astype(self.dtype), kernel, bias)
+        return checkpoint_name(linear(x.astype(self.dtype), kernel, bias), DENSE)
 
 
 def patchify(images: jax.Array, size: int) -> jax.Array:

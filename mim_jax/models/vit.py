@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mim_jax.models.layers import (
+    DENSE,
     TORCH_UNIFORM,
     Dense,
     Initializer,
@@ -196,7 +197,7 @@ def remembering(block: Callable[..., nn.Module], remat: str) -> Any:
         return block
     if remat == "auto":
         raise ValueError('model.remat is "auto": call mim_jax.dry_run.resolve_remat(config)')
-    return nn.remat(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None)
+    return nn.remat(block, policy=jax.checkpoint_policies.save_only_these_names(DENSE) if remat == "dots" else None)
 
 
 def stack(depth: int, unroll: int, remat: str = "none", **block: Any) -> nn.Module:
