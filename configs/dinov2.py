@@ -45,8 +45,8 @@ def get_config(variant: str = "vitl16") -> ml_collections.ConfigDict:
     config.crops.update(global_crops_scale=(0.32, 1.0), local_crops_number=8, local_crops_scale=(0.05, 0.32))
 
     config.mask = ml_collections.ConfigDict()
-    # Images per group, for masks and stochastic depth. In the official code it is the batch of a GPU, here 64; 8 are what each of
-    # 256 devices has.
+    # Images per group, for masks and stochastic depth. In the official code it is the batch of a GPU, here 64; 8 are what each
+    # of 256 devices has.
     config.mask.group_size = 8
     config.mask.probability = 0.5
     config.mask.ratio = (0.1, 0.5)
