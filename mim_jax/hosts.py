@@ -223,9 +223,9 @@ def fail(error: Exception, line: str) -> NoReturn:
 def finish(code: int, line: str = "") -> NoReturn:
     """Ends this process when the others end with the same code; after some seconds, if it is an error and they do not."""
     global _end
+    _end = code, ""
     if line:
         os.write(2, f"{line}\n".encode())
-    _end = code, ""
     with contextlib.suppress(Gone):
         client().wait_at_barrier(f"end {code}", 1000 * (5 if code else 10 * ANSWER))
     leave(code)

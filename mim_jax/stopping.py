@@ -56,6 +56,7 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
         self._interrupted = self._threads = False
         self._before: dict[int, Any] = {}
         self._name = ""  # by which several processes know this object
+        self._listener: threading.Thread | None = None
         self._agreeing = threading.Lock()
         self._calls, self._last = 0, math.inf  # of `reached`
 
@@ -78,6 +79,8 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._name = ""
+        if self._listener is not None:
+            self._listener.join()  # Python's own end and a thread that waits in C++ do not go together
 
     def join(self) -> None:
         """Listens to the other processes, too, where there are several."""
@@ -85,13 +88,14 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
 
         if hosts.several():
             self._threads, self._name = False, f"stop {next(self.numbers)}"
-            threading.Thread(target=self._agree, args=(self._name,), daemon=True).start()
+            self._listener = threading.Thread(target=self._agree, args=(self._name,), daemon=True)
+            self._listener.start()
 
     def _agree(self, name: str) -> None:
         from mim_jax import hosts
 
         with contextlib.suppress(hosts.Gone):  # jax is ending this process, too
-            while not hosts.heard(name, 10):
+            while not hosts.heard(name, 1):
                 if not self._name:
                     return
             with self._agreeing:  # no step begins before all have answered

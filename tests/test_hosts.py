@@ -69,7 +69,7 @@ class Run:
             time.sleep(0.005)
         assert what(), self.written()
 
-    def finish(self, seconds: float = 600) -> list[int]:
+    def finish(self, seconds: float = 1800) -> list[int]:
         """Their exit codes."""
         try:
             end = time.monotonic() + seconds
