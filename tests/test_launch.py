@@ -375,7 +375,7 @@ def test_slurm_trains_stops_in_time_and_goes_on(slurm: Checkout, tmp_path: Path)
     try:
         soon(lambda: job.poll() is not None or len(steps()) > 3, seconds=600)
         job.send_signal(signal.SIGUSR1)
-        _, told = job.communicate(timeout=120)
+        _, told = job.communicate(timeout=300)
     finally:
         for process in map(int, slurm.noted(slurm.log.with_name("log.tasks"))):
             with contextlib.suppress(ProcessLookupError):
