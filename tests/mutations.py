@@ -422,7 +422,7 @@ MUTATIONS = (
       "test_decode.py::test_white_may_be_zero_and_alpha_a_value"),
     M("memory is counted in pixels", "data/decode.py", "if pixels * each > max_pixels * BYTES_PER_PIXEL:",
       "if pixels > max_pixels * BYTES_PER_PIXEL:", "test_decode.py::test_memory_is_counted_in_bytes"),
-    M("a bomb of weights is unpacked", "learned.py", "for member in members)) > limit:", "for member in members)) > 1e18:",
+    M("a bomb of weights is unpacked", "weight_files.py", "for member in members)) > limit:", "for member in members)) > 1e18:",
       "test_npz.py::test_what_is_no_file_of_arrays_is_refused_in_one_line"),
     # Quantisers and tokenizers
     M("no gradient through the codes", "models/quantizers.py", "return z + jax.lax.stop_gradient(codes - z)",
