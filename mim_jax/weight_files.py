@@ -27,6 +27,7 @@ FOLDER = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bi
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 MAGIC = 0x1950A86A20F9469CFC6C  # the first number in a file of torch before 1.6
 DEPTH = 100  # of containers in containers
+STEPS = 2**18  # of a pickle, whatever the size of the file
 JSON = 2**22  # bytes of JSON, which may need 25 times as many; there are some 100 a tensor
 SAFETENSORS = dict(  # its names of types: NumPy's
     BOOL="bool", U8="uint8", I8="int8", U16="uint16", I16="int16", U32="uint32", I32="int32", U64="uint64", I64="int64",
@@ -118,7 +119,7 @@ def read(path: str | Path) -> Tensors:
     are read, and the file must stay as it is until then.
 
     Nothing in the file is imported or run, and what is built stays within a few times its size. Raises FileNotFoundError if
-    there is none, and ValueError, in one line, if it is of another format, damaged, holds a pickled module, or calls a function.
+    there is none, and ValueError, in one line, if it is of another format, damaged, has a pickled module, or calls a function.
     """
     path = Path(path)
     if not path.exists():
@@ -212,10 +213,13 @@ def limit(size: int) -> int:
 
 
 def array(content: Any, dtype: np.dtype, shape: tuple, offset: int = 0, strides: tuple | None = None) -> np.ndarray:
-    """A view of bytes; a copy where NumPy would have to read numbers across their alignment. Strides and offset in bytes."""
-    if not math.prod(shape):
-        return np.empty(shape, dtype)
-    return np.require(np.ndarray(shape, dtype, content, offset, strides), requirements="A")
+    """A view of bytes, which cannot be written to; strides and offset in bytes."""
+    return np.ndarray(shape, dtype, content, offset, strides) if math.prod(shape) else np.empty(shape, dtype)
+
+
+def aligned(content: Any) -> Any:
+    """The bytes; a copy where they begin at a place from which a machine may not read numbers."""
+    return content if not len(content) or np.frombuffer(content, np.uint8).ctypes.data % 8 == 0 else bytes(content)
 
 
 def whole_numbers(values: Any) -> bool:
@@ -256,7 +260,7 @@ def read_safetensors(data: mmap.mmap) -> Tensors:
         if begin != place:
             raise ValueError(f"{name!r} begins at byte {begin:,}, but the tensor before it ends at {place:,}")
         place = end
-        tensors[name] = array(content[begin:end], np.dtype(dtype), tuple(shape))
+        tensors[name] = array(aligned(content[begin:end]), np.dtype(dtype), tuple(shape))
     if place != len(content):
         raise ValueError(f"its tensors end at byte {place:,} of {len(content):,}")
     return {name: tensors[name] for name in header}
@@ -351,7 +355,7 @@ def read_zip(path: Path, data: mmap.mmap) -> Tensors:
             if member is not None and member.file_size != size:
                 raise ValueError(f"its storage {storage.key!r} has {member.file_size:,} bytes, the pickle says {size:,}")
             if storage.key not in kept:
-                kept[storage.key] = content(f"data/{storage.key}")
+                kept[storage.key] = aligned(content(f"data/{storage.key}"))
             return kept[storage.key]
 
         tensors = Collector(len(data), stored).collect(found)
@@ -393,6 +397,7 @@ def read_legacy(data: mmap.mmap) -> Tensors:
     def stored(storage: Storage) -> Any:
         if storage.key not in places:
             raise ValueError(f"its storage {storage.key!r} is missing")
+        places[storage.key] = aligned(places[storage.key])
         return places[storage.key]
 
     return Collector(size, stored).collect(found)
@@ -513,7 +518,7 @@ def unpickle(file: Any, size: int, storages: dict[str, Storage] | None = None) -
 
 def steps(size: int) -> int:
     """The steps that the pickle in a file of `size` bytes may have: each may need some 100 bytes, and 45 make a tensor."""
-    return 2**18 + size // 16
+    return STEPS + size // 16
 
 
 def fill(target: Any, items: list, pairs: bool = False) -> None:
@@ -608,20 +613,31 @@ class Collector:
         self.visits = steps(size)  # a container in which another stands many times is small in the file and endless here
         self.room = limit(size)
         self.modules: list[str] = []
+        self.known: dict[int, tuple[Any, int, int]] = {}  # id of a container -> what it holds, visits and bytes of it
 
     def collect(self, value: Any) -> Tensors:
         found = self.tensors(value, [])
-        if not found and self.modules:
-            raise ValueError(self.modules[0])
         if isinstance(found, np.ndarray):
             raise ValueError("it is a single tensor without a name")
+        if not found and self.modules:
+            raise ValueError(self.modules[0])
         return found or {}
 
     def tensors(self, value: Any, path: list[str]) -> Any:
-        """The array, or the dict of what holds arrays; None if there are none."""
-        self.visits -= 1
+        """The array, or the dict of what holds arrays; None if there are none. What stands in several places is made once, but
+        counts in each."""
+        visits, room = self.visits, self.room
+        found, more_visits, more_room = self.known.get(id(value), (None, 1, 0))
+        self.visits -= more_visits
         if self.visits < 0 or len(path) > DEPTH:
             raise ValueError("its containers hold each other more often than is plausible for a file of this size")
+        self.take(more_room, ".".join(path))
+        if id(value) not in self.known and isinstance(value, (Tensor, Inert, dict, list, tuple)):
+            found = self.made(value, path)
+            self.known[id(value)] = found, visits - self.visits, room - self.room
+        return found
+
+    def made(self, value: Any, path: list[str]) -> Any:
         if isinstance(value, Tensor):
             return self.array(value, ".".join(path))
         if isinstance(value, Inert):
@@ -639,7 +655,7 @@ class Collector:
                     raise ValueError(self.modules[-1])
                 return None
             value = value.items
-        if not isinstance(value, (dict, list, tuple)):
+        if value is None:
             return None
         found: Tensors = {}
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
