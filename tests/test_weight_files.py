@@ -301,7 +301,7 @@ HOSTILE = {  # kind -> (bytes, what the line says)
     "laughs": (zipped(LAUGHS), "hold each other more often"),
     "deep": (zipped(good(b"]" * 500 + b"a" * 499)), "hold each other more often"),
     "steps": (zipped(b"N" * 5000), "more steps than are plausible"),
-    "copies": (zipped(b"](" + b"K\1" * 1000 + b"eq\0" + b"cbuiltins\nlist\nh\0\x85R" * 1000), "more steps than are plausible"),
+    "copies": (zipped(b"](" + b"K\1" * 1000 + b"eq\0" + b"cbuiltins\nlist\nh\0\x85R" * 500), "more steps than are plausible"),
     "long text": (zipped(good(b"\x8d" + struct.pack("<Q", 2**62))), "cannot be read"),
     "far memo": (zipped(b"]r\xff\xff\xff\xff"), "holds no tensors"),
     "module": (
