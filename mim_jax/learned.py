@@ -9,9 +9,8 @@ import io
 import math
 import re
 import sys
-import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -22,10 +21,10 @@ from mim_jax.checkpoint import SavedRun, newest
 from mim_jax.methods.base import Params, made
 from mim_jax.models import positions
 from mim_jax.sharding import path_name
+from mim_jax.weight_files import read_npz
 
 MAY_LACK = {"mask_token", "norm"}  # what of an encoder one method has and another does not
 TABLE = "relative_position_bias_table"
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 SECTIONS = ("teacher", "params", "extra")  # of a saved state; the first that has a part has what was learned of it
 
 
@@ -236,34 +235,6 @@ def official_parts(file: str, family: str, count: int) -> Params:
             "{state-dict key: array}"
         ) from error
     return convert.from_torch(named, family)
-
-
-def read_npz(file: str | BinaryIO, limit: int) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file, of numbers only and of at most `limit` bytes together, which is known before any is read."""
-    arrays = {}
-    with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        if other := [member.filename for member in members if not member.filename.endswith(".npy")]:
-            raise ValueError(f"it has the member {other[0]!r}" + " (a file of PyTorch?)" * other[0].endswith(".pkl"))
-        if (size := sum(member.file_size for member in members)) > limit:
-            raise ValueError(f"it claims to unpack to {size:,} bytes, and more than {limit:,} are not plausible")
-        for member in members:
-            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(f"{member.filename!r} is compressed by method {member.compress_type}")
-            with archive.open(member) as content:
-                read_header = HEADERS.get(version := np.lib.format.read_magic(content))
-                if read_header is None:
-                    raise ValueError(f"{member.filename!r} has version {version} of the format")
-                shape, fortran, dtype = read_header(content)
-                if dtype.kind not in "fiub":
-                    raise ValueError(f"{member.filename!r} is an array of {dtype}, not of numbers")
-                if math.prod(shape) * dtype.itemsize != member.file_size - content.tell():
-                    raise ValueError(
-                        f"{member.filename!r} has {member.file_size:,} bytes, which do not fit {dtype} {list(shape)}"
-                    )
-                data = np.frombuffer(content.read(), dtype)
-            arrays[member.filename.removesuffix(".npy")] = data.reshape(shape, order="F" if fortran else "C")
-    return arrays
 
 
 def misfits(there: Params, here: Params, loose: str = "(?!)") -> list[str]:

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from mim_jax import learned
+from mim_jax import learned, weight_files
 
 
 def npz(**members):
@@ -96,7 +96,7 @@ def test_arrays_are_read_as_they_were_saved(tmp_path):
     }
     for save in np.savez, np.savez_compressed:
         save(tmp_path / "file.npz", **arrays)
-        read = learned.read_npz(str(tmp_path / "file.npz"), 10**6)
+        read = weight_files.read_npz(str(tmp_path / "file.npz"), 10**6)
         assert read.keys() == arrays.keys()
         for name, array in arrays.items():
             assert read[name].dtype == array.dtype and read[name].shape == np.shape(array)
