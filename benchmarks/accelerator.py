@@ -125,7 +125,7 @@ def run_part(part: str, folder: str, seconds: float, write: Callable[[str], None
     if process.returncode == 0:
         return f"\n{took:.0f} s\n"
     if took >= seconds:
-        return f"\n**{part} was ended after its {seconds:.0f} s**\n"
+        return f"\n**{part} was ended after {took:.0f} s: its time was over**\n"
     text = log.read_text()
     print(text[-3000:], file=sys.stderr)
     told = re.findall(r"^[\w.]+(?:Error|Exception|Exit|Interrupt)\b.*", text, re.MULTILINE)

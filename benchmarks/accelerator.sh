@@ -16,9 +16,9 @@ if [[ ${1:-} == wheels ]]; then
   platforms=()
   for name in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014; do platforms+=(--platform "${name}_x86_64"); done
   "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" \
-    --constraint requirements.txt --dest .wheels absl-py array-record attrs clu cloudpickle dm-tree docstring-parser einops etils \
-    flax googleapis-common-protos grain immutabledict importlib-resources ml-collections optax orbax-checkpoint portpicker simple-parsing \
-    six tensorboardX tensorflow-datasets tensorflow-metadata termcolor toml tqdm wrapt
+    --constraint requirements.txt --dest .wheels absl-py array-record attrs clu cloudpickle dm-tree docstring-parser einops \
+    etils flax googleapis-common-protos grain immutabledict importlib-resources ml-collections optax orbax-checkpoint \
+    portpicker simple-parsing six tensorboardX tensorflow-datasets tensorflow-metadata termcolor toml tqdm wrapt
   "$python" -m pip wheel --quiet --no-deps --wheel-dir .wheels promise # has no wheel
   du -sh .wheels
   exit
@@ -30,7 +30,8 @@ if [[ ! -x $venv/bin/python ]]; then
   "$python" -c 'import site; print("".join(f"import site; site.addsitedir({p!r})\n" for p in site.getsitepackages()))' \
     >"$("$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])')/outer.pth"
 fi
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --find-links=.wheels --requirement requirements.txt
+pip=("$venv/bin/python" -m pip --disable-pip-version-check)
+"${pip[@]}" install --quiet --no-index --find-links=.wheels --requirement requirements.txt
 cd "$here"
 export PYTHONPATH=$root XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
 exec "$venv/bin/python" "$root/benchmarks/accelerator.py" "$@"
