@@ -9,7 +9,9 @@ import mim_jax
 from mim_jax.models.vit import ViT
 
 
-@pytest.mark.parametrize("name, remat", [("dino", "dots"), ("mae", "full"), ("simmim_swin", "dots")])
+@pytest.mark.parametrize(
+    "name, remat", [("dino", "dots"), ("mae", "full"), pytest.param("simmim_swin", "dots", marks=pytest.mark.slow)]
+)
 def test_gradients_are_the_same(x64, name, remat):
     """In double precision, with stochastic depth, which draws the same blocks again."""
     config = mim_jax.load_config(f"tests/tiny.py:{name}").unlock()

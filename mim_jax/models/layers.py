@@ -65,7 +65,7 @@ def _linear_bwd(residuals, dy):
     x, kernel, bias = residuals
     dx = jax.lax.dot_general(dy, kernel.astype(dy.dtype), (((1,), (1,)), ((), ())))
     dkernel = jax.lax.dot_general(x, dy, (((0,), (0,)), ((), ())), preferred_element_type=kernel.dtype)
-    return dx, dkernel, None if bias is None else sums(dy, 0, bias.dtype)[0]
+    return dx, dkernel, None if bias is None else jnp.sum(dy, 0, dtype=bias.dtype)
 
 
 linear.defvjp(_linear_fwd, _linear_bwd)
@@ -161,11 +161,10 @@ def fill_masked(images: jax.Array, filling: jax.Array, mask: jax.Array) -> jax.A
     return jnp.where(pixels[..., None], filling, images)
 
 
-def sums(x: jax.Array, axis: int, dtype: Any = None) -> jax.Array:
-    """The sums, in `dtype`, of a matrix along an axis, which is kept, as a product with ones: fast on a CPU, and a reduction
-    elsewhere."""
-    ones, how = jnp.ones((x.shape[axis], 1), x.dtype), dict(precision="highest", preferred_element_type=dtype)
-    return jnp.matmul(ones.T, x, **how) if axis == 0 else jnp.matmul(x, ones, **how)
+def sums(x: jax.Array, axis: int) -> jax.Array:
+    """The sums of a matrix along an axis, which is kept, as a product with ones: fast on a CPU, and a reduction elsewhere."""
+    ones = jnp.ones((x.shape[axis], 1), x.dtype)
+    return jnp.matmul(ones.T, x, precision="highest") if axis == 0 else jnp.matmul(x, ones, precision="highest")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
