@@ -131,7 +131,7 @@ def read(path: str | Path) -> Tensors:
         if not tensors:
             raise ValueError("it holds no tensors")
     except Exception as error:  # of broken bytes the libraries below raise almost anything
-        reason = " ".join(str(error).split())[:400]
+        reason = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())[:400]
         if not isinstance(error, (ValueError, OSError, zipfile.BadZipFile)):
             reason = f"it is damaged ({type(error).__name__}: {reason})"
         raise ValueError(f"{path} cannot be read: {reason}") from error

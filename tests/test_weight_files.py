@@ -170,6 +170,7 @@ FINE = {  # kind -> bytes, each with a tensor "w" of 0 1 2 3
     "zip": zipped(good()),
     "deflated": zipped(good(), compression=zipfile.ZIP_DEFLATED),
     "legacy": legacy(mapping(w=tensor(of=storage("0", 4, "FloatStorage", b"N")))),
+    "Python 2": legacy(mapping(w=tensor()).replace(text("w"), b"U\1w").replace(text("storage"), b"T\7\0\0\0storage")),
     "of a GPU": zipped(mapping(w=tensor(of=storage().replace(b"ctorch\n", b"ctorch.cuda\n")))),
     "before 0.4": legacy(mapping(v=tensor(shape=(2,), of=storage("0", 4, "FloatStorage", VIEW)), w=tensor())),
     "pairs": zipped(called("collections", "OrderedDict", b"]" + b"](" + text("w") + tensor() + b"ea")),
@@ -234,6 +235,7 @@ ITSELF = b"]q\0h\0a"
 HOSTILE = {  # kind -> (bytes, what the line says)
     "shell": (zipped(good(called("posix", "system", text("true")))), "calls posix.system, which builds no tensor"),
     "shell, legacy": (legacy(good(called("os", "system", text("true")))), "calls os.system"),
+    "control characters": (zipped(good(called("os", "\x1b[2Jsystem", text("true")))), r"calls os\. \[2Jsystem, which"),
     "eval": (zipped(good(called("__builtin__", "eval", text("1")))), "calls builtins.eval"),
     "class of Python that runs": (zipped(good(called("subprocess", "Popen", text("true")))), "calls subprocess.Popen"),
     "torch's own shell": (
