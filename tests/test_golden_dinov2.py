@@ -359,7 +359,8 @@ def test_initial_distributions(golden):
 
 
 SLOW = {"marks": pytest.mark.slow}
-STEP_KINDS = [("center", "shared"), ("sk", "sep"), pytest.param("center", "sep", **SLOW), pytest.param("sk", "shared", **SLOW)]
+OTHERS = ("center", "shared"), ("center", "sep"), ("sk", "shared")
+STEP_KINDS = [("sk", "sep"), *(pytest.param(*kind, **SLOW) for kind in OTHERS)]
 
 
 @pytest.mark.parametrize("centering, heads", STEP_KINDS)

@@ -185,10 +185,10 @@ def one_device():
 
 
 VARIANTS = [
-    f"{path.stem}:{variant}"
+    pytest.param(f"{path.stem}:{variant}", marks=[] if variant == "demo" or not number else pytest.mark.slow)
     for path in sorted((ROOT / "configs").glob("*.py"))
     if path.stem != "clip"  # a frozen network
-    for variant in runpy.run_path(str(path))["VARIANTS"]
+    for number, variant in enumerate(runpy.run_path(str(path))["VARIANTS"])
 ]
 
 

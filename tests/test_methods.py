@@ -47,6 +47,12 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
     "linear": (0.5, {"optim.lr": 0.1}),
 }
 STEPS = 20
+# Variants of others, or long to compile. Each has golden tests that are not slow.
+SLOW = {"simmim_swin", "distillation", "dvae", "vqkd", "beit2"}
+
+
+def of(names):
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
 
 
 class Case(NamedTuple):
@@ -64,7 +70,7 @@ class Case(NamedTuple):
     alone: Any  # the first of them, on one device
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(scope="module", params=of(METHODS))
 def case(request) -> Case:
     """Twenty steps on one batch of finished views, on a mesh of 2 x 4 devices."""
     config = mim_jax.load_config(f"tests/tiny.py:{request.param}")
@@ -181,7 +187,7 @@ DRAWN = ("dinov2", "mae", "simmim_swin", "vqvae", "vqkd", "beit")
 HALF = ("dinov2", "mae", "simmim_swin", "vqvae", "dvae", "beit2")
 
 
-@pytest.mark.parametrize("case", DRAWN, indirect=True)
+@pytest.mark.parametrize("case", of(DRAWN), indirect=True)
 def test_pictures_are_drawn(case):
     """Each that the method declares."""
     config = case.config.copy_and_resolve_references()
@@ -195,7 +201,7 @@ def test_pictures_are_drawn(case):
     assert all(min(picture.size) > 100 for picture in (evaluation.crop_picture(), *drawn.values()))
 
 
-@pytest.mark.parametrize("case", HALF, indirect=True)
+@pytest.mark.parametrize("case", of(HALF), indirect=True)
 def test_bfloat16_computes_nearly_the_same_loss(case):
     config = case.config.copy_and_resolve_references()
     losses = {}

@@ -369,9 +369,12 @@ def test_a_skipped_step_is_a_step_and_changes_nothing_else(whole, poisoned):
 
 @pytest.mark.parametrize(
     ("where", "number", "action"),
-    [("baselines", 0, terminate), ("baselines", 0, control_c), ("batch", 0, terminate), ("batch", 3, control_c)]
-    + [("save", 1, control_c), ("row", 8, terminate)]
-    + [("baselines", 0, crash), ("batch", 9, crash), ("row", 2, crash), ("scores", 0, crash), ("scores", 2, crash)],
+    [("baselines", 0, terminate), ("batch", 0, terminate), ("batch", 3, control_c), ("save", 1, control_c)]
+    + [("batch", 9, crash), ("row", 2, crash), ("scores", 2, crash)]
+    + [
+        pytest.param(*each, marks=pytest.mark.slow)
+        for each in (("baselines", 0, control_c), ("row", 8, terminate), ("baselines", 0, crash), ("scores", 0, crash))
+    ],
 )
 def test_a_run_interrupted_anywhere_ends_as_one_left_alone(quick, whole, tmp_path, where, number, action):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
@@ -396,7 +399,7 @@ def test_a_run_interrupted_anywhere_ends_as_one_left_alone(quick, whole, tmp_pat
 @pytest.mark.parametrize(
     ("where", "number", "action", "steps"),
     [("compile", 0, control_c, {0}), ("load", 3, terminate_later, set(range(12)))]  # batches are read in no order
-    + [("scores", 1, terminate, {8}), ("scores", 2, control_c, {12})],
+    + [pytest.param("scores", 1, terminate, {8}, marks=pytest.mark.slow), ("scores", 2, control_c, {12})],
 )
 def test_a_run_stops_where_it_would_wait_for_ever(quick, whole, tmp_path, capfd, where, number, action, steps):
     stopped = threading.Event()

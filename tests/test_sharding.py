@@ -144,6 +144,7 @@ def test_float32_first_step_is_that_of_one_device(single, mesh):
         np.testing.assert_allclose(got.gradient[name], gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["8 replicated", "8 fsdp"])
 def test_float64_five_steps_are_those_of_one_device(double, mesh):
     got, want = double[mesh], double["one device"]
@@ -158,15 +159,17 @@ def test_float64_five_steps_are_those_of_one_device(double, mesh):
     assert np.abs(want.last.extra["student_stats"]["bn_0"]["mean"]).max() > 1e-3
 
 
-@pytest.mark.parametrize("mesh", ["8 fsdp", "4 x 2"])
-def test_the_compiled_step_moves_weights_and_nothing_else(single, double, mesh):
+@pytest.mark.parametrize(
+    "runs, mesh", [("single", "8 fsdp"), ("single", "4 x 2"), pytest.param("double", "8 fsdp", marks=pytest.mark.slow)]
+)
+def test_the_compiled_step_moves_weights_and_nothing_else(request, runs, mesh):
     """No all-to-all, no rematerialization; what is gathered are parameters, one by one."""
-    for r in [runs[mesh] for runs in (single, double) if mesh in runs]:
-        assert "rematerialization" not in r.told, r.told
-        found = collectives(r.compiled)
-        assert {"all-gather"} < found.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
-        sizes = {n for leaf in jax.tree.leaves(r.abstract.params) for n in (leaf.size, leaf.size // 2)}  # or one block of two
-        assert set(found["all-gather"]) <= sizes
+    r = request.getfixturevalue(runs)[mesh]
+    assert "rematerialization" not in r.told, r.told
+    found = collectives(r.compiled)
+    assert {"all-gather"} < found.keys() <= {"all-gather", "all-reduce", "reduce-scatter"}
+    sizes = {n for leaf in jax.tree.leaves(r.abstract.params) for n in (leaf.size, leaf.size // 2)}  # or one block of two
+    assert set(found["all-gather"]) <= sizes
 
 
 def test_replicated_steps_only_add_up(single):

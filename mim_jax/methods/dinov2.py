@@ -147,7 +147,7 @@ def parts(config: ml_collections.ConfigDict) -> dict[str, Any]:
         ibot_head=head(**config.ibot_head) if loss.separate_head else None,
         teacher_parts=("backbone", "dino_head", *(("ibot_head",) if loss.separate_head else ())),
         group_size=config.mask.group_size,
-        koleo_size=config.mask.group_size * config.loss.koleo_groups,
+        koleo_size=config.mask.group_size * config.loss.get("koleo_groups", 1),
         schedules={"teacher_temp": temp},
         centering=loss.centering,
         student_temp=loss.student_temp,
