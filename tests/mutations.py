@@ -397,6 +397,8 @@ MUTATIONS = (
     M("an epoch has the rest of a batch", "durations.py", "config.data.num_examples // config.data.batch_size",
       "-(-config.data.num_examples // config.data.batch_size)", "test_config.py::test_durations_in_steps"),
     # The pipeline
+    M("rows in the order of the processes", "sharding.py", "first = int(np.searchsorted(held, start))",
+      "first = start % len(held)", "test_two_processes.py::test_two_processes_run_as_one"),
     M("a resumed process has the first rows", "data/pipeline.py", "number * batch_size + share",
       "number * batch_size + np.arange(len(share))",
       "test_data.py::test_resume_by_slicing"),

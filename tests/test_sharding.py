@@ -271,6 +271,13 @@ def test_make_mesh_refuses_what_does_not_fit(data, fsdp):
         sharding.make_mesh(data, fsdp)
 
 
+def test_rows_of_a_batch_are_in_order_on_a_mesh_of_any_order():
+    devices = np.array(jax.devices())[[3, 0, 2, 1, 7, 6, 5, 4]].reshape(2, 4)
+    with jax.set_mesh(jax.sharding.Mesh(devices, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+        assert sharding.share(16).tolist() == list(range(16))
+        np.testing.assert_array_equal(sharding.global_batch({"x": np.arange(32).reshape(16, 2)})["x"].ravel(), np.arange(32))
+
+
 def test_without_a_mesh_nothing_is_placed():
     x = jnp.ones((3, 2))
     assert sharding.current_mesh() is None and sharding.pin_batch(x) is x

@@ -50,12 +50,24 @@ def canary() -> None:
     assert total == 120 and np.array_equal(turned, np.arange(16)[::-1]), "gloo's collectives are wrong on this machine"
 
 
+def interleaved() -> None:
+    """On a torus the devices of a mesh are not in the order of the processes; the rows of a batch are in order all the same."""
+    devices = np.array(jax.devices())[[0, 2, 1, 3]].reshape(MESH)
+    with jax.set_mesh(jax.sharding.Mesh(devices, sharding.AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2)):
+        rows = sharding.share(16)
+        assert rows.tolist() == [row + 4 * jax.process_index() for row in (0, 1, 2, 3, 8, 9, 10, 11)]
+        whole = sharding.global_batch({"x": rows})["x"]
+        together = jax.jit(lambda x: x + 0, out_shardings=jax.sharding.PartitionSpec())(whole)
+    assert np.array_equal(together, np.arange(16))
+
+
 def main(port: str, index: str, images: str, workdir: str) -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(index), initialization_timeout=60)
     assert (jax.process_count(), jax.local_device_count(), jax.device_count()) == (2, 2, 4)
     canary()
+    interleaved()
     print(json.dumps(run(images, workdir)))
 
 
