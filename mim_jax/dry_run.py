@@ -204,7 +204,8 @@ def step_flops(
     config = config.copy_and_resolve_references()
     if "unroll" in config.model:
         config.model.unroll = 1000
-        config.model.remat = remat or config.model.remat
+        if remat:
+            config.model.remat = remat
     with jax.set_mesh(sharding.make_mesh(1, 1, jax.local_devices(backend="cpu")[:1])):
         method = make(config)
         args = abstract_state(method, config), abstract_target(method, config), abstract_batch(method, config)

@@ -15,7 +15,7 @@ import pytest
 from jax._src import clusters
 from jax._src.clusters import cloud_tpu_cluster
 from jax.experimental import multihost_utils
-from PIL import Image
+from two_processes import write_images
 
 from mim_jax import hosts, journal, load_config, lock
 from mim_jax.checkpoint import saved_steps
@@ -27,12 +27,7 @@ DUMPS = ("terminate called", "stack trace", "Traceback", "coordination_service",
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for i in range(48):
-        path = folder / f"class_{i % 2}/{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 200, (16, 16, 3), np.uint8) + np.uint8(55 * (i % 2))).save(path)
-    return folder
+    return write_images(tmp_path_factory.mktemp("images"))
 
 
 def free_port() -> int:

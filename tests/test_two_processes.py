@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 import two_processes
-from PIL import Image
 
 from mim_jax import journal, train
 from mim_jax.lock import locked
@@ -26,11 +25,7 @@ BAD = (3, 20, 37)
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
     """48 images of two classes, for training and for tests. Three are bad."""
-    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
-    for i in range(48):
-        path = folder / f"class_{i % 2}/{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 200, (16, 16, 3), np.uint8) + np.uint8(55 * (i % 2))).save(path)
+    folder = two_processes.write_images(tmp_path_factory.mktemp("images"))
     for i in BAD:
         (folder / f"class_{i % 2}/{i}.png").write_text("no image")
     return folder

@@ -9,11 +9,22 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
+from PIL import Image
 
 import mim_jax
 from mim_jax import sharding, train
 
 MESH, STEPS = (2, 2), 6
+
+
+def write_images(folder: Path) -> Path:
+    """48 images of two classes, for training and for tests."""
+    rng = np.random.default_rng(0)
+    for i in range(48):
+        path = folder / f"class_{i % 2}/{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 200, (16, 16, 3), np.uint8) + np.uint8(55 * (i % 2))).save(path)
+    return folder
 
 
 def run(images: str, workdir: str) -> list[list[int]]:
