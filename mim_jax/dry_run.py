@@ -1,8 +1,9 @@
 """The plan of a run without running it: nothing is allocated, and images are counted at most."""
 
+import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -172,12 +173,18 @@ def of_program(
 def communication(program: str) -> dict[tuple[str, str], tuple[int, int]]:
     """{(collective, dtype): (number, bytes of the results)} of a compiled program's text. What is in a loop counts once."""
     numbers, sizes = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for name, results in collectives(program):
+        for dtype, elements in results:
+            sizes[name, dtype] += elements * bits(dtype) // 8
+        numbers.update({(name, dtype) for dtype, _ in results})
+    return {key: (numbers[key], sizes[key]) for key in sorted(sizes)}
+
+
+def collectives(program: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+    """(operation, [(dtype, elements) of each result]) of what a compiled program's text sends between devices."""
     for shapes, name in re.findall(rf"= (\(?[a-z]+\d*\[.*?) ({COLLECTIVES})(?:-start)?\(", program):
-        found = re.findall(r"([a-z]+\d+)\[([\d,]*)\]", shapes)
-        for dtype, dimensions in found:
-            sizes[name, dtype] += np.prod([int(n) for n in dimensions.split(",") if n], dtype=int) * bits(dtype) // 8
-        numbers.update({(name, dtype) for dtype, _ in found})
-    return {key: (numbers[key], int(sizes[key])) for key in sorted(sizes)}
+        results = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
+        yield name, [(dtype, math.prod(int(n) for n in sides.split(",") if n)) for dtype, sides in results]
 
 
 def bits(dtype: str) -> int:

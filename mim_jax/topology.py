@@ -28,7 +28,6 @@ class Chip(NamedTuple):
 class Slice(NamedTuple):
     """Devices, and what is known of each of them."""
 
-    name: str
     devices: Sequence[Any]
     chip: Chip
 
@@ -90,7 +89,7 @@ def describe(name: str) -> Slice:
         topology = topologies.get_topology_desc(
             platform="cuda", target_config=H100_TARGET, topology=f"1x{hosts}x{number // hosts}"
         )
-        return Slice(name, topology.devices, H100)
+        return Slice(topology.devices, H100)
     needs("libtpu", "plan-tpu", name)
     chip = TPUS[kind]
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
@@ -99,7 +98,7 @@ def describe(name: str) -> Slice:
         topology = topologies.get_topology_desc(f"{kind}:{shape}", platform="tpu")
     except Exception as error:  # of the plugin, of many kinds
         raise ValueError(f"--plan={name}: there is no such slice ({kind}:{shape})") from error
-    return Slice(name, topology.devices, chip)
+    return Slice(topology.devices, chip)
 
 
 def needs(module: str, extra: str, name: str) -> None:

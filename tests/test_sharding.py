@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mim_jax
-from mim_jax import TrainState, sharding
+from mim_jax import TrainState, dry_run, sharding
 from mim_jax.sharding import path_name
 from mim_jax.state import abstract_state
 
@@ -57,10 +57,8 @@ def compile_aloud(jitted, *args) -> tuple[jax.stages.Compiled, str]:
 def collectives(compiled: jax.stages.Compiled) -> dict[str, list[int]]:
     """{operation: [elements of each result]} of a compiled program."""
     found = collections.defaultdict(list)
-    names = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
-    for shapes, name in re.findall(rf"= (\(?[a-z]+\d*\[.*?) ({names})(?:-start)?\(", compiled.as_text()):
-        sizes = [np.prod([int(n) for n in dims.split(",") if n], dtype=int) for dims in re.findall(r"\[([\d,]*)\]", shapes)]
-        found[name] += [int(size) for size in sizes]
+    for name, results in dry_run.collectives(compiled.as_text()):
+        found[name] += [elements for _, elements in results]
     return found
 
 
