@@ -29,7 +29,7 @@ def get_config(variant: str = "dalle") -> ml_collections.ConfigDict:
     config.data.batch_size = 512
     config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # tokenizers take images in 0..1
 
-    del config.model.mlp_ratio, config.model.drop_path_rate, config.model.unroll, config.model.remat
+    del config.model.mlp_ratio, config.model.drop_path_rate, config.model.unroll, config.model.remat, config.model.microbatches
     config.model.arch = "dalle"  # or "beit"
     config.model.img_size = 256
     config.model.hidden = 256

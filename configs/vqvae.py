@@ -27,7 +27,7 @@ def get_config(variant: str = "imagenet128") -> ml_collections.ConfigDict:
     config.data.batch_size = 128
     config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # tokenizers take images in 0..1
 
-    del config.model.mlp_ratio, config.model.drop_path_rate, config.model.unroll, config.model.remat
+    del config.model.mlp_ratio, config.model.drop_path_rate, config.model.unroll, config.model.remat, config.model.microbatches
     config.model.img_size = 128
     config.model.hidden = 256
     config.model.layers = 2  # each halves the resolution

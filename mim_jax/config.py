@@ -120,7 +120,8 @@ NUMBERS = (
     (r"data\.std", "(0, 1]"),
     (r"data\.levels", "(-inf, inf)"),
     (r"data\.(batch_size|canvas|max_pixels)|eval\.(bank|test|batch_size|img_size)|max_skipped", "[1, inf)"),
-    (r"model\.(img_size|patch_size|dim|depths?|heads|window|unroll|hidden|layers|codes|codebook_dim|\w+_depth)", "[1, inf)"),
+    (r"model\.(img_size|patch_size|dim|depths?|heads|window|hidden|layers|codes|codebook_dim|\w+_depth)", "[1, inf)"),
+    (r"model\.(unroll|microbatches)", "[1, inf)"),
     (r"head\.patch_out_dim", "[0, inf)"),
     (r"\w+\.(dim|depth|heads|codes)|(ibot_)?head\.(\w+_dim|vocab_size|nlayers)", "[1, inf)"),
     (r"crops\.(\w+_size|global_crops_number)|probe\.blocks|mask\.(group_size|mask_patch_size|count|smallest)", "[1, inf)"),
@@ -227,6 +228,9 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise wrong(
             "mask.group_size", f"must divide the {each} images of the batch that each of {mesh.size} devices has: {fits}"
         )
+    if (each := values["data.batch_size"] // (mesh.size if mesh else 1) // group) % values.get("model.microbatches", 1):
+        what = "images" if group == 1 else f"groups of {group} images"
+        raise wrong("model.microbatches", f"must divide the {each} {what} of the batch that each device has")
 
 
 def leaves(config: ml_collections.ConfigDict | dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -283,6 +287,7 @@ def skeleton() -> ml_collections.ConfigDict:
     config.model.dtype = "bfloat16"
     config.model.unroll = 1  # blocks a loop iteration holds: larger compiles longer
     config.model.remat = "none"  # what is computed again in the backward pass, to save memory: "none", "dots", "full", "auto"
+    config.model.microbatches = 1  # parts of the batch that go through the blocks one after another, and twice, to save memory
 
     config.crops.global_crops_number = 1
 

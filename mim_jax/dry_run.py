@@ -22,7 +22,8 @@ from mim_jax.state import abstract_state
 from mim_jax.step import make_train_step
 from mim_jax.topology import Slice, describe
 
-REMAT = ("none", "dots", "full")  # what `model.remat` may be, the fastest first
+# (model.remat, model.microbatches), the fastest first: what is computed again is 0, a part of, 1 and 2 forward passes
+WAYS = (("none", 1), ("dots", 1), ("full", 1), ("full", 4), ("full", 16))
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 USED = 0.4  # share of the peak that a good step reaches: an assumption
 
@@ -64,8 +65,9 @@ def compile_step(config: ml_collections.ConfigDict) -> Program:
 
 
 def resolve_remat(config: ml_collections.ConfigDict, memory: float | None = None) -> str:
-    """Sets `model.remat`, where it is "auto", to the fastest way that fits into the memory of a device, and says so in a line;
-    "" where it is not. `memory` is in bytes, by default that of the devices of the mesh; where they tell none, all fits.
+    """Sets `model.remat`, where it is "auto", and `model.microbatches` to the fastest way that fits into the memory of a
+    device, and says so in a line; "" where it is not. `memory` is in bytes, by default that of the devices of the mesh; where
+    they tell none, all fits.
 
     Compiles the step once for each way that it tries. Raises ValueError if none fits.
     """
@@ -75,21 +77,26 @@ def resolve_remat(config: ml_collections.ConfigDict, memory: float | None = None
         mesh = sharding.current_mesh()
         device = mesh.local_devices[0] if mesh else jax.local_devices()[0]
         memory = (device.memory_stats() or {}).get("bytes_limit")
-    tried = []
-    for config.model.remat in REMAT if memory else REMAT[:1]:
+    if not memory:
+        config.model.remat = "none"
+        return "model.remat is none: the devices do not tell how much memory they have"
+    tried: list[str] = []
+    for remat, microbatches in WAYS:
+        config.model.update(remat=remat, microbatches=microbatches)
+        way = remat if microbatches == 1 else f"{remat} with model.microbatches={microbatches}"
         try:
-            needed = compile_step(config).peak if memory else 0
+            needed = compile_step(config).peak
         except TooLarge as error:
-            tried.append(f"{config.model.remat} {error}")
+            tried.append(f"{way} {error}")
             continue
-        if not memory:
-            return "model.remat is none: the devices do not tell how much memory they have"
+        except ValueError:  # the batch cannot be divided so
+            break
         if needed <= memory:
             before = "".join(f"; {each}" for each in tried)
-            return f"model.remat is {config.model.remat}: {needed / 2**30:.2f} of {memory / 2**30:.2f} GiB a device{before}"
-        tried.append(f"{config.model.remat} needs {needed / 2**30:.2f} GiB")
+            return f"model.remat is {way}: {needed / 2**30:.2f} of {memory / 2**30:.2f} GiB a device{before}"
+        tried.append(f"{way} needs {needed / 2**30:.2f} GiB")
     raise ValueError(
-        f"the step does not fit into the {(memory or 0) / 2**30:.2f} GiB of a device with any model.remat "
+        f"the step does not fit into the {memory / 2**30:.2f} GiB of a device with any model.remat "
         f"({', '.join(tried)}): take more devices, a smaller data.batch_size, or mesh.fsdp"
     )
 

@@ -1,6 +1,8 @@
 """The papers' losses and targets as pure functions of the global batch."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,16 +50,45 @@ def sinkhorn_knopp(logits: jax.Array, temp: jax.Array, weight: jax.Array | None 
 
     All rows of the batch are balanced together; `weight` [...] is 0 for padding rows. Source: SwAV; DINOv2, section 4.
     """
-    dtype = jnp.promote_types(jnp.float32, logits.dtype)
-    x = jax.lax.stop_gradient(logits).astype(dtype).reshape(-1, logits.shape[-1]) / temp
-    weight = jnp.ones(len(x), dtype) if weight is None else weight.reshape(-1).astype(dtype)
-    x = jnp.where(weight[:, None] > 0, x, -jnp.inf)
-    largest = x.max()  # -inf if all rows are padding
-    q, rows, tiny = jnp.exp(x - jnp.where(jnp.isfinite(largest), largest, 0)), weight.sum(), jnp.finfo(dtype).tiny
-    for _ in range(iterations):
-        q = q / jnp.maximum(q.sum(axis=0, keepdims=True) * q.shape[1], tiny)
-        q = q / jnp.maximum(q.sum(axis=1, keepdims=True) * rows, tiny)
-    return (q * rows).reshape(logits.shape)
+    weight = jnp.ones(logits.shape[:-1]) if weight is None else weight
+    bias = sinkhorn_bias(lambda rows: rows, logits[None], weight[None], temp, iterations)
+    return jax.lax.stop_gradient(jax.nn.softmax(logits / temp + bias)) * (weight > 0)[..., None]
+
+
+def sinkhorn_bias(
+    logits_of: Callable[[Any], jax.Array],
+    pieces: Any,
+    weight: jax.Array,
+    temp: jax.Array,
+    iterations: int = 3,
+    unroll: int = 1,
+) -> jax.Array:
+    """What Sinkhorn-Knopp adds to the logits of each prototype: the balanced targets are softmax(logits / temp + bias).
+
+    The batch comes in pieces, so that not all its logits need be in memory at once: `logits_of` maps a piece, which is a slice
+    of `pieces` along the first axis, to logits [..., K]; `weight` [pieces, ...] is 0 for padding rows. An iteration of the loop
+    over the pieces has `unroll` of them. Returns [K].
+    """
+    shape = jax.eval_shape(logits_of, jax.tree.map(lambda x: x[0], pieces))
+    dtype = jnp.promote_types(jnp.float32, shape.dtype)
+
+    def log_sums(bias: jax.Array | None) -> jax.Array:
+        """The logarithm of each prototype's sum over all rows: of exp(logits / temp), or of the rows' probabilities."""
+
+        def add(total: jax.Array, piece: Any) -> tuple[jax.Array, None]:
+            rows, weight = piece
+            x = logits_of(rows).reshape(-1, shape.shape[-1]).astype(dtype) / temp
+            x = x if bias is None else jax.nn.log_softmax(x + bias)
+            x = jnp.where(weight.reshape(-1, 1) > 0, x, -jnp.inf)
+            return jnp.logaddexp(total, jax.nn.logsumexp(x, axis=0)), None
+
+        total, _ = jax.lax.scan(add, jnp.full(shape.shape[-1], -jnp.inf, dtype), (pieces, weight), unroll=unroll)
+        return jnp.where(jnp.isfinite(total), total, 0)  # not finite: all rows are padding
+
+    bias = -log_sums(None)
+    for _ in range(iterations - 1):
+        bias -= log_sums(bias)
+    return jax.lax.stop_gradient(bias)
 
 
 def koleo(features: jax.Array, group_size: int, eps: float = 1e-8) -> jax.Array:

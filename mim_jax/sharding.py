@@ -51,6 +51,12 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def device_count() -> int:
+    """How many devices the batch is spread over, also inside a jitted function; without a mesh 1."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.size
+
+
 def pin_batch(x: jax.Array) -> jax.Array:
     """Hold `x` [B, ...] to the batch axes; without a mesh, `x` itself. Under FSDP it makes XLA move weights, not tokens."""
     if jax.sharding.get_abstract_mesh().empty:

@@ -221,7 +221,8 @@ def vit_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def loop_settings(model: ml_collections.ConfigDict) -> dict[str, Any]:
     """How the loop over the blocks runs."""
-    return {"unroll": model.unroll, "remat": model.get("remat", "none")}  # a run of 0.4 has no such key
+    before = {"remat": "none", "microbatches": 1}  # of a run of 0.4, which has no such keys
+    return {"unroll": model.unroll} | {name: model.get(name, value) for name, value in before.items()}
 
 
 def make_views(config: ml_collections.ConfigDict, *crops: Crops, masks: Masks = NO_MASKS) -> Views:

@@ -68,6 +68,8 @@ class Beit2(beit.Beit):
 
 def make(config: ml_collections.ConfigDict) -> Beit2:
     m = config.model
+    if m.get("microbatches", 1) > 1:
+        raise ValueError("model.microbatches must be 1 for BEiT v2, whose second prediction needs what a middle block makes")
     if not 0 < m.early_layers < m.depth:
         raise ValueError(f"model.early_layers={m.early_layers} must be between 0 and model.depth={m.depth}")
     return Beit2(**beit.parts(config), early_layers=m.early_layers, head_layers=m.head_layers)

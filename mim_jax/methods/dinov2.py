@@ -20,8 +20,10 @@ from mim_jax.methods.base import Params
 from mim_jax.methods.dino import SelfDistillation, multi_crop, vit_of
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.vit import ViT, masked_first
-from mim_jax.sharding import replicate
+from mim_jax.sharding import device_count, replicate
 from mim_jax.views import Views
+
+PIECE = 2**28  # bytes of patch logits that a device holds at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,30 +60,45 @@ class Dinov2(SelfDistillation):
         places, masked, weight = self.chosen(views)
 
         cls_tokens, patch_tokens = self.tokens(params, views, key)
-        cls, patch = self.heads(params, cls_tokens, patch_tokens, places)
-        cls_teacher, patch_teacher = self.teacher_logits(teacher, target, views, places)
+        student_patch = self.patch_vectors(params, patch_tokens, places)
+        source, trained = self.teacher_of(teacher, target)
+        cls_teacher, patch_teacher = source.tokens(trained, views)
+        cls_teacher = source.dino_head.apply({"params": trained["dino_head"]}, cls_teacher)
+        patch_teacher = source.patch_vectors(trained, patch_teacher, places)
 
         temp = self.schedules["teacher_temp"](step)
+        pieces = self.pieces(student_patch), self.pieces(patch_teacher), self.pieces(weight)
         if self.centering == "sinkhorn_knopp":
             cls_probs = losses.sinkhorn_knopp(cls_teacher, temp)
-            patch_probs = losses.sinkhorn_knopp(patch_teacher, temp, masked)
+            logits = functools.partial(source.patch_logits, trained)
+            bias = losses.sinkhorn_bias(logits, pieces[1], self.pieces(masked), temp, unroll=self.backbone.unroll)
         else:
             cls_probs = losses.dino_teacher(cls_teacher, extra["center"], temp)
-            patch_probs = losses.dino_teacher(patch_teacher, extra["patch_center"], temp)
-            # each group's mean weighs the same, however many of its patches are masked
-            means = jnp.einsum("gmk,gm->gk", patch_teacher, masked / jnp.maximum(masked.sum(-1, keepdims=True), 1))
+            bias = -extra["patch_center"] / temp
+            # each group's mean weighs the same, however many of its patches are masked; logits are linear in the vectors
+            means = jnp.einsum("gmd,gm->gd", patch_teacher, masked / jnp.maximum(masked.sum(-1, keepdims=True), 1))
+            means = source.patch_logits(trained, means)
             extra = {
                 "center": losses.update_center(extra["center"], cls_teacher, self.center_momentum),
                 "patch_center": losses.update_center(extra["patch_center"], means, self.center_momentum),
             }
-        cls_log, patch_log = (jax.nn.log_softmax(x / self.student_temp) for x in (cls, patch))
+
+        def of_piece(total: jax.Array, piece: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            student, teacher, weight = piece
+            probs = jax.lax.stop_gradient(jax.nn.softmax(source.patch_logits(trained, teacher) / temp + bias))
+            log_probs = jax.nn.log_softmax(self.patch_logits(params, student) / self.student_temp)
+            return total + losses.patch_loss(log_probs, probs, weight, batch * crops), None
+
+        of_piece = jax.checkpoint(of_piece) if len(pieces[0]) > 1 else of_piece
+        patch_loss, _ = jax.lax.scan(of_piece, jnp.zeros((), student_patch.dtype), pieces, unroll=self.backbone.unroll)
+        cls_log = jax.nn.log_softmax(self.dino_head.apply({"params": params["dino_head"]}, cls_tokens) / self.student_temp)
         # the official code divides by a pair too many if there are no local crops
         alone = 1.0 if len(self.views.crops) > 1 else 2 / 3
         neighbors = cls_tokens if self.koleo_size == self.group_size else replicate(cls_tokens)  # of several devices
         koleo = sum(losses.koleo(neighbors[:, i], self.koleo_size) for i in range(crops))
         terms = {
             "train/loss_cls": self.dino_weight * alone * losses.dino_loss(cls_log, cls_probs),
-            "train/loss_patch": self.ibot_weight * losses.patch_loss(patch_log, patch_probs, weight, batch * crops),
+            "train/loss_patch": self.ibot_weight * patch_loss,
             "train/loss_koleo": self.koleo_weight * koleo,
         }
         figures = self.figures(cls_log, cls_probs, extra.get("center"))
@@ -98,17 +115,35 @@ class Dinov2(SelfDistillation):
         each = jnp.repeat(1 / jnp.maximum(mask.sum(-1), 1), patches, axis=-1, total_repeat_length=crops * patches)
         return places, masked, jnp.take_along_axis(each.reshape(groups, -1), places, axis=-1) * masked
 
-    def teacher_logits(self, teacher: Params, target: Params, views: Params, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The teacher's logits of the global crops: see `heads`."""
-        return self.heads(teacher, *self.tokens(teacher, views), places)
+    def teacher_of(self, teacher: Params, target: Params) -> tuple["Dinov2", Params]:
+        """The network that makes the targets, and its parameters."""
+        return self, teacher
 
-    def heads(self, params: Params, cls: jax.Array, patch: jax.Array, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """CLS logits [B, V, K] of CLS tokens [B, V, D], and patch logits [groups, upper, K] of the patch tokens [B, G, N, D] at
-        `places` in their group."""
+    def patch_vectors(self, params: Params, patch: jax.Array, places: jax.Array) -> jax.Array:
+        """The head's unit vectors [groups, upper, bottleneck] of the patch tokens [B, G, N, D] at `places` in their group."""
         groups = patch.reshape(len(places), -1, patch.shape[-1])
         picked = jnp.take_along_axis(groups, places[..., None], axis=1)
-        head, name = (self.ibot_head, "ibot_head") if self.ibot_head else (self.dino_head, "dino_head")
-        return self.dino_head.apply({"params": params["dino_head"]}, cls), head.apply({"params": params[name]}, picked)
+        head, name = self.patch_head
+        return head.apply({"params": params[name]}, picked, method="bottleneck")
+
+    def patch_logits(self, params: Params, vectors: jax.Array) -> jax.Array:
+        """[..., bottleneck] -> [..., K]."""
+        head, name = self.patch_head
+        return head.apply({"params": params[name]}, vectors, method="prototypes")
+
+    @property
+    def patch_head(self) -> tuple[DinoHead, str]:
+        return (self.ibot_head, "ibot_head") if self.ibot_head else (self.dino_head, "dino_head")
+
+    def pieces(self, x: jax.Array) -> jax.Array:
+        """[groups, upper, ...] -> [pieces, groups, some, ...], padded with zeros: a device computes the logits of one piece
+        after the other, and again in the backward pass."""
+        groups, upper = x.shape[:2]
+        size = groups * upper * self.patch_head[0].out_dim * 4 // device_count()
+        number = min(-(-size // PIECE), upper)
+        some = -(-upper // number)
+        x = jnp.pad(x, ((0, 0), (0, number * some - upper)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(groups, number, some, *x.shape[2:]), 1, 0)
 
 
 def make(config: ml_collections.ConfigDict) -> Dinov2:

@@ -28,8 +28,8 @@ class Distillation(dinov2.Dinov2):
         places = jnp.broadcast_to(jnp.arange(each), (groups, each))
         return places, jnp.ones(places.shape, bool), jnp.full(places.shape, 1 / patches)
 
-    def teacher_logits(self, teacher: Params, target: Params, views: Params, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return self.target.teacher_logits(target, {}, views, places)
+    def teacher_of(self, teacher: Params, target: Params) -> tuple[dinov2.Dinov2, Params]:
+        return self.target, target
 
 
 def make(config: ml_collections.ConfigDict) -> Distillation:

@@ -1,5 +1,6 @@
 """Decoders: from an encoder's tokens to pixels."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from mim_jax.models.layers import TORCH_UNIFORM, Dense, Initializer, LayerNorm, param_dtype, spread, torch_bias
 from mim_jax.models.positions import sincos_positions
-from mim_jax.models.vit import stack, visible_first
+from mim_jax.models.vit import in_parts, stack, through, visible_first
 from mim_jax.sharding import pin_batch
 
 
@@ -27,6 +28,7 @@ class MaeDecoder(nn.Module):
     kernel_init: Initializer = nn.initializers.xavier_uniform()
     unroll: int = 1
     remat: str = "none"
+    microbatches: int = 1
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -46,7 +48,8 @@ class MaeDecoder(nn.Module):
         x = jnp.concatenate([x[:, :, :1], tokens], axis=2) + positions
         settings = dict(heads=self.heads, mlp_ratio=self.mlp_ratio, kernel_init=self.kernel_init, dtype=self.dtype)
         blocks = stack(self.depth, self.unroll, self.remat, layout=((n, 1 + count),), stochastic=False, **settings)
-        x, _ = blocks(x.reshape(batch, -1, self.dim), jnp.zeros(self.depth), (None,))
+        run = functools.partial(through, rates=jnp.zeros(self.depth), biases=(None,))
+        x = in_parts(self.microbatches, 1, self.unroll, run, blocks, x.reshape(batch, -1, self.dim))
         x = LayerNorm(self.dtype, name="norm")(x.reshape(batch, n, 1 + count, self.dim)[:, :, 1:])
         x = Dense(self.out_dim, self.dtype, self.kernel_init, name="pred")(x.reshape(-1, self.dim))
         return pin_batch(x.reshape(batch, n, count, self.out_dim).astype(dtype))

@@ -1,7 +1,6 @@
 """Heads: from the backbone's tokens to the scores that the losses compare."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -79,31 +78,38 @@ class DinoHead(nn.Module):
     init_std: float = 0.02
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        layer = functools.partial(Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std))
+        self.mlp = [layer(self.hidden_dim) for _ in range(self.nlayers - 1)] + [layer(self.bottleneck_dim)]
+        self.bn = [BatchNorm() for _ in range(self.nlayers - 1)] if self.use_bn else []
+        prototypes = functools.partial(WeightNormDense, train_norm=not self.norm_last_layer, dtype=self.dtype)
+        self.last_layer = prototypes(self.out_dim)
+        self.last_layer2 = prototypes(self.patch_out_dim) if self.patch_out_dim else self.last_layer
+
     def __call__(
         self, cls: jax.Array, patch: jax.Array | None = None, train: bool = False
     ) -> jax.Array | tuple[jax.Array, jax.Array]:
         """cls [..., D] -> [..., out_dim]; or cls [B, n, D] and patch [B, M, D] -> both logits, those of patches
         [B, M, patch_out_dim or out_dim]."""
-        x = cls if patch is None else jnp.concatenate([cls, patch], axis=1)
+        if patch is None:
+            return self.prototypes(self.bottleneck(cls, train))
+        x = self.bottleneck(jnp.concatenate([cls, patch], axis=1), train)
+        return self.prototypes(x[:, : cls.shape[1]]), self.prototypes(x[:, cls.shape[1] :], self.last_layer2)
+
+    def bottleneck(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Tokens [..., D] -> unit vectors [..., bottleneck_dim]."""
         shape, dtype = x.shape[:-1], param_dtype(self.dtype)
         x = x.reshape(-1, x.shape[-1])
-        layer = functools.partial(Dense, dtype=self.dtype, kernel_init=nn.initializers.normal(self.init_std))
-        for i in range(self.nlayers - 1):
-            x = layer(self.hidden_dim, name=f"mlp_{i}")(x)
-            x = gelu(BatchNorm(name=f"bn_{i}")(x, train).astype(self.dtype) if self.use_bn else x)
-        x = layer(self.bottleneck_dim, name=f"mlp_{self.nlayers - 1}")(x).astype(dtype)
-        x = (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)).reshape(*shape, -1)
+        for i, layer in enumerate(self.mlp[:-1]):
+            x = layer(x)
+            x = gelu(self.bn[i](x, train).astype(self.dtype) if self.use_bn else x)
+        x = self.mlp[-1](x).astype(dtype)
+        return (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)).reshape(*shape, -1)
 
-        def prototypes(number: int, name: str) -> Callable[[jax.Array], jax.Array]:
-            layer = WeightNormDense(number, not self.norm_last_layer, self.dtype, name=name)
-            return lambda x: pin_batch(layer(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], number))
-
-        last_layer = prototypes(self.out_dim, "last_layer")
-        if patch is None:
-            return last_layer(x)
-        last_layer2 = prototypes(self.patch_out_dim, "last_layer2") if self.patch_out_dim else last_layer
-        return last_layer(x[:, : cls.shape[1]]), last_layer2(x[:, cls.shape[1] :])
+    def prototypes(self, x: jax.Array, layer: WeightNormDense | None = None) -> jax.Array:
+        """Unit vectors [..., bottleneck_dim] -> logits [..., out_dim], or those of another last layer."""
+        logits = (layer or self.last_layer)(x.reshape(-1, x.shape[-1]))
+        return pin_batch(logits.reshape(*x.shape[:-1], -1))
 
 
 class BatchNormMlp(nn.Module):

@@ -11,7 +11,7 @@ import numpy as np
 
 from mim_jax.models.layers import TORCH_UNIFORM, Dense, Initializer, LayerNorm, attention, param_dtype, spread
 from mim_jax.models.positions import bias_of_pairs
-from mim_jax.models.vit import Block, Layout, PatchEmbed, remembering, split_heads
+from mim_jax.models.vit import Block, Layout, PatchEmbed, in_parts, remembering, split_heads
 from mim_jax.sharding import pin_batch
 
 EPS = 1e-5  # of all norms
@@ -139,6 +139,7 @@ class Swin(nn.Module):
     kernel_init: Initializer = nn.initializers.normal(0.02)
     unroll: int = 1
     remat: str = "none"
+    microbatches: int = 1
     dtype: Any = jnp.float32
 
     @property
@@ -170,6 +171,7 @@ class Swin(nn.Module):
                 kernel_init=self.kernel_init,
                 dtype=self.dtype,
             )
-            x = Stage(block, self.window, merge=i < len(rates) - 1, unroll=self.unroll, name=f"stage_{i}")(x, of_stage)
+            stage = Stage(block, self.window, merge=i < len(rates) - 1, unroll=self.unroll, name=f"stage_{i}")
+            x = in_parts(self.microbatches, 1, self.unroll, functools.partial(Stage.__call__, rates=of_stage), stage, x)
         x = LayerNorm(dtype, EPS, name="norm")(x).reshape(batch, n, -1, x.shape[-1])
         return [{"cls": x.mean(2), "patch": x}]

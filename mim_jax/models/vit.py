@@ -212,6 +212,37 @@ def stack(depth: int, unroll: int, remat: str = "none", **block: Any) -> nn.Modu
     )(**block, name="blocks")
 
 
+def through(blocks: nn.Module, x: jax.Array, rates: jax.Array, biases: Sequence[jax.Array | None]) -> jax.Array:
+    """The tokens after all blocks of a `stack`."""
+    return blocks(x, rates, biases)[0]
+
+
+def in_parts(
+    number: int, group_size: int, unroll: int, run: Callable[[nn.Module, jax.Array], jax.Array], module: nn.Module, x: jax.Array
+) -> jax.Array:
+    """`run(module, x)` for x [B, ...] -> [B, ...], in `number` parts of the batch one after the other, and of each part once
+    more in the backward pass: there is memory for the activations of one part.
+
+    A part has equally many groups of `group_size` images that follow each other of each device. A batch that cannot be divided
+    so, as in evaluation, or whose activations are asked for, is run whole.
+    """
+    asked = any(module.is_mutable_collection(name) for name in ("intermediates", "attention"))
+    if number == 1 or asked or module.is_initializing() or len(x) % (number * group_size):
+        return run(module, x)
+    parts = x.reshape(-1, number, group_size, *x.shape[1:])
+    parts = jnp.moveaxis(parts, 1, 0).reshape(number, -1, *x.shape[1:])
+    scan = nn.scan(
+        nn.remat(lambda module, carry, x: (carry, run(module, x)), prevent_cse=False),
+        variable_broadcast="params",
+        split_rngs={"params": False, "drop_path": True},
+        length=number,
+        unroll=unroll,
+    )
+    _, out = scan(module, (), parts)
+    rest = out.shape[2:]
+    return pin_batch(jnp.moveaxis(out.reshape(number, -1, group_size, *rest), 0, 1).reshape(-1, *rest))
+
+
 def is_stacked(path: str) -> bool:
     """Whether the parameter at this slash-joined path has a leading axis of blocks, or of heads that are trained at once."""
     return re.search("(^|/)(blocks|heads)/", path) is not None
@@ -277,6 +308,7 @@ class ViT(nn.Module):
             embedding, of CLS, registers and mask token, and of learned positions.
         unroll: blocks per iteration of the loop over the blocks.
         remat: see `remembering`.
+        microbatches: parts of the batch, see `in_parts`.
     """
 
     patch_size: int
@@ -307,6 +339,7 @@ class ViT(nn.Module):
     pos_init: Initializer = nn.initializers.normal(0.02)
     unroll: int = 1
     remat: str = "none"
+    microbatches: int = 1
     dtype: Any = jnp.float32
 
     @property
@@ -403,7 +436,9 @@ class ViT(nn.Module):
         self.sow("intermediates", "biases", biases)
         grids = tuple((images.shape[2] // self.patch_size, images.shape[3] // self.patch_size) for images in crops)
         blocks = stack(self.depth, self.unroll, self.remat, **self.block(layout, train and self.drop_path_rate > 0, grids))
-        x, _ = blocks(x, jnp.linspace(0, self.drop_path_rate, self.depth), biases)
+        rates = jnp.linspace(0, self.drop_path_rate, self.depth)
+        run = functools.partial(through, rates=rates, biases=biases)
+        x = in_parts(self.microbatches, self.drop_path_group or 1, self.unroll, run, blocks, x)
 
         norm = LayerNorm(dtype, name="norm") if self.final_norm else lambda x: x.astype(dtype)
         out, start = [], 0
