@@ -66,6 +66,7 @@ class SavedRun:
 
     def __init__(self, path: Path):
         self.path, self.step, self.workdir = path, int(path.name), path.parent.parent
+        self.description = f"step {self.step} in {self.workdir}"
 
     @functools.cached_property
     def record(self) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def recipe(spec: str) -> str:
 
 def resolve_target(config: ml_collections.ConfigDict) -> None:
     """Fills in `config.target.network`, the config of the network that the targets come from: that of the run in
-    `target.workdir`, if there is one, else that of `target.config`. Paths become absolute. Without `config.target`: nothing.
+    `target.workdir`, if there is one, else that of the encoder in the file `target.weights`, if no `target.family` says that it
+    has the network of `target.config`. Paths become absolute. Without `config.target`: nothing.
 
     What the command line changed of `target.network` is kept, unless `target.config` was changed too.
     """
@@ -71,6 +72,9 @@ def resolve_target(config: ml_collections.ConfigDict) -> None:
             target.network = ml_collections.ConfigDict(json.loads(saved.read_text()))
             resolve_target(target.network)
             target.config = target.network.get("recipe", target.config)
+            return
+        if target.weights and not target.family:
+            target.network = imported(target.weights)
             return
         target.config = recipe(target.config)
         if target.network.get("recipe") != target.config:
@@ -93,10 +97,10 @@ def resolve_encoder(config: ml_collections.ConfigDict, workdir: str | Path = "")
     kept = json.loads(own.read_text()) if workdir and own.is_file() else {}
     if kept.get("init_from") == config.init_from and kept.get("encoder"):
         encoder = ml_collections.ConfigDict(kept["encoder"])
-    elif saved.is_file():
-        encoder = ml_collections.ConfigDict(json.loads(saved.read_text()))
+    elif saved.is_file() and "method" in (there := json.loads(saved.read_text())):
+        encoder = ml_collections.ConfigDict(there)
     else:
-        raise FileNotFoundError(f"there is no run in {config.init_from} (config.init_from): it has no config.json")
+        encoder = imported(config.init_from)
     with config.unlocked():
         config.encoder = encoder
         for key in OF_BACKBONE:
@@ -105,6 +109,18 @@ def resolve_encoder(config: ml_collections.ConfigDict, workdir: str | Path = "")
             if key in encoder.get("model", {}):
                 config.model[key] = encoder.model[key]
         config.data.mean, config.data.std = tuple(encoder.data.mean), tuple(encoder.data.std)
+
+
+def imported(path: str) -> ml_collections.ConfigDict:
+    """The config of the encoder in a file of weights. Raises FileNotFoundError if there is none, and ValueError as
+    `layouts.read`."""
+    from mim_jax import layouts  # which needs models, and they this file
+
+    if not layouts.is_weights(path):
+        raise FileNotFoundError(f"there is neither a run nor a file of weights in {path}")
+    weights = layouts.read(path)
+    data = {"mean": weights.mean, "std": weights.std}
+    return ml_collections.ConfigDict({"method": "imported", "model": weights.settings, "data": data})
 
 
 def absolute(path: str | None) -> str | None:
@@ -139,8 +155,9 @@ NUMBERS = (
 RANGES = r"crops\.(\w+_scale|blur_radius)|mask\.ratio"  # keys whose tuples are (low, high)
 WORDS = {
     "model.dtype": ("bfloat16", "float16", "float32", "float64"),
-    "model.ffn": ("mlp", "swiglu"),
-    "model.pos": ("learned", "sincos", "relative"),
+    "model.ffn": ("mlp", "swiglu", "swiglu_eva"),
+    "model.pos": ("learned", "sincos", "sincos_row_first", "relative", "relative_each", "none"),
+    "model.act": ("gelu", "quick_gelu"),
     "model.pool": ("cls", "mean"),
     "model.remat": ("none", "dots", "full", "auto"),
     "mask.shape": ("block", "random"),

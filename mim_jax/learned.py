@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from mim_jax import convert, sharding, storage
+from mim_jax import convert, layouts, sharding, storage
 from mim_jax.checkpoint import SavedRun, newest
 from mim_jax.methods.base import Params, made
 from mim_jax.models import positions
@@ -68,7 +68,8 @@ def load_target(method: Any, config: ml_collections.ConfigDict) -> Params:
         return {}
     target = config.target
     if target.weights:
-        given = official_parts(target.weights, target.family, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(wanted)))
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(wanted))
+        given = official_parts(target.weights, target.family, count) if target.family else layouts.read(target.weights).parts
         refuse(misfits(given, wanted), f"the weights in {target.weights}")
         return jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), given, wanted)
     if not target.workdir:
@@ -88,7 +89,8 @@ def load_target(method: Any, config: ml_collections.ConfigDict) -> Params:
 
 
 def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> Any:
-    """`state` with what the run `config.init_from` learned; one line on standard error says what was taken.
+    """`state` with what the run `config.init_from` learned, or with the encoder in a file of weights; one line on standard
+    error says what was taken.
 
     Taken is each part that both have (of `config.init_parts`, if it names some). Where only one of the two has a teacher, it is
     filled from the parameters, or fills them; with `config.encoder` (fine-tuning, probing) the teacher fills both. Learned
@@ -97,11 +99,42 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
     (another head) stays new, and so does `extra` then. Raises ValueError if the encoder does not fit, and for names in
     `init_parts` that are not parts of both.
     """
+    if layouts.is_weights(config.init_from):
+        return begun(method, config, state, FromFile(config.init_from, method))
     return newest(config.init_from, lambda saved: begun(method, config, state, saved))
 
 
-def begun(method: Any, config: ml_collections.ConfigDict, state: Any, saved: SavedRun) -> Any:
-    """As `begin_with`, with this checkpoint."""
+class FromFile:
+    """The encoder in a file of weights, as a `SavedRun`. Raises ValueError if `method` computes something else with it."""
+
+    def __init__(self, path: str, method: Any):
+        weights = layouts.read(path)
+        self.path, self.parts = path, weights.parts
+        there, here = weights.network.backbone, getattr(method, method.encoder_part, None)
+        names = "heads act rotary rotary_period bilinear attn_norm window".split()
+        differ = [f"{n}: {getattr(there, n)} there, {getattr(here, n)} here" for n in names if differs(there, here, n)]
+        refuse(differ, f"the encoder in {path}")
+        told = [f"{n} {getattr(there, n)} there, {getattr(here, n)} here" for n in ("norm_eps",) if differs(there, here, n)]
+        self.description = "; ".join([path, *weights.lines, *told])
+
+    def shapes(self) -> dict[str, Params]:
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.parts)
+        return {"params": shapes, "teacher": {}, "extra": {}}
+
+    def read(self, abstract: dict[str, Params]) -> dict[str, Params]:
+        def placed(path: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
+            array = functools.reduce(lambda tree, key: tree[key.key], path, self.parts)
+            return jax.device_put(np.asarray(array, leaf.dtype), leaf.sharding)
+
+        return {"params": jax.tree.map_with_path(placed, abstract["params"])}
+
+
+def differs(there: Any, here: Any, name: str) -> bool:
+    return hasattr(there, name) and hasattr(here, name) and getattr(there, name) != getattr(here, name)
+
+
+def begun(method: Any, config: ml_collections.ConfigDict, state: Any, saved: Any) -> Any:
+    """As `begin_with`, with this `SavedRun` or `FromFile`."""
     shapes = saved.shapes()
     here = {name: getattr(state, name) for name in SECTIONS}
     both = [part for part in state.params if part in shapes["params"]]
@@ -166,7 +199,7 @@ def begun(method: Any, config: ml_collections.ConfigDict, state: Any, saved: Sav
         }
     if jax.process_index() == 0:
         taken = [f"{ours}/{part}{f' from {theirs}' * (ours != theirs)}" for ours, part, theirs in pairs]
-        text = f"initialised from step {saved.step} in {saved.workdir}: {', '.join(taken)}"
+        text = f"initialised from {saved.description}: {', '.join(taken)}"
         more = {"interpolated": fitted, "copied to each block": copied, "dropped": dropped, "new": new + fresh}
         text += "".join(f"; {what}: {', '.join(names)}" for what, names in more.items() if names)
         print(text, file=sys.stderr)

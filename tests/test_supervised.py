@@ -174,7 +174,7 @@ def test_a_run_that_is_not_there_or_not_resolved(tmp_path):
     config.init_from, config.data.num_examples = str(tmp_path), 64
     with pytest.raises(ValueError, match="init_from was changed to .*: call mim_jax.config.resolve_encoder"):
         make_method(config)
-    with pytest.raises(FileNotFoundError, match="there is no run in .* it has no config.json"):
+    with pytest.raises(FileNotFoundError, match="there is neither a run nor a file of weights in"):
         resolve_encoder(config)
 
 

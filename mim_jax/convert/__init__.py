@@ -13,13 +13,13 @@ exact.
 import importlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mim_jax.convert.table import Dim
+from mim_jax.convert.table import Dim, Row
 from mim_jax.models.positions import relative_position_index
 
 CHUNK = re.compile(r"\bblocks\.\d+\.(?=\d+\.)")
@@ -63,12 +63,24 @@ def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
     """
     arrays = {CHUNK.sub("blocks.", key.removeprefix("module.")): np.asarray(value) for key, value in arrays.items()}
     arrays = {key: value for key, value in arrays.items() if not key.endswith(BUFFERS)}
+    module = module_of(family)
+    # IGNORED: a regex that keys of other parts of the model begin with
+    params, problems = filled(arrays, module.rows(arrays), getattr(module, "IGNORED", "(?!)"))
+    if problems:
+        raise ValueError(f"this is not a {family} state dict:\n  " + "\n  ".join(problems))
+    return unflatten_dict(params, sep="/")
+
+
+def filled(
+    arrays: Mapping[str, np.ndarray], rows: Sequence[Row], ignored: str = "(?!)"
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """(parameters by path, problems): the rows of a table filled from official arrays. Every tensor that is missing, misshapen
+    or, but for the regex `ignored`, unexpected is a problem."""
     problems: list[str] = []
     sizes: dict[str, int] = {}
     params: dict[str, np.ndarray] = {}
     known: set[str] = set()
-    module = module_of(family)
-    for row in module.rows(arrays):
+    for row in rows:
         keys = row.keys(number_of_blocks(arrays, row.key))
         known |= set(keys)
         problems += [f"missing: {key}" for key in keys if key not in arrays]
@@ -77,11 +89,8 @@ def from_torch(arrays: Mapping[str, np.ndarray], family: str) -> dict[str, Any]:
         if not problems:
             values = [row.layout.to_flax(arrays[key]) for key in keys]
             params[row.path] = np.stack(values) if "{}" in row.key else np.array(values[0])
-    ignored = getattr(module, "IGNORED", "(?!)")  # a regex that keys of other parts of the model begin with
     problems += [f"unexpected: {key}" for key in arrays if key not in known and not re.match(ignored, key)]
-    if problems:
-        raise ValueError(f"this is not a {family} state dict:\n  " + "\n  ".join(problems))
-    return unflatten_dict(params, sep="/")
+    return params, problems
 
 
 def to_torch(params: Mapping[str, Any], family: str) -> dict[str, np.ndarray]:

@@ -12,16 +12,12 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from mim_jax.models.layers import LayerNorm, param_dtype
+from mim_jax.models.layers import LayerNorm, param_dtype, quick_gelu
 from mim_jax.models.positions import interpolate_positions
 from mim_jax.models.vit import PatchEmbed, stack
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of CLIP's training images
 EPS = 1e-5
-
-
-def quick_gelu(x: jax.Array) -> jax.Array:
-    return x * jax.nn.sigmoid(1.702 * x)
 
 
 class ClipVision(nn.Module):

@@ -96,6 +96,11 @@ class Dense(nn.Module):
         return checkpoint_name(linear(x.astype(self.dtype), kernel, bias), DENSE)
 
 
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """CLIP's approximation of GELU."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 def patchify(images: jax.Array, size: int) -> jax.Array:
     """[..., H, W, C] -> [..., N, size * size * C]; patches are row-major, their values in the order (row, column, channel)."""
     *batch, height, width, channels = images.shape

@@ -52,6 +52,26 @@ def rotated(x: jax.Array, grid: tuple[int, int], side: int) -> jax.Array:
     return (x * cos + other * sin).astype(x.dtype)
 
 
+def rotated_by_halves(x: jax.Array, grid: tuple[int, int], period: float) -> jax.Array:
+    """As `rotated`, by DINOv3's angles (Simeoni et al. 2025, arXiv:2508.10104), as its released weights need them.
+
+    Places are -1..1 along each side, whatever its length; an angle is 2 pi times the place, over period ** (4 i / d). The first
+    quarter of a head's channels is for the row, the second for the column; channel c turns with channel c + d / 2. Raises
+    ValueError if 4 does not divide the width d of a head.
+    """
+    width = x.shape[-1]
+    if width % 4:
+        raise ValueError(f"heads of width {width} cannot have rotary positions: it must be a multiple of 4")
+    periods = period ** (4 * np.arange(width // 4) / width)
+    row, column = ((2 * places.reshape(-1, 1) + 1) / n - 1 for places, n in zip(np.mgrid[: grid[0], : grid[1]], grid))
+    angles = 2 * np.pi * np.concatenate([row / periods, column / periods], axis=1)
+    angles = np.concatenate([np.zeros((x.shape[1] - len(angles), width // 2)), angles])[:, None]
+    dtype = jnp.promote_types(jnp.float32, x.dtype)
+    cos, sin = (jnp.asarray(table, dtype) for table in (np.cos(angles), np.sin(angles)))
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
 def interpolation_weights(size: int, to: int, offset: float = 0.1) -> np.ndarray:
     """Weights [to, size] of PyTorch's bicubic interpolation (a = -0.75, clamped borders, no antialiasing).
 
@@ -104,9 +124,10 @@ def relative_position_index(rows: int, columns: int, cls: bool) -> np.ndarray:
     return index
 
 
-def relative_bias(table: jax.Array, grid: int, to: tuple[int, int]) -> jax.Array:
-    """The bias [heads, 1 + N, 1 + N] of CLS and the patches of the grid `to`, from the table [rows, heads] of a square grid."""
-    return bias_of_pairs(interpolate_bias_table(table, (grid, grid), to, cls=True), *to, cls=True)
+def relative_bias(table: jax.Array, grid: int, to: tuple[int, int], bilinear: bool = False) -> jax.Array:
+    """The bias [heads, 1 + N, 1 + N] of CLS and the patches of the grid `to`, from the table [rows, heads] of a square grid.
+    `bilinear`: see `interpolate_bias_table`."""
+    return bias_of_pairs(interpolate_bias_table(table, (grid, grid), to, cls=True, bilinear=bilinear), *to, cls=True)
 
 
 def bias_of_pairs(table: jax.Array, rows: int, columns: int, cls: bool) -> jax.Array:
@@ -154,17 +175,26 @@ def spline_weights(size: int, to: int) -> np.ndarray:
     return scipy.interpolate.make_interp_spline(places, np.eye(size), k=min(3, size - 1))(wanted)
 
 
-def interpolate_bias_table(table: jax.Array, grid: tuple[int, int], to: tuple[int, int], cls: bool) -> jax.Array:
+def bilinear_weights(size: int, to: int) -> np.ndarray:
+    """Weights [to, size] of PyTorch's bilinear interpolation to a size, not antialiased."""
+    source = np.clip((np.arange(to) + 0.5) * size / to - 0.5, 0, size - 1)
+    return np.maximum(1 - np.abs(source[:, None] - np.arange(size)), 0)
+
+
+def interpolate_bias_table(
+    table: jax.Array, grid: tuple[int, int], to: tuple[int, int], cls: bool, bilinear: bool = False
+) -> jax.Array:
     """A relative position bias table [rows, heads] of one grid of patches -> that of another; rows of CLS are copied.
 
-    Source: the fine-tuning code of BEiT and SimMIM.
+    Source: the fine-tuning code of BEiT and SimMIM; `bilinear`: as transformers does it.
     """
     if grid == to:
         return table
     sides, new_sides = ([2 * n - 1 for n in g] for g in (grid, to))
     patches = table[: sides[0] * sides[1]].reshape(*sides, -1)
+    weights = bilinear_weights if bilinear else spline_weights
     vertical, horizontal = (
-        jnp.asarray(np.eye(a) if a == b else spline_weights(a, b), table.dtype) for a, b in zip(sides, new_sides)
+        jnp.asarray(np.eye(a) if a == b else weights(a, b), table.dtype) for a, b in zip(sides, new_sides)
     )
     patches = jnp.einsum("rh,cw,hwd->rcd", vertical, horizontal, patches, precision="highest")
     patches = patches.reshape(-1, table.shape[-1])

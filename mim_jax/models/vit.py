@@ -26,10 +26,11 @@ from mim_jax.models.layers import (
     linear,
     param_dtype,
     patchify,
+    quick_gelu,
     spread,
     torch_bias,
 )
-from mim_jax.models.positions import interpolate_positions, relative_bias, rotated, sincos_positions
+from mim_jax.models.positions import interpolate_positions, relative_bias, rotated, rotated_by_halves, sincos_positions
 from mim_jax.sharding import pin_batch
 
 Layout = tuple[tuple[int, int], ...]  # (crops, tokens per crop) of each resolution
@@ -98,6 +99,9 @@ class Block(nn.Module):
     act: Callable[[jax.Array], jax.Array] = gelu  # of "mlp"
     subln: bool = False  # with SwiGLU and without k_bias: a norm before w3; q, k, v, a and b have a matrix each (EVA-02)
     rotary: int = 0  # side of the grid whose positions turn queries and keys, see `rotated`; 0: nothing turns them
+    rotary_period: float = 0.0  # of `rotated_by_halves`, which turns them in place of that (DINOv3); 0: nothing
+    attn_norm: bool = False  # a norm before the projection (EVA-02's CLIP)
+    bilinear: bool = False  # of the table at another size, see `relative_bias`
     bias_grid: int = 0  # side of the grid of the block's own table of relative position biases; 0: no table
     grids: tuple[tuple[int, int], ...] = ()  # of the layout's crops, for that table and for `rotary`
     kept: tuple[int, float] | None = None  # (group_size, rate) of `add_to_kept_rows`
@@ -107,7 +111,7 @@ class Block(nn.Module):
         """x [B, T, D]; `biases`: for each resolution of the layout, [heads, tokens, tokens] or None."""
         if self.bias_grid:
             table = bias_table(self, self.bias_grid, self.heads, self.dtype)
-            biases = [relative_bias(table, self.bias_grid, grid) for grid in self.grids]
+            biases = [relative_bias(table, self.bias_grid, grid, self.bilinear) for grid in self.grids]
 
         def added(x: jax.Array, branch: Branch) -> jax.Array:
             if not self.stochastic:
@@ -135,6 +139,8 @@ class Block(nn.Module):
             )
             qkv += spread(jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias]), qkv.shape, self.dtype)
         y = pin_batch(self.attend(qkv.reshape(batch, tokens, 3 * dim), layout, biases))
+        if self.attn_norm:
+            y = LayerNorm(self.dtype, self.norm_eps, name="attn_norm")(y)
         return self.scaled(self.linear(dim, "proj")(y.reshape(-1, dim)), x.shape, "gamma_1")
 
     def mlp_branch(self, x: jax.Array, layout: Layout) -> jax.Array:
@@ -171,6 +177,8 @@ class Block(nn.Module):
             q, k, v = split_heads(part, self.heads)
             if self.rotary:
                 q, k = (rotated(x, self.grids[i], self.rotary) for x in (q, k))
+            if self.rotary_period:
+                q, k = (rotated_by_halves(x, self.grids[i], self.rotary_period) for x in (q, k))
             bias = None if bias is None else bias[None]
             out.append(attention(q, k, v, bias).reshape(qkv.shape[0], crops * tokens, -1))
             if self.is_mutable_collection("attention"):
@@ -297,10 +305,14 @@ class ViT(nn.Module):
             images, see `add_to_kept_rows`.
         pos: "learned": a table added to the tokens; "sincos": a fixed table (a parameter without gradient) of MAE, or
             "sincos_row_first" of MoCo v3; "relative": a bias on the attention, shared by all blocks (pre-training of BEiT and
-            SimMIM); "relative_each": a bias for each block (their fine-tuning).
+            SimMIM); "relative_each": a bias for each block (their fine-tuning); "none": no more than `rotary_period`.
         mask_token: True: a learned token replaces masked patches; False: masked patches are dropped.
         pos_offset: of learned positions at another resolution, see `interpolation_weights`; 0.1 is DINO's.
-        layerscale, k_bias, ffn, subln, rotary: see `Block`. A grid of another size than `rotary` is stretched to it.
+        layerscale, k_bias, ffn, subln, rotary, rotary_period, attn_norm, bilinear: see `Block`. A grid of another size than
+            `rotary` is stretched to it.
+        act: "gelu" or "quick_gelu", of the MLPs. norm_eps: of all norms.
+        cls: without a CLS token, "cls" is the mean of the patches.
+        pre_norm: a norm before the first block (CLIP). patch_bias: whether the patch embedding has a bias.
         patch_grad: a factor of the gradient of the patch embedding.
         registers: number of tokens between CLS and the patches, without positions (Darcet et al. 2024).
         antialias: interpolate learned positions with an antialiased cubic (DINOv2 with registers) rather than as DINO does.
@@ -327,6 +339,14 @@ class ViT(nn.Module):
     ffn: str = "mlp"
     subln: bool = False
     rotary: int = 0
+    rotary_period: float = 0.0
+    attn_norm: bool = False
+    bilinear: bool = False
+    act: str = "gelu"
+    norm_eps: float = 1e-6
+    cls: bool = True
+    pre_norm: bool = False
+    patch_bias: bool = True
     patch_grad: float = 1.0
     registers: int = 0
     antialias: bool = False
@@ -350,10 +370,12 @@ class ViT(nn.Module):
     def block(self, layout: Layout, stochastic: bool, grids: tuple[tuple[int, int], ...] = ()) -> dict[str, Any]:
         """The settings of a block; `grids` are used by blocks with biases of their own or rotary positions."""
         own = self.pos == "relative_each"
-        shared = ("heads", "mlp_ratio", "kernel_init", "dtype", "layerscale", "k_bias", "ffn", "subln", "rotary")
-        return {name: getattr(self, name) for name in shared} | dict(
+        shared = ("heads", "mlp_ratio", "kernel_init", "dtype", "layerscale", "k_bias", "norm_eps", "ffn", "subln", "rotary")
+        more = ("rotary_period", "attn_norm", "bilinear")
+        return {name: getattr(self, name) for name in shared + more} | dict(
+            act={"gelu": gelu, "quick_gelu": quick_gelu}[self.act],
             bias_grid=self.img_size // self.patch_size if own else 0,
-            grids=grids if own or self.rotary else (),
+            grids=grids if own or self.rotary or self.rotary_period else (),
             layout=layout,
             stochastic=stochastic,
             kept=(self.drop_path_group, self.drop_path_rate) if self.drop_path_group else None,
@@ -387,9 +409,17 @@ class ViT(nn.Module):
         """`masks`: for each resolution bool [B, n, N] (True: masked) or None. `visible`: the number of visible patches of each
         crop, needed where masked patches are dropped; "patch" is then [B, n, visible, D], in the order of the image."""
         dtype, grid = param_dtype(self.dtype), self.img_size // self.patch_size
-        cls_token = self.param("cls_token", self.token_init, (1, 1, self.dim), dtype)
+        cls_token = jnp.zeros((1, 0, self.dim), dtype)
+        if self.cls:
+            cls_token = self.param("cls_token", self.token_init, (1, 1, self.dim), dtype)
         patch_embed = PatchEmbed(
-            self.patch_size, self.dim, self.patch_init, self.dtype, self.patch_bias_init, name="patch_embed"
+            self.patch_size,
+            self.dim,
+            self.patch_init,
+            self.dtype,
+            self.patch_bias_init,
+            self.patch_bias,
+            name="patch_embed",
         )
         if self.mask_token:
             mask_token = self.param("mask_token", self.mask_token_init or self.token_init, (1, 1, self.dim), dtype)
@@ -403,8 +433,10 @@ class ViT(nn.Module):
             pos_embed = jax.lax.stop_gradient(pos_embed)
         elif self.pos == "relative":
             table = bias_table(self, grid, self.heads, self.dtype)
-        elif self.pos != "relative_each":
-            raise ValueError(f"pos is {self.pos!r}: there are learned, sincos, sincos_row_first, relative and relative_each")
+        elif self.pos not in ("relative_each", "none"):
+            raise ValueError(
+                f"pos is {self.pos!r}: there are learned, sincos, sincos_row_first, relative, relative_each and none"
+            )
 
         def embed(images: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
             """Tokens [B, n * T, D] and the relative position bias, if any."""
@@ -418,8 +450,8 @@ class ViT(nn.Module):
             if mask is not None and self.mask_token:
                 patches = jnp.where(mask[..., None], spread(mask_token, patches.shape, self.dtype), patches)
             if self.pos == "relative":
-                bias = relative_bias(table, grid, (rows, columns))
-            elif self.pos != "relative_each":
+                bias = relative_bias(table, grid, (rows, columns), self.bilinear)
+            elif self.pos not in ("relative_each", "none"):
                 offset = self.pos_offset if self.pos == "learned" and not self.antialias else 0.0
                 positions = interpolate_positions(pos_embed, rows, columns, offset, self.antialias)
                 patches, cls = patches + spread(positions[:, 1:], patches.shape, self.dtype), cls + positions[:, :1]
@@ -432,6 +464,7 @@ class ViT(nn.Module):
         tokens, biases = zip(*(embed(images, mask) for images, mask in zip(crops, masks or [None] * len(crops))))
         layout = tuple((images.shape[1], t.shape[1] // images.shape[1]) for images, t in zip(crops, tokens))
         x = pin_batch(jnp.concatenate(tokens, axis=1))
+        x = LayerNorm(self.dtype, self.norm_eps, name="norm_pre")(x) if self.pre_norm else x
         self.sow("intermediates", "tokens", x)
         self.sow("intermediates", "biases", biases)
         grids = tuple((images.shape[2] // self.patch_size, images.shape[3] // self.patch_size) for images in crops)
@@ -440,14 +473,15 @@ class ViT(nn.Module):
         run = functools.partial(through, rates=rates, biases=biases)
         x = in_parts(self.microbatches, self.drop_path_group or 1, self.unroll, run, blocks, x)
 
-        norm = LayerNorm(dtype, name="norm") if self.final_norm else lambda x: x.astype(dtype)
+        norm = LayerNorm(dtype, self.norm_eps, name="norm") if self.final_norm else lambda x: x.astype(dtype)
         out, start = [], 0
         for n, length in layout:
             part = x[:, start : start + n * length].reshape(-1, n, length, self.dim)
-            end = 1 + self.registers
-            tokens_of = {"cls": part[:, :, 0], "patch": part[:, :, end:]}
-            tokens_of |= {"registers": part[:, :, 1:end]} if self.registers else {}
-            out.append({name: norm(x) for name, x in tokens_of.items()})
+            end = self.cls + self.registers
+            tokens_of = {"cls": part[:, :, 0], "patch": part[:, :, end:]} if self.cls else {"patch": part[:, :, end:]}
+            tokens_of |= {"registers": part[:, :, self.cls : end]} if self.registers else {}
+            normed = {name: norm(x) for name, x in tokens_of.items()}
+            out.append({"cls": normed["patch"].mean(2)} | normed)
             start += n * length
         return out
 
@@ -481,7 +515,9 @@ def masked_first(mask: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 def intermediate_layers(vit: ViT, params: Any, images: jax.Array, n: int = 1) -> jax.Array:
     """The outputs of the last `n` blocks after the final norm, if there is one, oldest first: [n, B, 1 + N, D]."""
     tokens = hidden_states(vit, params, images)[0][-n:]
-    return LayerNorm(param_dtype(vit.dtype)).apply({"params": params["norm"]}, tokens) if vit.final_norm else tokens
+    if not vit.final_norm:
+        return tokens
+    return LayerNorm(param_dtype(vit.dtype), vit.norm_eps).apply({"params": params["norm"]}, tokens)
 
 
 def last_attention(vit: ViT, params: Any, images: jax.Array) -> jax.Array:
