@@ -217,7 +217,7 @@ def test_a_run_that_goes_on_needs_the_other_no_more(tmp_path):
     (tmp_path / "mae/config.json").unlink()
     again = mim_jax.load_config("tests/tiny.py:supervised")
     again.init_from = config.init_from
-    with pytest.raises(FileNotFoundError, match="there is no run in .*mae"):
+    with pytest.raises(FileNotFoundError, match="there is neither a run nor a file of weights in .*mae"):
         resolve_encoder(again)
     resolve_encoder(again, tmp_path)
     assert again.encoder.method == "mae" and again.model == config.model
