@@ -359,7 +359,8 @@ def vit(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) -
         dinov2 = hf and "blocks/gamma_1" in params and pos == "learned"
         eps = 1e-5 if clip or v3 else 1e-12 if hf and not dinov2 else 1e-6
         why = ", as in the family's code"
-    act = told.act or str(config.get("hidden_act") or config.get("act_layer") or "gelu")
+    named = "quick_gelu" if "quickgelu" in str(config.get("architecture")) else ""
+    act = told.act or str(config.get("hidden_act") or config.get("act_layer") or named or "gelu")
     if "quick_gelu" in config and not told.act:
         act = "quick_gelu" if config["quick_gelu"] else "gelu"
     elif layout.renames is OPENAI and not told.act and "act_layer" not in config:

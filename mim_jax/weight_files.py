@@ -189,9 +189,12 @@ def read_file(path: Path) -> Tensors:
     head = data[:512]
     if head.startswith(b"PK"):
         return read_zip(path, data)
+    # the length of a header may begin as a pickle does, with 0x80; the first 8 bytes of a pickle are a length beyond any file
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < size:
+        return read_safetensors(data)
     if head[0] == 0x80:
         return read_legacy(data)
-    if head[8:9] == b"{" and (path.suffix == ".safetensors" or int.from_bytes(head[:8], "little") < size):
+    if head[8:9] == b"{" and path.suffix == ".safetensors":
         return read_safetensors(data)
     if head.startswith(b"version https://git-lfs"):
         raise ValueError("it is a pointer of Git LFS, not the file itself: fetch that with `git lfs pull`")
