@@ -139,7 +139,7 @@ def embed(
     tell(*source.notes, *survey.lines)
     shapes = model.shapes(kind.split("+"), size, layers)
     shape = (*shapes[0][:-1], sum(each[-1] for each in shapes))
-    about = {
+    about: dict[str, Any] = {
         "network": model.description,
         "parameters": checkpoint.fingerprint(model.parts),
         "data": source.description,

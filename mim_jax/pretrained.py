@@ -119,9 +119,10 @@ class Model:
         return math.ceil((self.canvas or CANVAS * self.img_size) * max(1, size / self.img_size))
 
     def batch_size(self, count: int, size: int) -> int:
-        """How many of `count` images are worked on at a time: a multiple of the number of devices, as in the evaluation."""
-        devices = len(self.mesh.devices.flat)
-        return devices * min(-(-count // devices), max(1, PIXELS // size**2))
+        """How many of `count` images are worked on at a time: a multiple of the number of devices. A CPU has as many as in the
+        evaluation; others, which are not busy training, more."""
+        devices, pixels = self.mesh.size, PIXELS * (1 if sharding.platform() == "cpu" else 4)
+        return devices * min(-(-count // devices), max(1, pixels // size**2))
 
     @functools.cached_property
     def mesh(self) -> Mesh:
@@ -151,7 +152,7 @@ class Model:
 
     def shapes(self, kinds: Sequence[str], size: int, layers: int) -> list[tuple[int, ...]]:
         """Of an image's features of these kinds."""
-        canvas, count = self.canvas_of(size), len(self.mesh.devices.flat)
+        canvas, count = self.canvas_of(size), self.mesh.size
         image = jax.ShapeDtypeStruct((count, canvas, canvas, 3), np.uint8)
         batch = {"image": image, "size": jax.ShapeDtypeStruct((count, 2), np.int32)}
         with jax.set_mesh(self.mesh):
@@ -221,9 +222,10 @@ def of_run(workdir: Path) -> Model:
     config, method = run.config, run.method
     if not isinstance(method, BackboneMethod):
         raise ValueError(f"{workdir} is a run of {config.method}, which has no ViT or Swin backbone: it makes no features")
-    network, parts = method.network(), {method.encoder_part: run.params[method.encoder_part]}
+    trained = method.backbone, method.views.mean, method.views.std
+    network, parts = Encoder(*trained), {"backbone": run.params["backbone"]}
     if type(method).features is not BackboneMethod.features:
-        network, parts = OfMethod(network.backbone, network.mean, network.std, method), run.params
+        network, parts = OfMethod(*trained, method), run.params
     return Model(
         network,
         parts,
