@@ -90,7 +90,8 @@ class Parts:
     def save(self, start: int, features: np.ndarray, label: np.ndarray, bad: dict[int, str]) -> None:
         content = io.BytesIO()
         np.savez(content, features=features, label=label, bad=np.array(json.dumps(bad)))
-        write_whole(self.file(start), content.getvalue())
+        with named_errors(self.file(start)):
+            write_whole(self.file(start), content.getvalue())
 
     def each(self, what: str) -> Iterator[np.ndarray]:
         """ "features", "label" or "bad" of one part after the other."""

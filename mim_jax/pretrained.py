@@ -31,7 +31,7 @@ from mim_jax.models import vit
 Features = dict[str, np.ndarray]
 
 KINDS = ("cls", "mean", "patch")
-CANVAS, RESIZE = 320 / 224, 0.875  # of weights that no run has made: what `config.py` has for 224 pixels
+CANVAS, OF, RESIZE = 320, 224, 0.875  # of weights that no run has made: the canvas of `config.py`, for 224 pixels, and its crop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,8 @@ class Model:
 
     def canvas_of(self, size: int) -> int:
         """The canvas of images that are seen at this size: larger than that of `img_size` where they are."""
-        return math.ceil((self.canvas or CANVAS * self.img_size) * max(1, size / self.img_size))
+        canvas = self.canvas or math.ceil(CANVAS * self.img_size / OF)
+        return math.ceil(canvas * max(size, self.img_size) / self.img_size)
 
     def batch_size(self, count: int, size: int) -> int:
         """How many of `count` images are worked on at a time: a multiple of the number of devices. A CPU has as many as in the
@@ -259,7 +260,8 @@ class Given:
         if isinstance(image, (str, os.PathLike)):
             return storage.absolute(image)
         if not isinstance(image, (np.ndarray, jax.Array)):
-            raise ValueError(f"image {row} is a {type(image).__name__}, but must be a file name or an array uint8 [h, w, 3]")
+            what = f"image {row} is of type {type(image).__name__}"
+            raise ValueError(f"{what}, but must be a file name or an array uint8 [h, w, 3]")
         found, image = f"image {row} is {image.dtype} {list(image.shape)}", np.asarray(image)
         if image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise ValueError(f"{found}, but must be [h, w, 3]")

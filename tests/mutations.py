@@ -283,7 +283,7 @@ MUTATIONS = (
       "config.model.img_size", "test_embed.py::test_features_are_those_of_the_method"),
     M("the whole short side is seen", "pretrained.py", "size, self.resize, *IN_0_TO_1", "size, 1.0, *IN_0_TO_1",
       "test_embed.py::test_features_are_those_of_the_method"),
-    M("one canvas for all sizes", "pretrained.py", "* max(1, size / self.img_size)", "* 1",
+    M("one canvas for all sizes", "pretrained.py", "canvas * max(size, self.img_size) /", "canvas * self.img_size /",
       "test_embed.py::test_other_sizes_and_last_blocks"),
     M("several blocks of images that are not normalised", "pretrained.py",
       "images = (images - jnp.array(network.mean)) / jnp.array(network.std)\n    tokens", "tokens",

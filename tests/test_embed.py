@@ -132,7 +132,7 @@ REFUSED = [
     ([IMAGE - 2.0], r"values from -2 to -2, but floats must be in 0..1 and not normalised"),
     ([IMAGE + 255.0], "values from 255 to 255, but floats must be in 0..1"),
     ([IMAGE * np.nan], "values from nan to nan, but floats must be in 0..1"),
-    ([Image.fromarray(IMAGE)], r"image 0 is a Image, but must be a file name or an array uint8 \[h, w, 3\]"),
+    ([Image.fromarray(IMAGE)], r"image 0 is of type Image, but must be a file name or an array uint8 \[h, w, 3\]"),
     ([IMAGE, "none.png"], "bad image: .*none.png: .*No such file"),
 ]
 
