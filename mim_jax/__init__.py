@@ -1,14 +1,14 @@
 """Self-supervised pretraining of vision transformers in JAX.
 
-config = mim_jax.load_config("configs/dino.py:demo")
-method = mim_jax.make_method(config)
-state, target = mim_jax.init_state(method, config)
-train_step = mim_jax.make_train_step(method, config)
-state, metrics = train_step(state, target, batch)
-run = mim_jax.load_run("runs/dino")  # what a run has learned
-out = method.features(state.learned, images)
-model = mim_jax.load("runs/dino")  # the same as a frozen network
-out = model.features(["a.jpg", "b.png"])
+    config = mim_jax.load_config("configs/dino.py:demo")
+    method = mim_jax.make_method(config)
+    state, target = mim_jax.init_state(method, config)
+    train_step = mim_jax.make_train_step(method, config)
+    state, metrics = train_step(state, target, batch)
+    run = mim_jax.load_run("runs/dino")  # what a run has learned
+    out = method.features(state.learned, images)
+    model = mim_jax.load("runs/dino")  # the same as a frozen network
+    out = model.features(["a.jpg", "b.png"])
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """Trained weights as a frozen network, and what it makes of images:
 
-model = mim_jax.load("runs/mine")
-out = model.features(["a.jpg", "b.png"])  # {"cls": [2, D], "mean": [2, D], "patch": [2, N, D]}
+    model = mim_jax.load("runs/mine")
+    out = model.features(["a.jpg", "b.png"])  # {"cls": [2, D], "mean": [2, D], "patch": [2, N, D]}
 """
 
 import dataclasses
