@@ -7,6 +7,8 @@
     state, metrics = train_step(state, target, batch)
     run = mim_jax.load_run("runs/dino")  # what a run has learned
     out = method.features(state.learned, images)
+    model = mim_jax.load("runs/dino")  # the same as a frozen network
+    out = model.features(["a.jpg", "b.png"])
 """
 
 import importlib
@@ -17,14 +19,16 @@ if TYPE_CHECKING:
     from mim_jax.config import load_config
     from mim_jax.learned import load_run
     from mim_jax.methods.base import make_method
+    from mim_jax.pretrained import load
     from mim_jax.state import TrainState, init_state
     from mim_jax.step import make_train_step
 
 __version__ = "0.5.0"
 
-__all__ = ["TrainState", "convert", "init_state", "load_config", "load_run", "make_method", "make_train_step"]
+__all__ = ["TrainState", "convert", "init_state", "load", "load_config", "load_run", "make_method", "make_train_step"]
 
 HOMES = {
+    "load": "pretrained",
     "load_config": "config",
     "load_run": "learned",
     "make_method": "methods.base",

@@ -25,7 +25,7 @@ from mim_jax.durations import interval, total_steps
 from mim_jax.evaluators import Evaluation
 from mim_jax.journal import Journal
 from mim_jax.lock import locked
-from mim_jax.methods.base import Method, make_method
+from mim_jax.methods.base import BackboneMethod, Method, make_method
 from mim_jax.state import TrainState, abstract_state, first_state
 from mim_jax.step import make_train_step
 from mim_jax.stopping import Stop, Stopped
@@ -149,7 +149,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         if not finished:
             log.print(f"stopped after step {step} of {total}; the same command goes on from there")
         elif verdict := write_report(log, config, evaluation, step):
-            log.print(f"{scores(log.history.latest)}{verdict}\nreport: {workdir / report.FILE}")
+            use = f"features: python -m mim_jax.embed --run={workdir} --data=FOLDER --out=features.npz\n"
+            use *= isinstance(method, BackboneMethod)
+            log.print(f"{scores(log.history.latest)}{verdict}\n{use}report: {workdir / report.FILE}")
         return state
 
 

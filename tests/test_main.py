@@ -326,6 +326,7 @@ def test_words_of_a_run(finished):
     baselines = ", ".join(f"{name} {figures[f'eval/knn_baseline_{name}']:.3f}" for name in ("untrained", "pixels", "whitened"))
     assert f"k-NN            {figures['eval/knn']:.3f} ({figures['eval/knn_error']:.3f})  baselines: {baselines}" in lines
     assert any(line.startswith("view retrieval") for line in lines)
+    assert lines[-2] == f"features: python -m mim_jax.embed --run={workdir} --data=FOLDER --out=features.npz"
     assert lines[-1] == f"report: {workdir}/report.html"
 
 
