@@ -6,7 +6,7 @@
 
 timm: `timm.create_model("local-dir:dino_timm", pretrained=True)`. transformers: `AutoModel.from_pretrained("dino_hf")`; a ViT
 with absolute positions becomes a DINOv2 there. official: the names of the method's own repository, with heads. What is written
-is read again, every tensor compared, and the features of random images with those of the run; the largest difference is printed.
+is read again, and the features of random images are compared with those of the run: the largest difference is printed.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax.traverse_util import flatten_dict
 
 from mim_jax import convert, journal, layouts, weight_files
@@ -29,12 +29,10 @@ from mim_jax.methods.base import Encoder, Params
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT, swiglu_width
 
-RUN = flags.DEFINE_string("run", None, "Workdir of a run, or a file of weights.", required=True)
-FORMAT = flags.DEFINE_enum("format", "timm", ["timm", "transformers", "official"], "The layout.")
-OUT = flags.DEFINE_string("out", None, "Folder to write.", required=True)
-
+FORMATS = ("timm", "transformers", "official")
 Arrays = dict[str, np.ndarray]
 Config = dict[str, Any]
+EXAMPLE = "python -m mim_jax.export --run=runs/dino --format=timm --out=dino_timm"
 TOLERANCE = 1e-4  # of features, relative to the largest
 
 TIMM = {  # our path -> its name; of kernels ".weight", of scales too
@@ -112,10 +110,13 @@ def timm(net: ViT | Swin, params: Params, mean: tuple[float, ...], std: tuple[fl
         if net.cls and (net.registers or net.pos == "none"):  # positions without CLS: that of CLS becomes part of the token
             flat["cls_token"] = flat["cls_token"] + flat["pos_embed"][:, :1]
         flat["pos_embed"] = flat["pos_embed"] if net.cls and not net.registers else flat["pos_embed"][:, 1:]
-    plain = not beit and not rotary and net.k_bias
-    gammas = {f"blocks/gamma_{i}": f"ls{i}.gamma" if plain else f"gamma_{i}" for i in (1, 2)}
-    if net.rotary_period and not any(np.any(flat[f"blocks/{x}_bias"]) for x in "qv"):
+    unbiased = not net.k_bias and not any(np.any(flat[f"blocks/{x}_bias"]) for x in "qv")
+    if unbiased and not beit and not net.rotary:
         flat = {path: value for path, value in flat.items() if not re.search("/[qv]_bias$", path)}
+    plain = not beit and not rotary and (net.k_bias or unbiased)
+    gammas = {f"blocks/gamma_{i}": f"ls{i}.gamma" if plain else f"gamma_{i}" for i in (1, 2)}
+    for kind in ("kernel", "bias") if net.rotary_period and net.ffn != "mlp" else ():
+        flat[f"blocks/w1/{kind}"], flat[f"blocks/w2/{kind}"] = np.split(np.asarray(flat.pop(f"blocks/w12/{kind}")), 2, axis=-1)
     arrays = named(flat, TIMM | gammas, "blocks.{}.")
     if not net.final_norm:
         raise ValueError("the encoder has no final norm, as after fine-tuning with mean pooling: this is not written yet")
@@ -125,8 +126,12 @@ def timm(net: ViT | Swin, params: Params, mean: tuple[float, ...], std: tuple[fl
         architecture = "vit_giant_patch14_reg4_dinov2" if gated else "vit_small_patch16_224"
         if net.pre_norm:
             architecture = f"vit_base_patch16_clip_{'quickgelu_' * (net.act == 'quick_gelu')}224"
-        more |= {"reg_tokens": net.registers, "no_embed_class": bool(net.registers), "init_values": more.get("init_values")}
-        more |= {"class_token": net.cls, "global_pool": "token" if net.cls else "avg", "fc_norm": False}
+        more |= {
+            "reg_tokens": net.registers,
+            "no_embed_class": net.registers > 0 or not net.cls,
+            "init_values": more.get("init_values"),
+        }
+        more |= {"qkv_bias": net.k_bias, "class_token": net.cls, "global_pool": "token" if net.cls else "avg", "fc_norm": False}
     elif beit:
         architecture = "beit_base_patch16_224"
         more |= {
@@ -136,7 +141,7 @@ def timm(net: ViT | Swin, params: Params, mean: tuple[float, ...], std: tuple[fl
         }
         more |= {"use_shared_rel_pos_bias": net.pos == "relative", "global_pool": "token" if net.final_norm else "avg"}
     elif net.rotary_period:
-        architecture = f"vit_small_patch16_dinov3{'_plus' * gated}{'_qkvb' * ('blocks.0.attn.q_bias' in arrays)}"
+        architecture = f"vit_small{'_plus' * gated}_patch16_dinov3{'_qkvb' * ('blocks.0.attn.q_bias' in arrays)}"
     else:
         architecture = "eva02_base_patch14_224" if gated else "eva_giant_patch14_224"
         more |= {"use_fc_norm": False, "global_pool": "token"}
@@ -390,16 +395,30 @@ def family_of(method: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: not understood: {' '.join(argv[1:])}")
+    if {"-h", "-help", "--help"} & set(argv):
+        print(__doc__)
+        return
+    given = flags.FlagValues()  # of its own: the functions above are for other programs, too
+    flags.DEFINE_string("run", "", "", flag_values=given)
+    flags.DEFINE_enum("format", "", ["", *FORMATS], "", flag_values=given)
+    flags.DEFINE_string("out", "", "", flag_values=given)
     try:
-        found = export(RUN.value, FORMAT.value, OUT.value)
+        rest = given(argv)[1:]
+    except flags.Error as error:
+        sys.exit(f"error: {error}")
+    if rest:
+        sys.exit(f"error: not understood: {' '.join(rest)}")
+    for name in ("run", "format", "out"):
+        if not given[name].value:
+            sys.exit(f"error: --{name} is missing. For example: {EXAMPLE}")
+    try:
+        found = export(given.run, given.format, given.out)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{OUT.value}: read again; features differ by at most {found:.1e} of the largest")
+    print(f"{given.out}: read again; features differ by at most {found:.1e} of the largest")
     if found > TOLERANCE:
         sys.exit(f"error: this is more than {TOLERANCE:g}: do not use what was written")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main(sys.argv)

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mim_jax import sharding, storage
+from mim_jax import layouts, sharding, storage
 from mim_jax.data import decode, pipeline
 from mim_jax.data.augment import center_crop
 from mim_jax.data.sources import Example
@@ -192,19 +192,20 @@ def of_last_blocks(network: Encoder, parts: Params, images: jax.Array, layers: i
     return {"cls": tokens[:, 0] if has_cls else patch.mean(axis=1), "patch": patch}
 
 
-def load(path: str | os.PathLike) -> Model:
-    """What a run has learned, from the newest checkpoint in its workdir, which may be at gs://.
+def load(path: str | os.PathLike, **told: Any) -> Model:
+    """What a run has learned, from the newest checkpoint in its workdir, which may be at gs://; or the encoder in a file or
+    folder of weights, see `layouts.read`. `told`: what such a file does not say, `heads=6` for example, see `layouts.Told`.
 
     Raises FileNotFoundError if there is nothing or no checkpoint yet, and ValueError for a run without a ViT or Swin backbone
-    (a tokenizer) and for what is no run.
+    (a tokenizer), and as `layouts.read`.
     """
     folder = storage.absolute(path)
     if is_run(folder):
         return of_run(folder)
     if not folder.exists():
         raise FileNotFoundError(f"there is no run and no file {folder}")
-    # Weight files come in here: return Model(*layouts.read(folder)), of network, parts, img_size and description.
-    raise ValueError(f"{folder} is no workdir of a run: it has no config.json of one")
+    weights = layouts.read(folder, layouts.Told(**told))
+    return Model(weights.network, weights.parts, weights.settings["img_size"], f"{folder}: {'; '.join(weights.lines)}")
 
 
 def is_run(folder: Path) -> bool:

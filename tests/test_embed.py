@@ -19,7 +19,7 @@ from pictures import encode, picture
 from PIL import Image
 
 import mim_jax
-from mim_jax import embed, pretrained
+from mim_jax import embed, layouts, pretrained
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.data.augment import center_crop
 from mim_jax.data.decode import decode
@@ -199,7 +199,7 @@ def test_runs_without_features_and_no_runs(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no run and no file"):
         mim_jax.load(tmp_path / "none")
     (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
-    with pytest.raises(ValueError, match="is no workdir of a run"):
+    with pytest.raises(ValueError, match="holds no file of weights"):
         mim_jax.load(tmp_path)
 
 
@@ -384,3 +384,17 @@ def test_two_processes_share_the_work(workdir, images, tmp_path):
     found, (first, second) = run(tmp_path / "two.npz", 2)
     assert found == want
     assert "1 rows are NaN" in first and "NaN" not in second
+
+
+def test_a_file_of_weights(golden, tmp_path):
+    """By `load` and by the command; what the file does not say is asked for."""
+    file = Path(__file__).parent / "golden/weights/backbone.npz"
+    images = list(np.random.default_rng(0).integers(0, 256, (2, 20, 30, 3), np.uint8))
+    model = mim_jax.load(file, heads=2)
+    out = model.features(images)
+    assert out["cls"].shape == (2, 16) and out["patch"].shape == (2, 16, 16) and "30 of 30 tensors" in model.description
+    with pytest.raises(ValueError, match="the number of heads .* --heads"):
+        mim_jax.load(file)
+    layouts.read(file, layouts.Told(heads=2)).save(tmp_path / "ours")
+    again = mim_jax.load(tmp_path / "ours").features(images, layers=2)
+    np.testing.assert_allclose(again["cls"][:, 16:], out["cls"], atol=1e-6)
