@@ -264,6 +264,7 @@ def test_four_training_steps(golden, name, x64):
     follow_four_steps_with_a_teacher(config, "dino", arrays, {"center": "center"}, lambda _: {})
 
 
+@pytest.mark.slow
 def test_two_views_are_the_papers_algorithm_1(x64):
     """Three steps of the pseudocode, written out with numpy on the networks' outputs."""
     config = mim_jax.load_config("configs/dino.py:two_views")

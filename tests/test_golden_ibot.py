@@ -135,6 +135,7 @@ def test_loss(golden, name, step, x64):
         np.testing.assert_allclose(losses.update_center(center, logits, 0.9), a[f"center_{kind}_{step + 1}"], atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_papers_sum_is_not_divided_by_the_masked_patches():
     """With as many masked patches in each crop the two differ by that number."""
     config = small()

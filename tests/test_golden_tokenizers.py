@@ -237,6 +237,7 @@ def test_discrete_vae(golden, divergence, loose, x64):
         assert relative_error(grads[key], want) < 1e-12 * loose, key
 
 
+@pytest.mark.slow
 def test_dead_codes_of_the_method_begin_anew_as_vectors_of_the_batch():
     config = mim_jax.load_config("tests/tiny.py:vqvae")
     config.quantizer.threshold = 0.5

@@ -15,7 +15,8 @@ from mim_jax.sharding import make_mesh, path_name
 from mim_jax.state import first_state
 
 
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("dinov2", "simmim")), "mae"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dinov2", "simmim", "mae"])
 def test_a_phase_at_a_higher_resolution(name, tmp_path):
     """Positions are interpolated once, as the models do it themselves at each call for images of another size."""
     config = mim_jax.load_config(f"tests/tiny.py:{name}")
@@ -47,6 +48,7 @@ def test_a_phase_at_a_higher_resolution(name, tmp_path):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
+@pytest.mark.slow
 def test_swin_with_a_larger_window(tmp_path):
     config = mim_jax.load_config("tests/tiny.py:simmim_swin")
     config.data.num_examples = 64

@@ -32,7 +32,8 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize(
-    "name, remat", [("dino", "dots"), ("mae", "full"), pytest.param("simmim_swin", "dots", marks=pytest.mark.slow)]
+    "name, remat",
+    [("dino", "dots"), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("mae", "full"), ("simmim_swin", "dots")))],
 )
 def test_gradients_are_the_same(x64, name, remat):
     """In double precision, with stochastic depth, which draws the same blocks again."""
@@ -41,7 +42,7 @@ def test_gradients_are_the_same(x64, name, remat):
     assert_equal(gradient(config, remat=remat), gradient(config, remat="none"))
 
 
-@pytest.mark.parametrize("name", ["dinov2", "mae", pytest.param("simmim_swin", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["dinov2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mae", "simmim_swin"))])
 def test_microbatches_change_nothing(x64, name):
     """Beside stochastic depth, which draws other numbers. DINOv2 has groups of images."""
     config = mim_jax.load_config(f"tests/tiny.py:{name}").unlock()
