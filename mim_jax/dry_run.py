@@ -210,7 +210,7 @@ def step_flops(
     config: ml_collections.ConfigDict, make: Callable[[ml_collections.ConfigDict], Any] = make_method, remat: str = ""
 ) -> float:
     """Floating-point operations of a step over the global batch, as XLA counts them before it optimizes; with another
-    `model.remat` if one is given.
+    `model.remat`, and no microbatches, if one is given.
 
     XLA counts the body of a loop once, however often it runs: so the blocks are unrolled first. It is asked for a CPU's
     program: of an accelerator's fused kernels it knows nothing.
@@ -219,7 +219,7 @@ def step_flops(
     if "unroll" in config.model:
         config.model.unroll = 1000
         if remat:
-            config.model.remat = remat
+            config.model.update(remat=remat, microbatches=1)
     with jax.set_mesh(sharding.make_mesh(1, 1, jax.local_devices(backend="cpu")[:1])):
         method = make(config)
         args = abstract_state(method, config), abstract_target(method, config), abstract_batch(method, config)

@@ -163,3 +163,12 @@ def test_parameters_of_another_family_are_refused(official):
         convert.to_torch(params, "dino")
     with pytest.raises(ValueError, match=r"not dino parameters.*encoder/kernel"):
         convert.to_torch({"encoder": {"kernel": np.zeros(3)}}, "dino")
+
+
+def test_the_index_of_an_oblong_table_is_refused():
+    """3 x 5 patches have a table of 5 * 9 rows, with CLS 48; 9 rows more would be those of 4 x 4."""
+    name = "blocks.0.attn.relative_position_bias_table"
+    for rows in (45, 48):
+        with pytest.raises(ValueError, match=f"{name} has {rows} rows, which are not those of a square grid"):
+            convert.buffers({name: np.zeros((rows, 2))})
+    assert convert.buffers({name: np.zeros((52, 2))})[name.replace("bias_table", "index")].shape == (17, 17)

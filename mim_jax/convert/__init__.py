@@ -111,12 +111,17 @@ def to_torch(params: Mapping[str, Any], family: str) -> dict[str, np.ndarray]:
 
 
 def buffers(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The index of each relative position bias table. (Swin's masks follow from the image's size: they are left out.)"""
+    """The index of each relative position bias table. (Swin's masks follow from the image's size: they are left out.)
+
+    Raises ValueError for the table of an oblong grid, whose sides its number of rows does not tell.
+    """
     out = {}
     for key, table in arrays.items():
         if key.endswith("relative_position_bias_table"):
             cls = math.isqrt(len(table)) ** 2 != len(table)  # three rows more than a square grid needs
             side = (math.isqrt(len(table)) + 1) // 2
+            if (2 * side - 1) ** 2 + 3 * cls != len(table):
+                raise ValueError(f"{key} has {len(table)} rows, which are not those of a square grid of patches")
             out[key.replace("bias_table", "index")] = relative_position_index(side, side, cls)
     return out
 
