@@ -455,7 +455,7 @@ def pretrain(out: Path, runs: Sequence[tuple[str, int, str, Run]]) -> None:
                 continue
         if what == "pretraining" and name in ENTRIES and "test" not in run.record:
             run.note(test=on_test_images(run))
-        write_page(out, table_of([each for *_, each in runs if each.finished]))
+        write_page(out, table_of([each for name, *_, each in runs if each.finished and name not in TARGETS]))
     print(f"{out}/comparison.md, {out}/comparison.html")
     if failed:
         sys.exit("\n".join(["error: some runs failed:", *failed.values()]))
