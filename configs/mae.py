@@ -28,7 +28,6 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.method = "mae"
     config.total = "1600 epochs"
     config.data.batch_size = 4096
-    config.data.canvas = 512  # large enough for most images, because pixels are the targets
 
     config.model.patch_size = 16
     config.model.dim = 768

@@ -28,7 +28,6 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.method = "simmim"
     config.total = "800 epochs"
     config.data.batch_size = 2048
-    config.data.canvas = 512  # large enough for most images, because pixels are the targets
 
     config.model.arch = "vit"  # or "swin"
     config.model.patch_size = 16

@@ -291,7 +291,7 @@ def skeleton() -> ml_collections.ConfigDict:
     config.data.num_classes = 1000
     config.data.fingerprint = placeholder(str)  # of names, labels and some images: see mim_jax/data/sources.py
     config.data.batch_size = 1024  # global
-    config.data.canvas = 320  # images are decoded to fit a square of this size, in pixels
+    config.data.canvas = 512  # images are decoded to fit a square of this size, in pixels; most of ImageNet keep their own
     config.data.levels = placeholder(tuple)  # (black, white) of images of more than 8 bits; None: measured at the start
     config.data.max_pixels = 89_478_485  # larger images are refused; decoding takes up to 8 bytes of memory for each
     config.data.workers = 8  # decoding processes on each host

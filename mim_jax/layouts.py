@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -25,6 +26,7 @@ from mim_jax import convert, journal, weight_files
 from mim_jax.convert import simmim
 from mim_jax.methods.base import Encoder, Params
 from mim_jax.methods.imported import backbone
+from mim_jax.models.swin import EPS
 
 Arrays = Mapping[str, np.ndarray]
 Renames = tuple[tuple[str, str], ...]
@@ -388,7 +390,7 @@ def vit(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) -
         pos=pos,
         pos_offset=POSITIONS[resize][0],
         antialias=POSITIONS[resize][1],
-        bilinear=hf,
+        bilinear=hf and pos.startswith("relative"),
         mask_token="mask_token" in params,
         layerscale=float("blocks/gamma_1" in params),
         k_bias=key_bias,
@@ -421,8 +423,8 @@ def vit(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) -
     if pos == "learned":
         how = {"dino": "as DINO's code does", "size": "by a bicubic", "antialiased": "by an antialiased bicubic, as timm does"}
         lines.append(f"positions {grid} x {grid}, at another size resized {how[resize]}")
-    mean, std = colors(config, clip, hf)
-    return Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, lines)
+    mean, std, whose = colors(config, clip, hf)
+    return checked(Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, [*lines, whose]))
 
 
 class Taken:
@@ -517,14 +519,28 @@ def heads_of(params: Arrays, dim: int, config: Mapping[str, Any], told: Told, in
     return heads
 
 
-def colors(config: Mapping[str, Any], clip: bool, hf: bool) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of images in 0..1."""
+def colors(config: Mapping[str, Any], clip: bool, hf: bool) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    """(mean, std) of images in 0..1, and a line about them."""
     mean, std = config.get("image_mean") or config.get("mean"), config.get("image_std") or config.get("std")
     if mean and std:
-        return tuple(map(float, mean)), tuple(map(float, std))
+        return tuple(map(float, mean)), tuple(map(float, std)), "images are normalised as its configuration says"
     if clip:
-        return CLIP
-    return HALF if hf and config.get("model_type") in ("beit", "data2vec-vision") else IMAGENET
+        return *CLIP, "images are normalised as CLIP's"
+    if hf and config.get("model_type") in ("beit", "data2vec-vision"):
+        return *HALF, "images are normalised to -1..1, as in the family's code"
+    return *IMAGENET, "images are normalised by ImageNet's mean and std, as in most code: no configuration says it"
+
+
+def checked(weights: Weights) -> Weights:
+    """The same. Raises ValueError for parameters of other shapes than the network has."""
+    wanted = jax.eval_shape(lambda: weights.network.init_parts(jax.random.key(0)))
+    have, want = (
+        flatten_dict(jax.tree.map(np.shape, tree), sep="/") for tree in (weights.parts["backbone"], wanted["backbone"])
+    )
+    if wrong := [name for name in have | want if have.get(name) != want.get(name)]:
+        shown = "; ".join(f"{name} is {have.get(name, 'missing')}, not {want.get(name, 'there')}" for name in wrong[:3])
+        raise ValueError(f"{len(wrong)} tensors do not fit the network: {shown}")
+    return weights
 
 
 # Swin
@@ -566,5 +582,7 @@ def swin(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) 
         f"{len(arrays)} of {len(arrays)} tensors, {len(inside) - len(arrays)} others and buffers not used"
         + f" ({', '.join(beside)})" * bool(beside),
     ]
-    mean, std = colors(config, False, False)
-    return Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, lines)
+    if (eps := told.eps or config.get("layer_norm_eps") or EPS) != EPS:
+        raise ValueError(f"the norms have epsilon {eps:g}: those of a Swin here have {EPS:g}")
+    mean, std, whose = colors(config, False, False)
+    return checked(Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, [*lines, whose]))

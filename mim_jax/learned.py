@@ -114,7 +114,8 @@ class FromFile:
         names = "heads act rotary rotary_period bilinear attn_norm window".split()
         differ = [f"{n}: {getattr(there, n)} there, {getattr(here, n)} here" for n in names if differs(there, here, n)]
         refuse(differ, f"the encoder in {path}")
-        told = [f"{n} {getattr(there, n)} there, {getattr(here, n)} here" for n in ("norm_eps",) if differs(there, here, n)]
+        names = "norm_eps pos_offset antialias".split()
+        told = [f"{n} {getattr(there, n)} there, {getattr(here, n)} here" for n in names if differs(there, here, n)]
         self.description = "; ".join([path, *weights.lines, *told])
 
     def shapes(self) -> dict[str, Params]:

@@ -31,7 +31,7 @@ from mim_jax.models import vit
 Features = dict[str, np.ndarray]
 
 KINDS = ("cls", "mean", "patch")
-CANVAS, OF, RESIZE = 320, 224, 0.875  # of weights that no run has made: the canvas of `config.py`, for 224 pixels, and its crop
+CANVAS, OF, RESIZE = 512, 224, 0.875  # of weights that no run has made: the canvas of `config.py`, for 224 pixels, and its crop
 
 
 @dataclasses.dataclass(frozen=True)

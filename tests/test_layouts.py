@@ -157,6 +157,7 @@ def test_what_is_said(golden):
         "30 of 50 tensors; heads and other parts not used: decoder, decoder_blocks, decoder_embed, decoder_norm, "
         "decoder_pos_embed, decoder_pred",
         "positions 4 x 4, at another size resized by a bicubic",
+        "images are normalised by ImageNet's mean and std, as in most code: no configuration says it",
         "the released weights of MAE are CC BY-NC 4.0",
     ]
 
@@ -193,6 +194,8 @@ def test_encoders_inside_files(file, encoder, chosen, others):
         ("official/dino_backbone", {}, {"blocks.1.adapter.weight": (3,)}, "1 tensors are not known: blocks.1.adapter.weight"),
         ("official/dino_backbone", {}, {"pos_embed": (1, 13, 32)}, "13 positions are not those of a square grid"),
         ("official/dino_backbone", {}, {"blocks.1.attn.proj.weight": (32, 30)}, "the blocks do not have the same shapes"),
+        ("official/dino_backbone", {}, {"norm.bias": (31,)}, r"1 tensors do not fit the network: norm/bias is \(31,\), not"),
+        ("official/simmim_swin", {"eps": 1e-6}, {}, "the norms have epsilon 1e-06: those of a Swin here have 1e-05"),
         ("official/dino_backbone", {}, {"patch_embed.proj.weight": (32, 3, 8, 4)}, "8 x 4 pixels are not square"),
         ("official/dino_backbone", {}, {"patch_embed.proj.weight": (32, 4, 8, 8)}, "has 4 channels: images here have 3"),
         ("official/dino_backbone", {}, {"patch_embed.proj.weight": None}, "there is no vision encoder of a known layout"),
