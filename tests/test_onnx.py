@@ -73,7 +73,7 @@ def test_other_settings(tmp_path, name):
 
 
 @pytest.mark.slow
-def test_windows_of_a_swin(tmp_path):
+def test_windows_of_a_swin(tmp_path, monkeypatch):
     """At another size the map of the first stage has more windows, the last stage has one."""
     network, parts = built(Swin(patch_size=2, img_size=16, dim=16, depths=(2, 4), heads=(2, 4), window=4))
     assert max(differences(network, parts, 16, tmp_path)) < 1e-5
@@ -83,6 +83,9 @@ def test_windows_of_a_swin(tmp_path):
         export.program("onnx", network, parts, 16)
     with pytest.raises(ValueError, match="cannot be cut into windows"):
         export.program("onnx", network, parts, 10)
+    monkeypatch.setattr("mim_jax.onnx_graph.LARGEST", 1000)
+    with pytest.raises(ValueError, match="GiB of weights and positions"):
+        export.program("onnx", network, parts, 8)
 
 
 @pytest.mark.parametrize("form, needed", [("onnx", "onnxruntime"), ("jax", "flatbuffers")])
