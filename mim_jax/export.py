@@ -3,12 +3,21 @@
   python -m mim_jax.export --run=runs/dino --format=timm --out=dino_timm
   python -m mim_jax.export --run=runs/dino --format=transformers --out=dino_hf
   python -m mim_jax.export --run=runs/dino --format=official --out=dino_official
+  python -m mim_jax.export --run=runs/dino --format=onnx --out=dino_onnx --size=112
+  python -m mim_jax.export --run=runs/dino --format=jax --out=dino_jax
 
 timm: `timm.create_model("local-dir:dino_timm", pretrained=True)`. transformers: `AutoModel.from_pretrained("dino_hf")`; a ViT
-with absolute positions becomes a DINOv2 there. official: the names of the method's own repository, with heads. What is written
-is read again, and the features of random images are compared with those of the run: the largest difference is printed.
+with absolute positions becomes a DINOv2 there. official: the names of the method's own repository, with heads.
+onnx, jax: a program that computes the features of images of one size, `--size`, by default that of the run; batches are of any.
+model.onnx takes "images" [batch, 3, S, S] in 0..1 and gives "cls" [batch, D] and "patch" [batch, N, D]; model.jax, which
+`jax.export.deserialize` reads, takes [batch, S, S, 3] and gives a dict of the same.
+
+What is written is read again, and the features of random images are compared with those of the run: the largest difference is
+printed.
 """
 
+import dataclasses
+import importlib.util
 import json
 import re
 import sys
@@ -17,9 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from flax.errors import ScopeParamShapeError
 from flax.traverse_util import flatten_dict
 
 from mim_jax import convert, journal, layouts, weight_files
@@ -29,7 +40,8 @@ from mim_jax.methods.base import Encoder, Params
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT, swiglu_width
 
-FORMATS = ("timm", "transformers", "official")
+PROGRAMS = {"onnx": ("onnx", "'mim_jax[onnx]'"), "jax": ("flatbuffers", "flatbuffers")}  # what each needs; its name for pip
+FORMATS = ("timm", "transformers", "official", *PROGRAMS)
 Arrays = dict[str, np.ndarray]
 Config = dict[str, Any]
 EXAMPLE = "python -m mim_jax.export --run=runs/dino --format=timm --out=dino_timm"
@@ -320,6 +332,62 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     journal.write_whole(path, b"".join([len(text).to_bytes(8, "little"), text, *blobs]))
 
 
+def program(form: str, encoder: Encoder, parts: Params, size: int) -> tuple[bytes, Config]:
+    """(the file, what goes in and comes out) of a program that computes the features of images of `size` x `size` pixels.
+
+    Raises ValueError for a size that the encoder cannot have, and where a library is missing."""
+    needed, wheel = PROGRAMS[form]
+    if importlib.util.find_spec(needed) is None:
+        raise ValueError(f"the format {form} cannot be written without {needed}: pip install {wheel}")
+    backbone = {"backbone": parts["backbone"]}
+
+    def features(images: jax.Array) -> dict[str, jax.Array]:
+        found = encoder.features(backbone, images)
+        return {name: found[name] for name in ("cls", "patch")}
+
+    try:
+        shapes = jax.eval_shape(features, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+    except ScopeParamShapeError:
+        raise ValueError(f"the encoder cannot have images of {size} pixels: its windows would be larger than trained") from None
+    channels = ["batch", 3, size, size] if form == "onnx" else ["batch", size, size, 3]
+    config: Config = {"images": channels, "range": [0, 1]} | {name: ["batch", *shapes[name].shape[1:]] for name in shapes}
+    if form == "onnx":
+        from mim_jax import onnx_graph
+
+        return onnx_graph.encoder(encoder, backbone, size).SerializeToString(), config | {"opset": onnx_graph.OPSET}
+    (batch,) = jax.export.symbolic_shape("batch")
+    export_to = jax.export.export(jax.jit(features), platforms=("cpu", "cuda", "tpu"))
+    exported = export_to(jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32))
+    return bytes(exported.serialize()), config | {"platforms": list(exported.platforms)}
+
+
+def run_again(form: str, encoder: Encoder, parts: Params, size: int, file: Path) -> float | None:
+    """As `compared`, of what `program` made, for 1 and for 3 images; None where ONNX Runtime is not installed: the graph is
+    then checked, but not run."""
+    images = np.random.default_rng(0).random((3, size, size, 3), np.float32)
+    run: Any = None
+    if form == "jax":
+        run = jax.export.deserialize(bytearray(file.read_bytes())).call
+    else:
+        import onnx
+
+        onnx.checker.check_model(str(file), full_check=True)
+        if importlib.util.find_spec("onnxruntime") is None:
+            return None
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+        def run(images: np.ndarray) -> dict[str, np.ndarray]:
+            given = {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))}
+            return dict(zip(("cls", "patch"), session.run(["cls", "patch"], given)))
+
+    with jax.default_matmul_precision("highest" if form == "onnx" else None):
+        ours = jax.jit(encoder.features)({"backbone": parts["backbone"]}, images)
+    found = [(ours[name][:count], value) for count in (1, 3) for name, value in run(images[:count]).items()]
+    return float(np.max([np.abs(one - other).max() / np.abs(one).max() for one, other in found]))
+
+
 def compared(encoder: Encoder, parts: Params, folder: Path) -> float:
     """The largest difference of features of images between an encoder and what is in a folder, relative to the largest."""
     again = layouts.read(folder)
@@ -346,9 +414,13 @@ def card(source: str, config: Config, library: str) -> str:
     return "\n".join([*lines, "```json", json.dumps(config, indent=1), "```", ""])
 
 
-def export(source: str, form: str, out: str | Path) -> float:
-    """Writes the folder `out`; returns what `compared` finds. Raises ValueError if the layout has no place for the encoder."""
-    encoder, parts = written(source, form, out)
+def export(source: str, form: str, out: str | Path, size: int | None = None) -> float | None:
+    """Writes the folder `out`; returns what `compared` or `run_again` finds. `size`: of the images of a program. Raises
+    ValueError if the layout has no place for the encoder."""
+    encoder, parts = written(source, form, out, size)
+    if form in PROGRAMS:
+        size = encoder.backbone.img_size if size is None else size
+        return run_again(form, encoder, parts, size, Path(out) / f"model.{form}")
     if form != "official":
         return compared(encoder, parts, Path(out))
     family = family_of(json.loads((Path(source) / "config.json").read_text())["method"])
@@ -357,9 +429,11 @@ def export(source: str, form: str, out: str | Path) -> float:
     return 0.0
 
 
-def written(source: str, form: str, out: str | Path) -> tuple[Encoder, Params]:
-    """Writes the folder `out`; returns the encoder and its parameters."""
+def written(source: str, form: str, out: str | Path, size: int | None = None) -> tuple[Encoder, Params]:
+    """Writes the folder `out`; returns the encoder, in float32, and its parameters."""
     out, config = Path(out), Config()
+    if size is not None and form not in PROGRAMS:
+        raise ValueError(f"size is for the formats {' and '.join(PROGRAMS)}")
     if layouts.is_weights(source):
         if form == "official":
             raise ValueError("official names are written for runs, whose method says which")
@@ -370,11 +444,21 @@ def written(source: str, form: str, out: str | Path) -> tuple[Encoder, Params]:
         encoder, parts = run.method.network(), run.params
         if not isinstance(encoder, Encoder):
             raise ValueError(f"{source} is a run of {run.config.method}, which has no ViT or Swin")
+    net = encoder.backbone.clone(dtype=jnp.float32, remat="none", microbatches=1)
+    encoder = dataclasses.replace(encoder, backbone=net)
+    if form in PROGRAMS:
+        if size is not None and (size < 1 or size % net.patch_size):
+            raise ValueError(f"size is {size}, but must be a multiple of the {net.patch_size} pixels of a patch")
+        data, config = program(form, encoder, parts, net.img_size if size is None else size)
+        out.mkdir(parents=True, exist_ok=True)
+        journal.write_whole(out / f"model.{form}", data)
+        journal.write_whole(out / "README.md", card(source, config, form).encode())
+        return encoder, parts
     if form == "official":
         arrays = convert.to_torch(parts, family_of(run.config.method))
     else:
         write = timm if form == "timm" else transformers
-        arrays, config = write(encoder.backbone, parts["backbone"], encoder.mean, encoder.std)
+        arrays, config = write(net, parts["backbone"], encoder.mean, encoder.std)
     out.mkdir(parents=True, exist_ok=True)
     write_safetensors(out / "model.safetensors", arrays)
     if config:
@@ -402,6 +486,7 @@ def main(argv: list[str]) -> None:
     flags.DEFINE_string("run", "", "", flag_values=given)
     flags.DEFINE_enum("format", "", ["", *FORMATS], "", flag_values=given)
     flags.DEFINE_string("out", "", "", flag_values=given)
+    flags.DEFINE_integer("size", None, "", flag_values=given)
     try:
         rest = given(argv)[1:]
     except flags.Error as error:
@@ -412,11 +497,16 @@ def main(argv: list[str]) -> None:
         if not given[name].value:
             sys.exit(f"error: --{name} is missing. For example: {EXAMPLE}")
     try:
-        found = export(given.run, given.format, given.out)
+        found = export(given.run, given.format, given.out, given.size)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    if found is None:
+        print(
+            f"{given.out}: the graph is valid, but was not run, as onnxruntime is not installed: its features are not compared"
+        )
+        return
     print(f"{given.out}: read again; features differ by at most {found:.1e} of the largest")
-    if found > TOLERANCE:
+    if not found <= TOLERANCE:
         sys.exit(f"error: this is more than {TOLERANCE:g}: do not use what was written")
 
 
