@@ -8,6 +8,7 @@
   --out=FILE.html          it is replaced if it is there
   --size=224               side that the network sees, in pixels; by default that of the run
   --count=8                images at most; of more, evenly spaced ones are shown
+  --heads=6 --act=gelu     of a file of weights that does not say it; it is asked for then
 
 For each image: what the network sees of it; the first three principal components of its patch features, which are those of all
 images shown; the attention of the CLS token in the last block, by head, if there is such a token; and of a run that can
@@ -62,9 +63,10 @@ def show(model: Model, run: Run | None, paths: Sequence[Path], names: Sequence[s
     """
     size = model.checked(size, 1)
     canvas = model.canvas_of(size)
-    levels = pipeline.survey(Given(paths), canvas, model.levels, model.max_pixels).levels
-    source = Readable(Given(paths), canvas, levels, model.max_pixels)
-    images = [source[row].image for row in range(len(paths))]
+    given: Any = Given(paths)
+    levels = pipeline.survey(given, canvas, model.levels, model.max_pixels).levels
+    source = Readable(given, canvas, levels, model.max_pixels)
+    images: list[Any] = [source[row].image for row in range(len(paths))]
     for why in source.bad.values():
         print(shown(f"bad image: {why}"), file=sys.stderr)
     good = [row for row in range(len(paths)) if row not in source.bad]
@@ -75,7 +77,7 @@ def show(model: Model, run: Run | None, paths: Sequence[Path], names: Sequence[s
     facts = {
         "Network": model.description,
         "Images": f"{len(good)} of {among:,}" + ", evenly spaced" * (among > len(paths)),
-        "Seen at": f"{size} x {size} pixels, the central square, {model.resize:.4g} of the short side",
+        "Seen at": f"{size} x {size} pixels, the central square of {model.resize:.4g} times the short side",
         "Patches": f"{grid} x {grid} of {model.patch_size} pixels",
     }
     if levels:
@@ -413,6 +415,8 @@ def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     given = flags.FlagValues()
     for name in ("run", "images", "out"):
         flags.DEFINE_string(name, None, "", flag_values=given)
+    flags.DEFINE_string("act", "", "", flag_values=given)
+    flags.DEFINE_integer("heads", 0, "", flag_values=given)
     flags.DEFINE_integer("size", None, "", flag_values=given)
     flags.DEFINE_integer("count", 8, "", flag_values=given, lower_bound=1)
     given.set_gnu_getopt()
@@ -440,7 +444,7 @@ def main(argv: list[str]) -> None:
         paths, names, among = chosen(images, given.count)
         out, folder = Path(given.out).expanduser().absolute(), storage.absolute(given.run)
         run = load_run(folder) if pretrained.is_run(folder) else None
-        model = pretrained.of_run(folder, run) if run else pretrained.load(folder)
+        model = pretrained.of_run(folder, run) if run else pretrained.load(folder, heads=given.heads, act=given.act)
         content = show(model, run, paths, names, given.size, among).encode(errors="backslashreplace")
         with journal.named_errors(out):
             journal.write_whole(out, content)

@@ -238,6 +238,13 @@ def test_features_that_do_not_fit_are_projected():
         show.quantized(features, 50 * 15 * 4 // 3 + 4)
 
 
+def test_weights_are_told_what_they_do_not_say(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("mim_jax.compiled.keep", lambda _: None)
+    monkeypatch.setattr(pretrained, "load", lambda path, **told: pytest.fail(f"{path.name} {told}"))
+    with pytest.raises(pytest.fail.Exception, match="a.pth {'heads': 6, 'act': ''}"):
+        show.main(["show", f"--run={tmp_path}/a.pth", f"--images={images}", f"--out={tmp_path}/p.html", "--heads=6"])
+
+
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
