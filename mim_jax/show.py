@@ -20,6 +20,7 @@ import base64
 import functools
 import io
 import json
+import os
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -167,7 +168,7 @@ def page(found: Mapping[str, Any], names: Sequence[str], grid: int, facts: Mappi
         return PAGE.format(
             style=STYLE + OWN_STYLE,
             ramp=", ".join("rgb({:.0f} {:.0f} {:.0f})".format(*color) for color in pictures.MAGMA),
-            network=escape(shown(facts["Network"])),
+            network=escape(shown(facts["Network"].split("; ")[0])),
             explained=" ".join(explained),
             blocks="".join(blocks),
             facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(shown(text))}</dd>" for name, text in facts.items()),
@@ -178,10 +179,11 @@ def page(found: Mapping[str, Any], names: Sequence[str], grid: int, facts: Mappi
     flat = patch.reshape(-1, patch.shape[-1])
     room = LIMIT - len(written("", facts).encode(errors="backslashreplace")) - 4096
     numbers, scale, share = quantized(flat, room)
-    kept = f"{numbers.shape[1]} of {flat.shape[1]} dimensions, those of the largest principal components, {share:.1%} of the "
-    kept = f"{kept}squared length" if numbers.shape[1] < flat.shape[1] else f"all {flat.shape[1]} dimensions"
-    worst = f"{error(flat, numbers, scale):.4f}"
-    facts = {**facts, "Features": f"{kept}, in 8 bits. The cosines on this page are off by at most {worst} (measured)"}
+    dims = f"all {flat.shape[1]} dimensions"
+    if numbers.shape[1] < flat.shape[1]:
+        dims = f"{numbers.shape[1]} of {flat.shape[1]} dimensions (principal components with {share:.1%} of the squared length)"
+    checked = f"off by at most {error(flat, numbers, scale):.4f}, as measured for {min(CHECKED, len(flat))} patches"
+    facts = {**facts, "Features": f"{dims}, in 8 bits. The cosines on this page are {checked}"}
     facts["Versions"] = f"mim_jax {mim_jax.__version__}, jax {jax.__version__}"
     data = {"grid": grid, "dim": numbers.shape[1], "scale": scale, "ramp": pictures.MAGMA.tolist()}
     return written(json.dumps(data | {"features": base64.b64encode(numbers.tobytes()).decode()}), facts)
@@ -399,8 +401,8 @@ start();
 
 def chosen(given: Sequence[str], count: int) -> tuple[list[Path], list[str], int]:
     """(image files, their names, the number of those that there are): at most `count`, evenly spaced."""
-    paths = [Path(storage.absolute(name)) for name in given]
-    if len(paths) == 1 and not paths[0].exists() and "," in given[0]:
+    paths = [storage.absolute(name) for name in given]
+    if len(paths) == 1 and "," in given[0] and not os.path.exists(paths[0]):  # False of a name that is too long
         return chosen(given[0].split(","), count)
     names = list(given)
     if len(paths) == 1 and paths[0].is_dir():
@@ -448,7 +450,7 @@ def main(argv: list[str]) -> None:
         content = show(model, run, paths, names, given.size, among).encode(errors="backslashreplace")
         with journal.named_errors(out):
             journal.write_whole(out, content)
-        print(f"{shown(str(out))}: {len(content) / 1e6:.1f} MB", file=sys.stderr)
+        print(f"{shown(str(out))}: {len(content):,} bytes", file=sys.stderr)
     except KeyboardInterrupt:
         leave(130, "stopped; no page is written")
     except (OSError, ValueError) as error:

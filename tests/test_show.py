@@ -169,8 +169,9 @@ def test_bad_images_are_named(mae, page, images, tmp_path, capsys, monkeypatch):
     assert names == [f"{images}/d.png"] and "none.png: " in facts["Bad image"]
     told = capsys.readouterr().err
     assert f"bad image: {images}/{BAD}: " in told and "none.png: " in told
-    names, facts = json.loads(written(mae, f"{images}/c.png,{images}/d.png", tmp_path / "a.html"))
-    assert len(names) == 2 and "Bad image" not in facts
+    joined = ",".join([f"{images}/c.png"] * 99)
+    names, facts = json.loads(written(mae, joined, tmp_path / "a.html", "--count=99"))
+    assert len(names) == 99 and "Bad image" not in facts
     names, facts = json.loads(written(mae, images, tmp_path / "a.html", "--count=2"))
     assert names == [NAMES[0], NAMES[3]] and facts["Images"] == "2 of 4, evenly spaced"
 
@@ -243,6 +244,16 @@ def test_weights_are_told_what_they_do_not_say(images, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "load", lambda path, **told: pytest.fail(f"{path.name} {told}"))
     with pytest.raises(pytest.fail.Exception, match="a.pth {'heads': 6, 'act': ''}"):
         show.main(["show", f"--run={tmp_path}/a.pth", f"--images={images}", f"--out={tmp_path}/p.html", "--heads=6"])
+
+
+def test_a_page_keeps_to_its_limit(monkeypatch):
+    rng = np.random.default_rng(0)
+    found = {"image": np.zeros((2, 48, 48, 3), np.uint8), "patch": rng.normal(size=(2, 144, 64)).astype(np.float32)}
+    whole = show.page(found, ["a", "b"], 12, {"Network": "plain"})
+    monkeypatch.setattr(show, "LIMIT", len(whole))
+    kept = show.page(found, ["a", "b"], 12, {"Network": "plain"})
+    dim = data_of(kept)[1].shape[1]
+    assert "all 64 dimensions" in whole and f"{dim} of 64 dimensions" in kept and 40 < dim < 64 and len(kept) < len(whole)
 
 
 @pytest.mark.parametrize(
