@@ -3,7 +3,8 @@
   python -m mim_jax.embed --run=runs/dino --data=~/images --out=features.npz
   python -m mim_jax.embed --run=runs/dino --name=cifar10 --split=test --kind=cls+mean --layers=4 --out=cifar10.parquet
 
-  --run=WORKDIR            the workdir of a run
+  --run=WORKDIR            the workdir of a run, or a file or folder of weights
+  --heads=6 --act=gelu     of a file of weights that does not say it; it is asked for then
   --data=FOLDER            images, by the rules of mim_jax/data/folder.py; with --name the data.dir of that data set
   --name=NAME --split=train   a data set as in the recipes: folder (the default), cifar10, or one of TFDS
   --out=FILE               .npz, .npy or .parquet; what is half done is in the folder FILE.parts beside it
@@ -54,8 +55,8 @@ from mim_jax.stopping import leave
 
 EXAMPLE = "python -m mim_jax.embed --run=runs/dino --data=~/images --out=features.npz"
 KINDS = ("cls", "mean", "patch", "cls+mean")
-TEXTS = {"run": None, "data": None, "out": None, "name": "folder", "split": "train", "kind": "cls", "coordinator": None}
-NUMBERS = {"size": None, "layers": 1, "batch_size": None, "processes": None, "process": None}
+TEXTS = {"run": None, "data": None, "out": None, "name": "folder", "split": "train", "kind": "cls", "act": "", "coordinator": None}
+NUMBERS = {"heads": 0, "size": None, "layers": 1, "batch_size": None, "processes": None, "process": None}
 ROWS, BYTES = 2048, 2**26  # of a part, at most, or one batch: what a kill can lose, and what is in memory
 EVERY = 10.0  # s between lines of progress
 STOPPED = "stopped; the same command goes on from there"
@@ -334,7 +335,7 @@ def main(argv: list[str]) -> None:
     compiled.keep(user_cache() / "compiled")
     try:
         hosts.start(given.coordinator, given.processes, given.process)
-        model, out = load(given.run), Path(given.out).expanduser().absolute()
+        model, out = load(given.run, heads=given.heads, act=given.act), Path(given.out).expanduser().absolute()
         source = sources.open_source(given.name, given.data, given.split)
         embed(model, source, out, given.kind, given.size, given.layers, given.batch_size)
     except KeyboardInterrupt:

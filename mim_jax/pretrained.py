@@ -24,7 +24,7 @@ from mim_jax.data import decode, pipeline
 from mim_jax.data.augment import center_crop
 from mim_jax.data.sources import Example
 from mim_jax.evaluators import IN_0_TO_1, PIXELS
-from mim_jax.learned import load_run
+from mim_jax.learned import Run, load_run
 from mim_jax.methods.base import BackboneMethod, Encoder, Params
 from mim_jax.models import vit
 
@@ -218,9 +218,9 @@ def is_run(folder: Path) -> bool:
         return False
 
 
-def of_run(workdir: Path) -> Model:
-    """See `load`."""
-    run = load_run(workdir)
+def of_run(workdir: Path, run: Run | None = None) -> Model:
+    """See `load`. `run`: what is in the workdir, if it is loaded already."""
+    run = load_run(workdir) if run is None else run
     config, method = run.config, run.method
     if not isinstance(method, BackboneMethod):
         raise ValueError(f"{workdir} is a run of {config.method}, which has no ViT or Swin backbone: it makes no features")

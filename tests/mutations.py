@@ -303,6 +303,12 @@ MUTATIONS = (
     M("a part that is there is made again", "embed.py", "for start in missing if start // rows",
       "for start in parts.starts if start // rows",
       "test_embed.py::test_other_settings_and_other_files_are_refused"),
+    M("registers on the map", "show.py", "1 + backbone.registers :]", "1 : -backbone.registers]",
+      "test_show.py::test_attention_is_that_of_cls_to_the_patches"),
+    M("the smallest components", "show.py", "axes[:, : -fits - 1 : -1]", "axes[:, :fits]",
+      "test_show.py::test_features_that_do_not_fit_are_projected"),
+    M("reconstruction without its target", "show.py", " and method.target is None", "",
+      "test_show.py::test_what_can_reconstruct"),
     # Supervised training
     M("two norms before the classifier", "methods/supervised.py", 'final_norm=m.pool == "cls"', "final_norm=True",
       "test_supervised.py::test_scores_of_a_fine_tuned_mae"),

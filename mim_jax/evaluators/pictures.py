@@ -170,20 +170,24 @@ def attention_maps(
     return table(rows, headings=["image"] + [f"head {i + 1}" for i in range(attention.shape[1])])
 
 
-def principal_colors(features: np.ndarray, images: np.ndarray, columns: int = 8, side: int = TILE) -> Image.Image:
-    """The first three principal components of patch features [B, N, D], over all images, as red, green and blue.
-
-    Grids are square; images uint8 [B, H, W, 3].
-    """
+def principal_components(features: np.ndarray) -> np.ndarray:
+    """The first three principal components of patch features [B, N, D], over all images, as red, green and blue: uint8
+    [B, side, side, 3]. Grids are square."""
     count, patches, dim = features.shape
     flat = features.reshape(-1, dim).astype(np.float64)
     flat = flat - flat.mean(axis=0)
     _, _, axes = np.linalg.svd(flat, full_matrices=False)
     shown = flat @ axes[:3].T
+    shown = np.pad(shown, ((0, 0), (0, 3 - shown.shape[1])))  # fewer than three patches have fewer components
     low, high = np.percentile(shown, [2, 98], axis=0)
     shown = np.clip((shown - low) / np.maximum(high - low, 1e-12), 0, 1)
     grid = round(patches**0.5)
-    colors = np.round(255 * shown).astype(np.uint8).reshape(count, grid, grid, 3)
+    return np.round(255 * shown).astype(np.uint8).reshape(count, grid, grid, 3)
+
+
+def principal_colors(features: np.ndarray, images: np.ndarray, columns: int = 8, side: int = TILE) -> Image.Image:
+    """Images uint8 [B, H, W, 3], and below each the `principal_components` of its patch features [B, N, D]."""
+    colors, count = principal_components(features), len(images)
     tiles = [enlarge(image, side) for image in images]
     maps = [Image.fromarray(c).resize(tile.size, Image.Resampling.NEAREST) for c, tile in zip(colors, tiles)]
     rows = []
