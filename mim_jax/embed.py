@@ -55,7 +55,8 @@ from mim_jax.stopping import leave
 
 EXAMPLE = "python -m mim_jax.embed --run=runs/dino --data=~/images --out=features.npz"
 KINDS = ("cls", "mean", "patch", "cls+mean")
-TEXTS = {"run": None, "data": None, "out": None, "name": "folder", "split": "train", "kind": "cls", "act": "", "coordinator": None}
+TEXTS: dict[str, str | None] = {"run": None, "data": None, "out": None, "coordinator": None}
+TEXTS |= {"name": "folder", "split": "train", "kind": "cls", "act": ""}
 NUMBERS = {"heads": 0, "size": None, "layers": 1, "batch_size": None, "processes": None, "process": None}
 ROWS, BYTES = 2048, 2**26  # of a part, at most, or one batch: what a kill can lose, and what is in memory
 EVERY = 10.0  # s between lines of progress
