@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mim_jax
-from mim_jax import dry_run
+from mim_jax import dry_run, sharding
 from mim_jax.methods import dinov2
 from mim_jax.models.vit import ViT
 
@@ -112,3 +112,21 @@ def test_auto_takes_the_fastest_way_that_fits(monkeypatch, memory, way):
     config.model.remat = "auto"
     with pytest.raises(ValueError, match="with any model.remat .none needs .*, full with model.micro.*=16 needs"):
         dry_run.resolve_remat(config, 5 * 2**30)
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_stay_on_their_devices(monkeypatch):
+    """Microbatches and pieces of the patch loss on 8 devices: nothing but parameters and sums is sent."""
+    config = mim_jax.load_config("tests/tiny.py:dinov2").unlock()
+    config.data.update(num_examples=96, batch_size=32)
+    config.mask.group_size, config.mesh.fsdp = 2, 8
+    peaks = []
+    for number, piece in ((1, 2**28), (2, 300)):
+        monkeypatch.setattr(dinov2, "PIECE", piece)
+        config.model.microbatches = number
+        with jax.set_mesh(sharding.make_mesh(1, 8)):
+            program = dry_run.compile_step(config)
+        kinds = {name for name, _ in dry_run.collectives(program.compiled.as_text())}
+        assert kinds <= {"all-gather", "all-reduce", "reduce-scatter"}
+        peaks.append(program.peak)
+    assert peaks[1] < 0.8 * peaks[0]
