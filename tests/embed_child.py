@@ -28,7 +28,7 @@ def run(argv: list[str], files: int = 0, seconds: float = 0) -> None:
     seconds after it begins."""
     embed.ROWS = ROWS
     if "--run=plain" in argv:
-        embed.load = lambda _: Model(Plain(), {"factor": np.float32(2)}, 16, "plain")
+        embed.load = lambda _, **told: Model(Plain(), {"factor": np.float32(2)}, 16, "plain")
     folder, began = next(arg for arg in argv if arg.startswith("--out=")).removeprefix("--out=") + ".parts", time.monotonic()
 
     def kill() -> None:

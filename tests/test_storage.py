@@ -199,7 +199,7 @@ def test_the_config_of_a_run_at_an_address(folder):
     resolve_encoder(tuned, f"{folder}/tuned")
     assert tuned.encoder.method == "mae" and tuned.model.dim == encoder.model.dim
     tuned.init_from = f"{folder}/none"
-    with pytest.raises(FileNotFoundError, match=f"there is no run in {folder}/none"):
+    with pytest.raises(FileNotFoundError, match=f"there is neither a run nor a file of weights in {folder}/none"):
         resolve_encoder(tuned)
 
 
