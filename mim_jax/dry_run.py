@@ -58,9 +58,12 @@ def compile_step(config: ml_collections.ConfigDict) -> Program:
     try:
         compiled = make_train_step(method, config).lower(state, target, abstract_batch(method, config)).compile()
     except jax.errors.JaxRuntimeError as error:
-        if match := re.search(r"Used ([\d.]+[KMG]) of ([\d.]+[KMG]) hbm|RESOURCE_EXHAUSTED", str(error)):
-            raise TooLarge(f"needs {match[1]} of {match[2]}" if match[1] else "does not fit") from error
-        raise
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        size = r"([\d.]+[KMG])"  # of both kinds of message that TPU compilers have
+        match = re.search(rf"Used {size} of {size} hbm|\({size}\) exceeds available HBM \({size}\)", str(error))
+        sizes = [each for each in match.groups() if each] if match else []
+        raise TooLarge("needs {} of {}".format(*sizes) if sizes else "does not fit") from error
     return Program(compiled, state, target)
 
 

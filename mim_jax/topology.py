@@ -97,7 +97,8 @@ def describe(name: str) -> Slice:
     try:
         topology = topologies.get_topology_desc(f"{kind}:{shape}", platform="tpu")
     except Exception as error:  # of the plugin, of many kinds
-        raise ValueError(f"--plan={name}: there is no such slice ({kind}:{shape})") from error
+        why = str(error).splitlines()[0] if "lockfile" in str(error) else f"there is no such slice ({kind}:{shape})"
+        raise ValueError(f"--plan={name}: {why}") from error  # the lock: another program uses this compiler
     return Slice(topology.devices, chip)
 
 
