@@ -494,7 +494,7 @@ MUTATIONS = (
       "test_weight_files.py::test_arrays_that_are_not_aligned_in_the_file_are_copied"),
     # Layouts of other libraries
     M("a teacher is an encoder like others", "layouts.py", "0 if AVERAGES.search(prefix) else", "",
-      "test_layouts.py::test_encoders_inside_files"),
+      "test_layouts.py::test_a_moving_average_is_taken_first"),
     M("unknown tensors are left out", "layouts.py", "    if unknown:", "    if unknown and False:",
       "test_layouts.py::test_what_cannot_be_read_is_refused"),
     M("heads are guessed", "layouts.py", "else HEADS.get(dim, 0))", "else HEADS.get(dim, dim // 16))",
@@ -516,7 +516,8 @@ MUTATIONS = (
     # Less memory
     M("a part of the batch twice", "models/vit.py", "jnp.moveaxis(out.reshape(number, -1, group_size, *rest), 0, 1)",
       "out.reshape(-1, number, group_size, *rest)", "test_remat.py::test_microbatches_change_nothing"),
-    M("padding of pieces has weight", "methods/dinov2.py", "self.pieces(weight)", "self.pieces(weight + 1e-3)",
+    M("padding of pieces has weight", "methods/dinov2.py", "+ ((0, 0),) * (x.ndim - 2))",
+      '+ ((0, 0),) * (x.ndim - 2), mode="edge")',
       "test_remat.py::test_the_patch_loss_in_pieces"),
     M("auto stops at the first way", "dry_run.py", "if needed <= memory:", "if needed:",
       "test_remat.py::test_auto_takes_the_fastest_way_that_fits"),

@@ -27,6 +27,7 @@ WRITTEN = {  # a golden model: the layouts that have a place for it
     "hf/vit": "transformers",
     "official/dino_full": "timm transformers",
     "official/ibot_backbone": "timm transformers",
+    "official/dinov2_reg_backbone": "timm transformers",
     "official/simmim_vit": "timm transformers",
     "official/eva02_mim": "timm",
     "official/beit_finetuned": "",

@@ -185,6 +185,15 @@ def test_encoders_inside_files(file, encoder, chosen, others):
     np.testing.assert_array_equal(blocks["proj"]["kernel"][1], given[name].T)
 
 
+def test_a_moving_average_is_taken_first(golden):
+    state, _, _ = of(golden, "official/dino_backbone")
+    both = {f"{at}.{key}": array for at in ("model", "model_ema") for key, array in state.items()}
+    assert 'of the tensors "model_ema...."' in layouts.encoder(both, {}, Told(heads=2)).lines[0]
+    two = {f"{at}.{key}": array for at in ("first", "second") for key, array in state.items()}
+    with pytest.raises(ValueError, match="several encoders: choose with --encoder one of 'first.', 'second.'"):
+        layouts.encoder(two, {}, Told(heads=2))
+
+
 @pytest.mark.parametrize(
     "name, told, changes, message",
     [
