@@ -151,7 +151,7 @@ def timm(net: ViT | Swin, params: Params, mean: tuple[float, ...], std: tuple[fl
             "use_rel_pos_bias": net.pos == "relative_each",
             "init_values": more.get("init_values"),
         }
-        more |= {"use_shared_rel_pos_bias": net.pos == "relative", "global_pool": "token" if net.final_norm else "avg"}
+        more |= {"use_shared_rel_pos_bias": net.pos == "relative", "global_pool": "token"}
     elif net.rotary_period:
         architecture = f"vit_small{'_plus' * gated}_patch16_dinov3{'_qkvb' * ('blocks.0.attn.q_bias' in arrays)}"
     else:
@@ -296,16 +296,10 @@ def named(flat: Mapping[str, Any], names: Mapping[str, str], blocks: str) -> Arr
 
 
 def convert_swin(params: Params) -> Arrays:
-    """A Swin's tensors by their official names, without a decoder."""
+    """A Swin's tensors by their official names, without a decoder and the mask token of pretraining."""
     flat = {path: np.asarray(value, np.float32) for path, value in flatten_dict(params, sep="/").items()}
-    stages = sum(name.startswith("stage_") for name in params)
-    out: Arrays = {}
-    for row in simmim.swin(stages):
-        if row.path == "mask_token":  # of pretraining
-            continue
-        values = flat[row.path] if "{}" in row.key else [flat[row.path]]
-        out |= {key: np.array(row.layout.to_torch(v)) for key, v in zip(row.keys(len(values) * row.every), values)}
-    return out
+    rows = simmim.swin(stages=sum(name.startswith("stage_") for name in params))
+    return convert.unfilled(flat, [row for row in rows if row.path != "mask_token"])
 
 
 def hidden_width(net: ViT) -> int:

@@ -26,13 +26,14 @@ from mim_jax import convert, journal, weight_files
 from mim_jax.convert import simmim
 from mim_jax.methods.base import Encoder, Params
 from mim_jax.methods.imported import backbone
+from mim_jax.models.clip import MEAN, STD
 from mim_jax.models.swin import EPS
 
 Arrays = Mapping[str, np.ndarray]
 Renames = tuple[tuple[str, str], ...]
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP = MEAN, STD
 HALF = ((0.5,) * 3,) * 2
 
 
@@ -140,7 +141,7 @@ BESIDE = re.compile(
 )
 AVERAGES = re.compile(r"(^|\.)(teacher|\w*ema)(\.|$)")
 OTHERS = re.compile(r"(^|\.)(student|momentum_encoder|target_encoder)(\.|$)")
-# (width, depth) of the families whose head count is known: ViT-Ti, S, B, L, H; EVA-g, DINOv2's and BiG's g.
+# width -> heads of the known families: ViT-Ti, S, B, L, H; EVA's g, DINOv2's g, DINOv3's 7B.
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 4096: 32}
 
 
@@ -372,7 +373,7 @@ def vit(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) -
     timm = not hf and bool({"architecture", "num_heads", "global_pool"} & config.keys())
     if told.positions:
         resize = told.positions
-    elif timm or (not hf and (clip or "register_tokens" in params)) or (hf and "register_tokens" in params):
+    elif timm or "register_tokens" in params or (clip and not hf):
         resize = "antialiased"
     else:
         resize = "size" if hf or mae or not key_bias else "dino"

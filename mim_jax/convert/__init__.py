@@ -99,15 +99,21 @@ def to_torch(params: Mapping[str, Any], family: str) -> dict[str, np.ndarray]:
     Raises ValueError for missing and unexpected parameters.
     """
     flat = flatten_dict(params, sep="/")
-    out: dict[str, np.ndarray] = {}
     rows = module_of(family).rows(flat)
     missing, unexpected = {row.path for row in rows} - flat.keys(), flat.keys() - {row.path for row in rows}
     if missing or unexpected:
         raise ValueError(f"these are not {family} parameters: missing {sorted(missing)}, unexpected {sorted(unexpected)}")
+    out = unfilled(flat, rows)
+    return out | buffers(out)
+
+
+def unfilled(flat: Mapping[str, Any], rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    """The inverse of `filled`: {official key: array} of the rows of a table, from parameters by path."""
+    out: dict[str, np.ndarray] = {}
     for row in rows:
         values = flat[row.path] if "{}" in row.key else [flat[row.path]]
         out |= {key: np.array(row.layout.to_torch(v)) for key, v in zip(row.keys(len(values) * row.every), values)}
-    return out | buffers(out)
+    return out
 
 
 def buffers(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
