@@ -6,7 +6,7 @@ sharded over `fsdp`. Losses are written for the global batch, so nothing else in
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +62,13 @@ def pin_batch(x: jax.Array) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def of_each_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` on each device's part of the batch, axis 0 of all arguments and results: for kernels that XLA cannot cut."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return run
+    return jax.shard_map(run, in_specs=BATCH, out_specs=BATCH, check_vma=False)
 
 
 def replicate(tree: Any) -> Any:

@@ -368,6 +368,10 @@ MUTATIONS = (
     # Gradients that are written out
     M("a norm's gradient keeps the mean", "models/layers.py", "dx - sums(dx, 1) / width - x", "dx - x",
       "test_layers.py::test_layer_norm_is_flax_s"),
+    M("a TPU's fused attention attends to the padding", "models/layers.py", "(jnp.arange(size) < length)",
+      "(jnp.arange(size) < size)", "test_layers.py::test_a_tpu_s_fused_attention_is_attention"),
+    M("a moved kernel is taken for a ring", "dry_run.py", "if sources == targets and", "if",
+      "test_sharding.py::test_rings_of_products_are_told_from_other_permutes"),
     M("attention's softmax is not normalised in its gradient", "models/layers.py",
       "preferred_element_type=along.dtype) - along)", "preferred_element_type=along.dtype))",
       "test_layers.py::test_attention_has_the_gradient_of_the_plain_one"),

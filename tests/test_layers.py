@@ -1,11 +1,14 @@
 """Attention and what is around it, against plain re-derivations."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mim_jax import sharding
 from mim_jax.models import layers
 from mim_jax.models.swin import shift_mask, unwindowed, windows
 
@@ -48,6 +51,24 @@ def test_lengths_are_padded_for_the_fused_kernel_and_nobody_sees_it(monkeypatch,
     got = layers.attention(q, k, v, bias)
     assert lengths == [6] and got.shape == q.shape
     np.testing.assert_allclose(got.astype(float), by_hand(q, k, v, bias), atol=0.03)
+
+
+def test_a_tpu_s_fused_attention_is_attention(monkeypatch):
+    """The kernel, interpreted, on two devices: values and gradients."""
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    monkeypatch.setattr(layers, "LONG", 130)
+    monkeypatch.setattr(layers, "splash_attention", functools.partial(layers.splash_attention, interpret=True))
+    q, k, v = (jax.random.normal(key, (2, 130, 2, 64), jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 3))
+
+    def of(attention, *args):
+        out, pull = jax.vjp(attention, *args)
+        return out, *pull(jnp.roll(args[0], 1, axis=0))
+
+    with jax.set_mesh(sharding.make_mesh(2, 1, jax.devices()[:2])):
+        got = jax.jit(functools.partial(of, layers.attention))(q, k, v)
+    monkeypatch.undo()
+    for mine, theirs in zip(got, of(layers.attention, q, k, v)):
+        np.testing.assert_allclose(mine.astype(float), theirs.astype(float), atol=0.03)
 
 
 @pytest.mark.parametrize("biased", [False, True])

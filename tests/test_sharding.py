@@ -190,6 +190,28 @@ def test_bad_programs_are_noticed():
     assert found["all-to-all"] and found["all-gather"] == [8 * 8 * 16]
 
 
+def test_rings_of_products_are_told_from_other_permutes():
+    """As a TPU's compiler writes them: a kernel that goes round, one that is moved, a gather, and a sum of gradients."""
+    pair = "(bf16[8,16]{0,1:T(8,128)}, bf16[8,16]{0,1:T(8,128)S(1)}, u32[]{:S(2)}, u32[]{:S(2)})"
+    product = 'metadata={op_name="jit(train_step)/jvp(ViT)/qkv/dot_general" stack_frame_id=1}'
+    round, on = (f"source_target_pairs={{{{{pairs}}}}}" for pairs in ("0,3},{1,0},{2,1},{3,2", "0,1},{1,2},{2,3"))
+    program = f"""
+  %collective-permute-start.1 = {pair} collective-permute-start(%a), {round}, {product}
+  %collective-permute-done.1 = bf16[8,16]{{0,1}} collective-permute-done(%collective-permute-start.1), {product}
+  %collective-permute-start.2 = {pair} collective-permute-start(%a), {on}, {product}
+  %all-gather-start.3 = ((bf16[4]{{0}}, f32[2]{{0}}), (bf16[16]{{0}}, f32[8]{{0}})) all-gather-start(%a, %b), dimensions={{0}}
+  %all-reduce.4 = (f32[4]{{0}}, bf16[6]{{0}}) all-reduce(%a, %b), to_apply=%add
+"""
+    assert dry_run.communication(program) == {
+        ("ring", "bf16"): (1, 256),
+        ("collective-permute", "bf16"): (1, 256),
+        ("all-gather", "bf16"): (1, 32),
+        ("all-gather", "f32"): (1, 32),
+        ("all-reduce", "f32"): (1, 16),
+        ("all-reduce", "bf16"): (1, 12),
+    }
+
+
 @pytest.mark.parametrize("mesh", ["8 fsdp", "4 x 2"])
 def test_the_state_is_cut_and_donated(single, mesh):
     """All weight matrices of parameters, teacher and both moments (but those of weight_g, which is fixed)."""

@@ -94,7 +94,8 @@ class Dinov2(SelfDistillation):
         cls_log = jax.nn.log_softmax(self.dino_head.apply({"params": params["dino_head"]}, cls_tokens) / self.student_temp)
         # the official code divides by a pair too many if there are no local crops
         alone = 1.0 if len(self.views.crops) > 1 else 2 / 3
-        neighbors = cls_tokens if self.koleo_size == self.group_size else replicate(cls_tokens)  # of several devices
+        neighbors = cls_tokens[:, :crops]
+        neighbors = neighbors if self.koleo_size == self.group_size else replicate(neighbors)  # of several devices
         koleo = sum(losses.koleo(neighbors[:, i], self.koleo_size) for i in range(crops))
         terms = {
             "train/loss_cls": self.dino_weight * alone * losses.dino_loss(cls_log, cls_probs),

@@ -101,9 +101,9 @@ class DinoHead(nn.Module):
         shape, dtype = x.shape[:-1], param_dtype(self.dtype)
         x = x.reshape(-1, x.shape[-1])
         for i, layer in enumerate(self.mlp[:-1]):
-            x = layer(x)
+            x = pin_batch(layer(x))
             x = gelu(self.bn[i](x, train).astype(self.dtype) if self.use_bn else x)
-        x = self.mlp[-1](x).astype(dtype)
+        x = pin_batch(self.mlp[-1](x)).astype(dtype)
         return (x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)).reshape(*shape, -1)
 
     def prototypes(self, x: jax.Array, layer: WeightNormDense | None = None) -> jax.Array:

@@ -14,7 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mim_jax.sharding import platform
+from mim_jax.sharding import of_each_device, platform
+
+LANES = 128  # of a TPU: its fused attention takes multiples of so many tokens
+LONG = 512  # tokens from which it takes less memory than the plain product (compiled for a v5e: not with 261, with 785)
 
 
 def param_dtype(dtype: Any) -> Any:
@@ -220,7 +223,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None =
     """Softmax attention, q, k, v [B, T, H, d] -> [B, T, H, d]; `bias` [1 or B, H, T, T] is added to the logits.
 
     On a GPU in half precision it is cuDNN's fused kernel. In training this refuses odd T (in the newest jax only with a bias),
-    so a zero token is added, which the softmax ignores. Elsewhere it is the plain product over [B * H, T, d].
+    so a zero token is added, which the softmax ignores. On a TPU in half precision it is JAX's splash attention for LONG rows.
+    Elsewhere it is the plain product over [B * H, T, d].
     """
     batch, length, heads, depth = q.shape
     if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
@@ -228,15 +232,36 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None =
         q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
         if bias is not None:
             bias = jnp.pad(bias.astype(q.dtype), ((0, 0), (0, 0), (0, odd), (0, odd)))
-        lengths = jnp.full((batch,), length, jnp.int32)
+        lengths = jnp.full((batch,), length, jnp.int32) if odd else None
         out = jax.nn.dot_product_attention(
             q, k, v, bias, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
         )
         return out[:, :length]
+    if platform() == "tpu" and q.dtype == jnp.bfloat16 and bias is None and length >= LONG:
+        return of_each_device(splash_attention)(q, k, v)
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, length, depth) for x in (q, k, v))
     if bias is not None:
         bias = jnp.broadcast_to(bias, (batch, heads, length, length)).reshape(batch * heads, length, length)
     return _attend(q, k, v, bias).reshape(batch, heads, length, depth).transpose(0, 2, 1, 3)
+
+
+def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
+    """`attention` in a fused kernel for TPUs, which takes multiples of 128 tokens: zeros are added, which nobody attends to."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    length, heads, depth = q.shape[1:]
+    size = length + -length % LANES
+    block = size if size <= 2048 else LANES  # of keys: as many as fit into the memory beside a core
+    sizes: Any = dict.fromkeys(("block_q", "block_q_dkv", "block_q_dq"), LANES)
+    sizes |= dict.fromkeys(("block_kv", "block_kv_compute", "block_kv_dkv", "block_kv_dkv_compute", "block_kv_dq"), block)
+    all_pairs = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((size, size))] * heads)
+    kernel = splash_attention_kernel.make_splash_mha(
+        all_pairs, block_sizes=splash_attention_kernel.BlockSizes(**sizes), head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+    real = (jnp.arange(size) < length).astype(jnp.int32)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, size - length), (0, 0), (0, 0))).transpose(0, 2, 1, 3) for x in (q * depth**-0.5, k, v))
+    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, splash_attention_kernel.SegmentIds(real, real))
+    return out.transpose(0, 2, 1, 3)[:, :length]
 
 
 @jax.custom_vjp
