@@ -324,7 +324,7 @@ def recipe_step() -> None:
     table("", "", "goal")
     with jax.set_mesh(sharding.make_mesh()), Stop() as stop:
         start = time.perf_counter()
-        chosen = dry_run.resolve_remat(config) or f"model.remat is {config.model.remat}, as it was asked for"
+        chosen = dry_run.resolve_remat(config)[0] or f"model.remat is {config.model.remat}, as it was asked for"
         row("memory", chosen, "")
         planned = dry_run.compile_step(config).peak
         row("choice of model.remat, compilation", f"{time.perf_counter() - start:.1f} s", "60 s for one program")

@@ -67,37 +67,37 @@ def compile_step(config: ml_collections.ConfigDict) -> Program:
     return Program(compiled, state, target)
 
 
-def resolve_remat(config: ml_collections.ConfigDict, memory: float | None = None) -> str:
+def resolve_remat(config: ml_collections.ConfigDict, memory: float | None = None) -> tuple[str, Program | None]:
     """Sets `model.remat`, where it is "auto", and `model.microbatches` to the fastest way that fits into the memory of a
-    device, and says so in a line; "" where it is not. `memory` is in bytes, by default that of the devices of the mesh; where
-    they tell none, all fits.
+    device. Returns a line that says so, "" where it is not, and the program if one was compiled. `memory` is in bytes, by
+    default that of the devices of the mesh; where they tell none, all fits.
 
     Compiles the step once for each way that it tries. Raises ValueError if none fits.
     """
     if config.model.get("remat") != "auto":
-        return ""
+        return "", None
     if memory is None:
         mesh = sharding.current_mesh()
         device = mesh.local_devices[0] if mesh else jax.local_devices()[0]
         memory = (device.memory_stats() or {}).get("bytes_limit")
     if not memory:
         config.model.remat = "none"
-        return "model.remat is none: the devices do not tell how much memory they have"
+        return "model.remat is none: the devices do not tell how much memory they have", None
     tried: list[str] = []
     for remat, microbatches in WAYS:
         config.model.update(remat=remat, microbatches=microbatches)
         way = remat if microbatches == 1 else f"{remat} with model.microbatches={microbatches}"
         try:
-            needed = compile_step(config).peak
+            program = compile_step(config)
         except TooLarge as error:
             tried.append(f"{way} {error}")
             continue
         except ValueError:  # the batch cannot be divided so
             break
-        if needed <= memory:
+        if program.peak <= memory:
             before = "".join(f"; {each}" for each in tried)
-            return f"model.remat is {way}: {needed / 2**30:.2f} of {memory / 2**30:.2f} GiB a device{before}"
-        tried.append(f"{way} needs {needed / 2**30:.2f} GiB")
+            return f"model.remat is {way}: {program.peak / 2**30:.2f} of {memory / 2**30:.2f} GiB a device{before}", program
+        tried.append(f"{way} needs {program.peak / 2**30:.2f} GiB")
     raise ValueError(
         f"the step does not fit into the {memory / 2**30:.2f} GiB of a device with any model.remat "
         f"({', '.join(tried)}): take more devices, a smaller data.batch_size, or mesh.fsdp"
@@ -118,9 +118,9 @@ def plan(config: ml_collections.ConfigDict, topology: str = "") -> str:
         config.data.num_examples, config.data.num_classes = len(source), source.num_classes
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slice_ and slice_.devices)
     with jax.set_mesh(mesh):
-        chosen = resolve_remat(config, slice_ and slice_.chip.memory)
+        chosen, program = resolve_remat(config, slice_ and slice_.chip.memory)
         try:
-            program = compile_step(config)
+            program = program or compile_step(config)
         except TooLarge as error:
             advice = "--config.model.remat=auto, a smaller data.batch_size, mesh.fsdp or more devices"
             raise ValueError(f"the step {error} for each of {mesh.size} devices ({topology}): try {advice}") from error

@@ -61,7 +61,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
             survey = pipeline.survey(held_out, data.canvas, survey.levels, data.max_pixels)
             lines += [f"held-out images: {line}" for line in survey.lines]
         data.levels = survey.levels
-        lines += filter(None, [dry_run.resolve_remat(config)])
+        lines += filter(None, dry_run.resolve_remat(config)[:1])
         method = make_method(config)  # with the steps per epoch of this source
         hosts.check_same(config)
         held = stack.enter_context(locked(workdir))

@@ -109,7 +109,8 @@ def test_auto_takes_the_fastest_way_that_fits(monkeypatch, memory, way):
         return SimpleNamespace(peak=needed[way] * 2**30)
 
     monkeypatch.setattr(dry_run, "compile_step", compile_step)
-    assert re.match(f"model.remat is {way}", dry_run.resolve_remat(config, memory * 2**30))
+    line, program = dry_run.resolve_remat(config, memory * 2**30)
+    assert re.match(f"model.remat is {way}", line) and program.peak <= memory * 2**30
     config.model.remat = "auto"
     with pytest.raises(ValueError, match="with any model.remat .none needs .*, full with model.micro.*=16 needs"):
         dry_run.resolve_remat(config, 5 * 2**30)
