@@ -55,6 +55,34 @@ def test_a_row_for_each_method(runs, tmp_path):
     assert page.count("<tr>") == 3 and "http" not in page and page.count("<polyline") == 4
 
 
+def test_fine_tuned_runs_belong_to_the_row_they_began_with(runs, tmp_path):
+    """And those that began with nothing are the first row."""
+    for name, begun, accuracy in (("a", runs[1].workdir, 0.5), ("b", runs[2].workdir, 0.7), ("c", None, 0.25)):
+        config = load_config("tests/tiny.py:supervised").unlock()
+        config.init_from = begun and str(begun)
+        runs.append(finished_run(tmp_path / name, config, [{"step": 2, "eval/accuracy": accuracy}]))
+    rows = compare.table_of(runs)
+    assert [(row.title[:10], row.fine) for row in rows] == [("supervised", [0.25]), ("SimMIM", []), ("MAE", [0.5, 0.7])]
+    assert [len(row.commands) for row in rows] == [1, 1, 4]
+
+
+def test_a_failed_run_is_named_and_does_not_end_the_others(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare, "done", lambda run: run.record.get("seconds", 0) > 1)
+    monkeypatch.setattr(compare, "on_test_images", lambda run: {"eval/knn": 0.75})
+
+    def go(run):
+        if run == runs[1]:
+            raise ChildProcessError("mim_jax ended early: no disk")
+        run.note(seconds=2)
+
+    monkeypatch.setattr(compare.Run, "go", go)
+    steps = [("simmim", 0, "pretraining", runs[0]), ("mae", 0, "pretraining", runs[1]), ("mae", 1, "pretraining", runs[2])]
+    with pytest.raises(SystemExit, match="some runs failed:\nmim_jax ended early: no disk"):
+        compare.pretrain(tmp_path, steps)
+    assert [run.record.get("test", {}).get("eval/knn") for run in runs] == [0.75, 0.4, 0.5]  # what was read is not read again
+    assert "| MAE |" in (tmp_path / "comparison.md").read_text() and "2/3  mae, seed 0" in capsys.readouterr().out
+
+
 def test_commands_make_the_same_config(runs):
     """Each row has the commands of its runs, with all that differs from the recipe."""
     (command,) = compare.table_of(runs[:1])[0].commands
