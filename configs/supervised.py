@@ -5,7 +5,7 @@
 With `init_from` the backbone is that of the run, ViT or Swin, of a student or, if there is one, of its teacher; any method but
 the tokenizers has one. Its mask token goes. Position tables are resized for another `model.img_size`, sine-cosine positions
 become trainable, and each block gets its own copy of a shared table of relative positions. With `model.pool="mean"` the norm
-comes after the pooling. The images are normalised as the run did it. A Swin needs model.pool=mean and optim.layer_decay=1.
+comes after the pooling. The images are normalised as the run did it. A Swin needs model.pool=mean.
 
 From scratch, ImageNet-1k at 224 px:
 
@@ -20,6 +20,7 @@ Fine-tuning on ImageNet-1k at 224 px, with the top-1 accuracy that the authors r
     beit_vitb16    100 epochs   83.7  (beit:vitb16, but pre-trained on ImageNet-22k)
     beit_vitl16     50 epochs   86.0  (beit:vitl16, but pre-trained on ImageNet-22k)
     simmim_vitb16  100 epochs   83.8  (simmim:vitb16)
+    simmim_swinb   100 epochs   82.8  (simmim:swinb, 192 px)
     ibot_vits16    200 epochs   82.3  (ibot:vits16)
     ibot_vitb16    100 epochs   84.0  (ibot:vitb16)
     ibot_vitl16     50 epochs   84.8  (ibot:vitl16)
@@ -135,6 +136,12 @@ def simmim_vitb16(config):
     config.data.batch_size = 2048
 
 
+def simmim_swinb(config):
+    simmim_vitb16(config)
+    config.model.img_size = 192
+    config.optim.layer_decay = 0.9
+
+
 def ibot_vits16(config):
     config.model.update(dim=384, heads=6)
     as_ibot(config, epochs=200, layer_decay=0.75, drop_path_rate=0.1)
@@ -168,5 +175,10 @@ def demo(config):
 
 
 VARIANTS = {"vitb16": vitb16, "deitb16": deitb16, "mae_vitb16": mae_vitb16, "mae_vitl16": mae_vitl16, "mae_vith14": mae_vith14}
-VARIANTS |= {"beit_vitb16": beit_vitb16, "beit_vitl16": beit_vitl16, "simmim_vitb16": simmim_vitb16}
+VARIANTS |= {
+    "beit_vitb16": beit_vitb16,
+    "beit_vitl16": beit_vitl16,
+    "simmim_vitb16": simmim_vitb16,
+    "simmim_swinb": simmim_swinb,
+}
 VARIANTS |= {"ibot_vits16": ibot_vits16, "ibot_vitb16": ibot_vitb16, "ibot_vitl16": ibot_vitl16, "demo": demo}

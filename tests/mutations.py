@@ -368,6 +368,8 @@ MUTATIONS = (
     # Gradients that are written out
     M("a norm's gradient keeps the mean", "models/layers.py", "dx - sums(dx, 1) / width - x", "dx - x",
       "test_layers.py::test_layer_norm_is_flax_s"),
+    M("a Swin's patches are merged a layer later", "models/swin.py", "decay ** (last - before - self.depths[stage])",
+      "decay ** (last - before - self.depths[stage] - 1)", "test_golden_simmim.py::test_layer_decay_of_a_swin"),
     M("the comparison's error is of one run", "compare.py", "/ len(values) ** 0.5:.3f}", ":.3f}",
       "test_compare.py::test_a_row_for_each_method"),
     M("the comparison reads the test images again", "compare.py", 'and name in ENTRIES and "test" not in run.record',

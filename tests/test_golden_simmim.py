@@ -13,6 +13,7 @@ import mim_jax
 from mim_jax import convert, losses, optim, sharding
 from mim_jax.masking import RandomMask
 from mim_jax.models.positions import bias_of_pairs, interpolate_bias_table, progression, relative_position_index
+from mim_jax.models.swin import Swin
 
 
 def config_of(meta, dtype="float64"):
@@ -332,3 +333,20 @@ def test_four_training_steps(golden, x64):
         return views_of(arrays[f"in/imgs_step{step}"], arrays[f"in/mask_step{step}"])
 
     follow_four_steps(config, "simmim", arrays, views)
+
+
+def test_layer_decay_of_a_swin():
+    """The layers that `get_swin_layer` of the official optimizer.py gives to a Swin with 2, 4 and 2 blocks."""
+    swin = Swin(patch_size=2, img_size=16, dim=4, depths=(2, 4, 2), heads=(1, 1, 1), window=2)
+    params = {"backbone": jax.eval_shape(swin.init, jax.random.key(0), [jnp.zeros((1, 1, 16, 16, 3))])["params"]}
+    scales = swin.lr_scales(params["backbone"], 0.5, 1.0)
+    full = jax.tree.map(lambda scale, p: np.broadcast_to(scale, p.shape), {"backbone": scales}, params)
+    want = {"mask_token": 0, "patch_embed": 0, "layers.0.downsample": 2, "layers.1.downsample": 6, "norm": 9}
+    want |= {"layers.0.blocks.0": 1, "layers.0.blocks.1": 2, "layers.2.blocks.0": 7, "layers.2.blocks.1": 8}
+    want |= {f"layers.1.blocks.{block}": 3 + block for block in range(4)}
+    found = {}
+    for name, scale in official(full, "simmim").items():
+        part = re.match(r"encoder\.(layers\.\d+\.(blocks\.\d+|downsample)|[a-z_]+)", name)
+        if "index" not in name and "attn_mask" not in name:
+            found.setdefault(part[1], set()).update(np.unique(scale))
+    assert found == {name: {0.5 ** (9 - layer)} for name, layer in want.items()}

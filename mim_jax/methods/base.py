@@ -112,7 +112,7 @@ class Method:
 
     def lr_scales(self, params: Params, decay: float, patch_embed: float) -> Params:
         """The factor of each parameter's learning rate under layer-wise decay; see `ViT.lr_scales`."""
-        raise ValueError(f"optim.layer_decay={decay} and optim.patch_embed_lr={patch_embed} need a ViT: set both to 1")
+        raise ValueError(f"optim.layer_decay={decay} and optim.patch_embed_lr={patch_embed} need a backbone: set both to 1")
 
     def network(self) -> Network:
         """The method's trained network, to make targets for others."""
@@ -139,8 +139,6 @@ class BackboneMethod(Method):
         return vit.last_attention(self.backbone, params["backbone"], images)[:, :, 0, 1 + self.backbone.registers :]
 
     def lr_scales(self, params: Params, decay: float, patch_embed: float) -> Params:
-        if isinstance(self.backbone, Swin):
-            return super().lr_scales(params, decay, patch_embed)
         other = {part: jax.tree.map(lambda _: 1.0, tree) for part, tree in params.items()}
         return other | {"backbone": self.backbone.lr_scales(params["backbone"], decay, patch_embed)}
 

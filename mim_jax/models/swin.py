@@ -147,6 +147,25 @@ class Swin(nn.Module):
         """Side, in pixels, of the square that a patch of the last stage stands for."""
         return self.patch_size * 2 ** (len(self.depths) - 1)
 
+    def lr_scales(self, params: dict[str, Any], decay: float, patch_embed: float) -> dict[str, Any]:
+        """As `ViT.lr_scales`, with the blocks of all stages in a row (SimMIM): patches are merged in the layer of the block
+        before, and the final norm has a layer of its own."""
+        last = sum(self.depths) + 1
+
+        def scale(path: tuple, leaf: Any) -> Any:
+            part, *rest = (each.key for each in path)
+            if not part.startswith("stage_"):
+                layer = last if part == "norm" else 0
+                return decay ** (last - layer) * (patch_embed if part == "patch_embed" else 1.0)
+            stage = int(part.removeprefix("stage_"))
+            before = sum(self.depths[:stage])
+            if rest[0] != "blocks":
+                return decay ** (last - before - self.depths[stage])
+            layers = before + 1 + np.arange(rest[1] == "shifted", self.depths[stage], 2)
+            return (decay ** (last - layers)).reshape(-1, *[1] * (leaf.ndim - 1))
+
+        return jax.tree_util.tree_map_with_path(scale, params)
+
     @nn.compact
     def __call__(
         self, crops: Sequence[jax.Array], train: bool = False, masks: Sequence[jax.Array] | None = None
