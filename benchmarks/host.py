@@ -135,7 +135,7 @@ def steps() -> None:
         print(
             f"{name:<8} {clock[name] * 1e3:8.1f} ms a step, {size / clock[name]:7.1f} images/s; CPU {cpu[name] * 1e3:8.1f} ms"
         )
-    print(f"share of the speed on ready batches: {clock['ready'] / clock['decoded']:.1%}; of the CPU time of the process that ")
+    print(f"share of the speed on ready batches: {clock['ready'] / clock['decoded']:.1%}; of the CPU time of the process that")
     print(f"trains, which is what remains where others decode on cores of their own: {cpu['ready'] / cpu['decoded']:.1%}")
 
 
