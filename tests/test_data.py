@@ -1,5 +1,6 @@
 """Sources and the pipeline: from files to the same stream on any number of hosts."""
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -16,13 +17,14 @@ import tarfile
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from absl import flags
 from pictures import encode, picture
 
-from mim_jax.data import cifar10, decode, pipeline, sources
+from mim_jax import sharding
+from mim_jax.data import cifar10, decode, pipeline, processes, sources
 from mim_jax.masking import BlockMask
 
 # Sources.
@@ -574,13 +576,30 @@ def test_masks_follow_the_place_in_the_stream(folder_source):
 def test_workers_give_the_same_stream_and_name_bad_files(folder_source):
     met = [], []
     expected = take(5, folder_source, on_bad=lambda row, name: met[0].append((row, name)))
-    flags.FLAGS.unparse_flags()  # As in a notebook.
-    try:
-        batches = take(3, folder_source, start=2, workers=2, on_bad=lambda row, name: met[1].append((row, name)))
-    finally:
-        flags.FLAGS.mark_as_parsed()
+    batches = take(3, folder_source, start=2, workers=2, on_bad=lambda row, name: met[1].append((row, name)))
     assert_equal(batches, expected[2:])
     assert met[1] and met[0][-len(met[1]) :] == met[1]
+
+
+def test_memory_of_workers_is_used_again_when_nobody_holds_it(folder_source, monkeypatch):
+    """By this process or by a device, which on a CPU takes arrays as they are."""
+    made, memory = [], processes.Memory
+    monkeypatch.setattr(processes, "Memory", lambda *args: made.append(memory(*args)) or made[0])
+    batch_size = 2 * jax.device_count()
+    expected = take(24, folder_source, batch_size=batch_size)  # with pictures of five sizes
+    on_device = []
+    stream = pipeline.train_batches(folder_source, seed=5, batch_size=batch_size, canvas=8, workers=2)
+    with contextlib.closing(stream), jax.set_mesh(sharding.make_mesh()):
+        for number, want in enumerate(expected):
+            batch = next(stream)
+            assert_equal([batch], [want])
+            if number < 4:
+                on_device.append(sharding.global_batch(batch))
+            del batch
+        assert len(made[0].slots) <= processes.AHEAD + len(on_device) + 1
+        assert_equal(jax.device_get(on_device), expected[:4])
+        held = list(itertools.islice(stream, 9))
+    assert_equal(held, take(9, folder_source, start=24, batch_size=batch_size))  # also when the workers are gone
 
 
 def test_a_worker_reads_tfds_and_passes_errors_on(tfds_dir, tmp_path):

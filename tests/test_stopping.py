@@ -293,6 +293,7 @@ def test_workers_end_with_a_parent_that_is_killed(images, tmp_path):
     script = tmp_path / "parent.py"
     script.write_text(PARENT.format(images=str(images)))
     pipe, environment = subprocess.PIPE, os.environ | {"PYTHONPATH": str(ROOT)}
+    named = shared_memory()
     parent = subprocess.Popen([sys.executable, script], env=environment, stdout=pipe, stderr=pipe, text=True)
     workers = [Path(f"/proc/{number}") for number in parent.stdout.readline().split()]
     assert len(workers) == 2 and all(worker.exists() for worker in workers)
@@ -304,3 +305,9 @@ def test_workers_end_with_a_parent_that_is_killed(images, tmp_path):
     else:
         pytest.fail("workers are alive 5 seconds after their parent")
     parent.communicate()
+    assert shared_memory() <= named, "memory that nobody will free"
+
+
+def shared_memory() -> set[str]:
+    """What has a name, but for what Python's own locks and JAX make."""
+    return {path.name for path in Path("/dev/shm").glob("psm_*")}

@@ -9,27 +9,23 @@ import concurrent.futures
 import functools
 import itertools
 import math
-import multiprocessing
 import os
-import re
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
-from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import logging
 from PIL import Image
 
 from mim_jax import storage
-from mim_jax.data import decode
+from mim_jax.data import decode, processes
 from mim_jax.data.sources import ArraySource, Example, Source, sample
 
 MAX_SUBSTITUTES = 100
 NAMED = 1000  # bad images that are logged by their names
 PERCENTILES = (0.1, 99.9)  # of their values, which become black and white
+FAR_THREADS = 4  # of a worker that reads from an address: some wait while others decode
 CONSTANT = 2.0  # images whose levels of 0..255 differ by less (a standard deviation) are nearly constant
 
 Batch = dict[str, np.ndarray]
@@ -77,49 +73,27 @@ def train_batches(
     rows = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
     share = np.arange(batch_size) if share is None else share
 
-    def make(number: int) -> Batch:
-        positions = number * batch_size + share
-        batch = load(source, [rows[position] for position in positions.tolist()], canvas, levels, max_pixels)
+    def make(number: int, part: slice = slice(None), room: Batch | None = None) -> Batch:
+        positions = number * batch_size + share[part]
+        drawn = [rows[position] for position in positions.tolist()]
+        batch = load(source, drawn, canvas, levels, max_pixels, images=room["image"] if room else None)
         return batch if masks is None else batch | masks(positions)
 
-    batches = grain.MapDataset.range(len(rows) // batch_size).map(make)[start:]
     if workers == 0:
-        iterator = batches.to_iter_dataset(_read_options(source))
+        batches = grain.MapDataset.range(len(rows) // batch_size).map(make)[start:]
+        iterator = _plain_errors(batches.to_iter_dataset(_read_options(source)))
     else:
-        if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which nobody parses in a notebook.
-            flags.FLAGS.mark_as_parsed()
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        resource_tracker.ensure_running()  # by Grain, it would be in the thread whose blocked signals the workers inherit
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)  # it unblocks them
-        one_at_a_time = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        iterator = one_at_a_time.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers), _begin_worker)
+        like = load(source, [], canvas) | (masks(share[:1]) if masks else {})
+        threads = FAR_THREADS if getattr(source, "far", False) else 1
+        iterator = processes.batches(make, like, len(share), start, workers, threads)
     why = functools.partial(_why, source, canvas, levels, max_pixels)
-    return _report_bad(ahead(_plain_errors(iterator)), source, range(len(source)), on_bad or log_once(), why)
-
-
-def _begin_worker(*_: int) -> None:
-    """Runs first in each worker: it ends with its parent, however that ends, and not by a Ctrl-C, which all processes get."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end() -> None:
-        parent.join()
-        os._exit(0)
-
-    threading.Thread(target=end, daemon=True).start()
+    return _report_bad(ahead(iterator), source, range(len(source)), on_bad or log_once(), why)
 
 
 def _plain_errors(batches: Iterable[Batch]) -> Generator[Batch, None, None]:
-    """The batches; errors of Grain as one line."""
+    """The batches; an error of Grain's threads as one line."""
     try:
         yield from batches
-    except RuntimeError as error:
-        if (match := re.search(r"Worker process was terminated .* exit code (-?\d+)", str(error))) is None:
-            raise
-        code = "by signal 9, as systems do when memory is used up" if match[1] == "-9" else f"with exit code {match[1]}"
-        raise OSError(f"a process that reads the data ended {code}; data.workers is the number of them") from error
     except ValueError as error:
         raise ValueError(str(error).partition("\n-----")[0]) from error  # without what Grain adds about its traceback
 
@@ -163,18 +137,20 @@ def load(
     levels: decode.Levels | None = None,
     max_pixels: int = decode.MAX_PIXELS,
     among: Sequence[int] | np.ndarray | None = None,
+    images: np.ndarray | None = None,
 ) -> Batch:
     """A batch, as of `train_batches`, of the given rows; a bad image is replaced by the first good one of its substitutes,
-    which are rows of `among`, by default of all.
+    which are rows of `among`, by default of all. "image" is `images`, whatever that holds, if it is given.
 
     "drawn" int32 [b] are the given rows, "index" those that are used.
     """
     rows = np.asarray(rows, np.int32)
-    images = np.zeros((len(rows), canvas, canvas, 3), np.uint8)
+    if images is None:
+        images = np.empty((len(rows), canvas, canvas, 3), np.uint8)
     size, label, index = np.zeros((len(rows), 2), np.int32), np.zeros_like(rows), np.zeros_like(rows)
     if isinstance(source, ArraySource) and max(source.images.shape[1:3]) <= canvas:  # as the loop below, much faster
-        size[:] = height, width = source.images.shape[1:3]
-        images[:, :height, :width] = source.images[rows]
+        size[:] = source.images.shape[1:3]
+        _place(images, source.images[rows])
         label[:], index[:] = source.labels[rows], rows
     else:
         if getattr(source, "far", False):
@@ -182,9 +158,17 @@ def load(
         for i, row in enumerate(rows):
             pool = range(len(source)) if among is None else among
             index[i], image, label[i] = _first_good(source, int(row), pool, canvas, levels, max_pixels)
-            size[i] = height, width = image.shape[:2]
-            images[i, :height, :width] = image
+            size[i] = image.shape[:2]
+            _place(images[i], image)
     return {"image": images, "size": size, "label": label, "index": index, "drawn": rows}
+
+
+def _place(canvas: np.ndarray, image: np.ndarray) -> None:
+    """Images [..., h, w, 3] at the top left, zeros around them."""
+    height, width = image.shape[-3:-1]
+    canvas[..., :height, :width, :] = image
+    canvas[..., height:, :, :] = 0
+    canvas[..., :height, width:, :] = 0
 
 
 class _Ahead:
@@ -323,10 +307,13 @@ def _report_bad(
     """The batches without "drawn"; `on_bad` is called for their bad images, in this process and not in the workers."""
     why = functools.lru_cache(NAMED)(why)
     for batch in batches:
-        for drawn, used in zip(batch.pop("drawn").tolist(), batch["index"].tolist(), strict=True):
-            for row in itertools.takewhile(used.__ne__, candidates(drawn, among)):
+        drawn, index = batch.pop("drawn"), batch["index"]
+        for place in np.flatnonzero(drawn != index):
+            for row in itertools.takewhile(int(index[place]).__ne__, candidates(int(drawn[place]), among)):
                 on_bad(row, f"{source.name(row)}: {why(row)}")
+        del drawn, index
         yield batch
+        del batch  # it is not held here while the next one is made
 
 
 def log_once() -> OnBad:
