@@ -294,7 +294,7 @@ def skeleton() -> ml_collections.ConfigDict:
     config.data.canvas = 512  # images are decoded to fit a square of this size, in pixels; most of ImageNet keep their own
     config.data.levels = placeholder(tuple)  # (black, white) of images of more than 8 bits; None: measured at the start
     config.data.max_pixels = 89_478_485  # larger images are refused; decoding takes up to 8 bytes of memory for each
-    config.data.workers = 8  # decoding processes on each host
+    config.data.workers = placeholder(int)  # processes that decode, of each process; None: half as many as cores; 0: threads
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)
 

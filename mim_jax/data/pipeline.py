@@ -42,7 +42,7 @@ def train_batches(
     canvas: int,
     start: int = 0,
     share: np.ndarray | None = None,
-    workers: int = 0,
+    workers: int | None = 0,
     masks: DrawMasks | None = None,
     on_bad: OnBad | None = None,
     levels: decode.Levels | None = None,
@@ -57,7 +57,7 @@ def train_batches(
       canvas: side, in pixels, of the square on which each image is placed; larger images are reduced to fit.
       start: number of the first batch; to resume, the number of steps done.
       share: int [b], places in each global batch, see `sharding.share`; by default all.
-      workers: processes that decode; 0 decodes in threads of this process.
+      workers: processes that decode; 0 decodes in threads of this process. None: half as many as this process may use cores.
       masks: positions int64 [b] in the stream -> masks by name, each bool [b, crops, N]; called where images are decoded.
       on_bad: called in this process with (row, "name: reason") for each bad image; by default, each is logged once.
       levels, max_pixels: see `decode.decode`.
@@ -79,6 +79,7 @@ def train_batches(
         batch = load(source, drawn, canvas, levels, max_pixels, images=room["image"] if room else None)
         return batch if masks is None else batch | masks(positions)
 
+    workers = max(cores() // 2, 1) if workers is None else workers
     if workers == 0:
         batches = grain.MapDataset.range(len(rows) // batch_size).map(make)[start:]
         iterator = _plain_errors(batches.to_iter_dataset(_read_options(source)))
@@ -88,6 +89,11 @@ def train_batches(
         iterator = processes.batches(make, like, len(share), start, workers, threads)
     why = functools.partial(_why, source, canvas, levels, max_pixels)
     return _report_bad(ahead(iterator), source, range(len(source)), on_bad or log_once(), why)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _plain_errors(batches: Iterable[Batch]) -> Generator[Batch, None, None]:
