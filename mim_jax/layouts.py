@@ -1,7 +1,7 @@
 """Vision encoders in the layouts that people have: of official repositories, timm, transformers, OpenAI's CLIP and open_clip.
 
     weights = mim_jax.layouts.read("dinov2_vits14_pretrain.pth")
-    out = weights.network.features(weights.parts, images)  # images [B, H, W, 3] in 0..1
+    out = weights.network.features(weights.parts, images)  # images [B, H, W, 3] in 0..1; other channels: see `Told`
     weights.save("runs/dinov2")  # `read` reads it again, and so do init_from and target.weights
 
 A file may hold several models and much else. An encoder is found by the name of its patch embedding. Its tensors are renamed
@@ -156,7 +156,7 @@ class Weights(NamedTuple):
 
     @property
     def network(self) -> Encoder:
-        """`network.features(parts, images)` for images [B, H, W, 3] in 0..1."""
+        """`network.features(parts, images)` for images [B, H, W, C] in 0..1, of as many channels as `mean` has."""
         return Encoder(backbone(self.settings), self.mean, self.std)
 
     def save(self, folder: str | Path) -> None:
@@ -178,6 +178,7 @@ class Told(NamedTuple):
     act: str = ""  # "gelu" or "quick_gelu"
     positions: str = ""  # how they are resized: one of POSITIONS
     img_size: int = 0
+    channels: int = 3  # of the images, see `for_channels`; 0: as many as the file is for
 
 
 NOTHING = Told()
@@ -203,7 +204,8 @@ def read(path: str | Path, told: Told = NOTHING) -> Weights:
         if kept := config.get("mim_jax_encoder"):
             parts = {"backbone": unflatten_dict(arrays, sep=".")}
             settings = {name: tuple(value) if isinstance(value, list) else value for name, value in kept["settings"].items()}
-            return Weights(settings, tuple(kept["mean"]), tuple(kept["std"]), parts, kept["lines"])
+            weights = Weights(settings, tuple(kept["mean"]), tuple(kept["std"]), parts, kept["lines"])
+            return for_channels(weights, told.channels)
         return encoder(arrays, config, told)
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
@@ -239,6 +241,7 @@ def encoder(arrays: Arrays, config: Mapping[str, Any] | None = None, told: Told 
         weights = swin(inside, layout, config, told)
     else:
         weights = vit(inside, layout, config, told)
+    weights = checked(for_channels(weights, told.channels))
     others = [name for name in found if name != prefix]
     outside = Counter(".".join(name.split(".")[:-1][:2]) or name for name in arrays if not name.startswith(prefix))
     first = f'{layout.name} names, of the tensors "{prefix}..."' if prefix else f"{layout.name} names"
@@ -300,7 +303,7 @@ def vit(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) -
     hf, clip = layout.name == "transformers", layout.renames in (OPENAI, CLIP_TRANSFORMERS)
     mae = any(name.startswith("decoder_") for name in inside)
     arrays = {name: array for name, array in renamed(inside, layout.renames).items() if not BUFFERS.search(name)}
-    dim, channels, patch, side = arrays["patch_embed.weight"].shape
+    dim, _, patch, side = arrays["patch_embed.weight"].shape
     if patch != side:
         raise ValueError(f"patches of {patch} x {side} pixels are not square")
     if "mask_token" in arrays and arrays["mask_token"].shape[-1] != dim:  # of MAE's decoder
@@ -411,8 +414,6 @@ def vit(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) -
     used, beside, unknown = take.report()
     if unknown:
         raise ValueError(f"{len(unknown)} tensors are not known: {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}")
-    if channels != 3:
-        raise ValueError(f"the patch embedding has {channels} channels: images here have 3")
     lines = [
         f"ViT of width {dim}, {depth} blocks of {settings['heads']} heads, patches of {patch} pixels, images of {size}; "
         f"epsilon {eps:g}{why}" + f", {act}" * (not gated and act != "gelu"),
@@ -425,7 +426,7 @@ def vit(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) -
         how = {"dino": "as DINO's code does", "size": "by a bicubic", "antialiased": "by an antialiased bicubic, as timm does"}
         lines.append(f"positions {grid} x {grid}, at another size resized {how[resize]}")
     mean, std, whose = colors(config, clip, hf)
-    return checked(Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, [*lines, whose]))
+    return Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, [*lines, whose])
 
 
 class Taken:
@@ -532,6 +533,48 @@ def colors(config: Mapping[str, Any], clip: bool, hf: bool) -> tuple[tuple[float
     return *IMAGENET, "images are normalised by ImageNet's mean and std, as in most code: no configuration says it"
 
 
+def for_channels(weights: Weights, channels: int) -> Weights:
+    """The same, for images of so many channels; 0: of as many as it has. As timm does it: the kernels of all channels are
+    summed for one channel; for several they are repeated in turn, times old / new. Mean and std are averaged or repeated.
+
+    Raises ValueError for a patch embedding of other channels than 1 or 3 that would have to be changed.
+    """
+    embedding = weights.parts["backbone"]["patch_embed"]
+    kernel = embedding["kernel"]
+    have = kernel.shape[2]
+    mean, std = (per_channel(color, have) for color in (weights.mean, weights.std))
+    if channels in (0, have):
+        return weights._replace(mean=mean, std=std)
+    if have not in (1, 3):
+        raise ValueError(
+            f"the patch embedding is for {counted(have)}, not {channels}: only one for 1 or 3 can be changed; "
+            f"--channels={have} takes it as it is"
+        )
+    if channels == 1:
+        how, kernel = f"summed over the {have}", kernel.sum(axis=2, keepdims=True)
+    else:
+        how = "repeated" + " in turn" * (have > 1) + f" and times {have}/{channels}"
+        kernel = kernel[:, :, np.arange(channels) % have] * np.float32(have / channels)
+    mean, std = (per_channel(color, channels) for color in (mean, std))
+    line = f"the patch embedding for {counted(have)} became one for {channels}: {how}, as timm does; "
+    line += f"mean {shown(mean)}, std {shown(std)}"
+    backbone = weights.parts["backbone"] | {"patch_embed": embedding | {"kernel": kernel}}
+    return Weights(weights.settings, mean, std, {"backbone": backbone}, [*weights.lines, line])
+
+
+def per_channel(color: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Mean or std for so many channels: averaged for one, else repeated in turn."""
+    return (float(np.mean(color)),) if channels == 1 else tuple(color[i % len(color)] for i in range(channels))
+
+
+def counted(channels: int) -> str:
+    return f"{channels} channel{'s' * (channels > 1)}"
+
+
+def shown(color: tuple[float, ...]) -> str:
+    return ", ".join(f"{x:.4g}" for x in color)
+
+
 def checked(weights: Weights) -> Weights:
     """The same. Raises ValueError for parameters of other shapes than the network has."""
     wanted = jax.eval_shape(lambda: weights.network.init_parts(jax.random.key(0)))
@@ -586,4 +629,4 @@ def swin(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) 
     if (eps := told.eps or config.get("layer_norm_eps") or EPS) != EPS:
         raise ValueError(f"the norms have epsilon {eps:g}: those of a Swin here have {EPS:g}")
     mean, std, whose = colors(config, False, False)
-    return checked(Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, [*lines, whose]))
+    return Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, [*lines, whose])

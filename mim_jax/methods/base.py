@@ -153,7 +153,7 @@ class Encoder:
     """A trained backbone as a frozen network."""
 
     backbone: ViT | Swin
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # of each channel
     std: tuple[float, ...]
 
     @property
@@ -165,7 +165,7 @@ class Encoder:
         return self.backbone.stride
 
     def init_parts(self, key: jax.Array) -> Params:
-        image = jnp.zeros((1, 1, self.backbone.img_size, self.backbone.img_size, 3))
+        image = jnp.zeros((1, 1, self.backbone.img_size, self.backbone.img_size, len(self.mean)))
         return {"backbone": self.backbone.init(key, [image])["params"]}
 
     def features(self, parts: Params, images: jax.Array) -> dict[str, jax.Array]:
