@@ -31,6 +31,7 @@ from mim_jax.models import vit
 Features = dict[str, np.ndarray]
 
 KINDS = ("cls", "mean", "patch")
+GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue, as of Pillow's greys
 CANVAS, OF, RESIZE = 512, 224, 0.875  # of weights that no run has made: the canvas of `config.py`, for 224 pixels, and its crop
 
 
@@ -281,10 +282,16 @@ def at_hand(named: str = "", data: Any = None) -> Any:
     return open_source("cifar10", None, "test")
 
 
+def with_channels(images: np.ndarray, channels: int) -> jax.Array:
+    """RGB [B, H, W, 3] as greys, or with its channels in turn, [B, H, W, channels]."""
+    return jnp.asarray(images @ np.array(GREY, np.float32)[:, None] if channels == 1 else images[..., np.arange(channels) % 3])
+
+
 class Given:
     """The images that `Model.features` is given, as a source. Raises ValueError for what is none."""
 
     description = "the images given"
+    classes = ()
 
     def __init__(self, images: Any):
         if isinstance(images, (str, os.PathLike)):

@@ -264,12 +264,14 @@ def test_the_activation_is_asked_for(golden):
 
 
 def test_our_own_folder(golden, tmp_path):
-    for name in ("timm/eva02_clip", "hf/swin"):
+    for name in ("timm/eva02_clip", "hf/swin", "timm/vit_avg_fcnorm"):
         _, _, weights = of(golden, name)
         weights.save(tmp_path / name)
         again = layouts.read(tmp_path / name)
-        assert again._replace(parts={}) == weights._replace(parts={})
-        jax.tree.map(np.testing.assert_array_equal, again.parts, weights.parts)
+        assert again._replace(parts={}, head=None) == weights._replace(parts={}, head=None)
+        assert again.head._replace(norm={}, linear={}) == weights.head._replace(norm={}, linear={})
+        for ours, theirs in ((again.parts, weights.parts), (again.head.params, weights.head.params)):
+            jax.tree.map(np.testing.assert_array_equal, ours, theirs)
         assert layouts.is_weights(tmp_path / name) and not layouts.is_weights(tmp_path)
 
 

@@ -16,13 +16,10 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
 from mim_jax import layouts, pretrained
-
-GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue, as of Pillow's greys
 
 OUT = flags.DEFINE_string("out", "", "Folder to write the encoder to.")
 IMAGES = flags.DEFINE_string("images", "", "Folder of real images, or files joined by commas, to see what --channels changes.")
@@ -37,11 +34,6 @@ TOLD = {
 }
 
 
-def with_channels(images: np.ndarray, channels: int) -> jax.Array:
-    """RGB [B, H, W, 3] as greys, or with its channels in turn, [B, H, W, channels]."""
-    return jnp.asarray(images @ np.array(GREY, np.float32)[:, None] if channels == 1 else images[..., np.arange(channels) % 3])
-
-
 def change(before: layouts.Weights, after: layouts.Weights, named: str) -> str:
     """What other channels change: a line with the cosine of CLS (without such a token: the mean of the patches)."""
     try:
@@ -52,11 +44,11 @@ def change(before: layouts.Weights, after: layouts.Weights, named: str) -> str:
         return f"what the other channels change is not measured: {error}"
     model = pretrained.Model(before.network, before.parts, before.settings["img_size"], "")
     images = model.seen(source, count=16)
-    grey = np.repeat(np.asarray(with_channels(images, 1)), 3, axis=-1)
+    grey = np.repeat(np.asarray(pretrained.with_channels(images, 1)), 3, axis=-1)
     said = []
     for what, pictures in (("as they are", images), ("in grey", grey)):
         one, other = (
-            np.asarray(jax.jit(w.network.features)(w.parts, with_channels(pictures, len(w.mean)))["cls"])
+            np.asarray(jax.jit(w.network.features)(w.parts, pretrained.with_channels(pictures, len(w.mean)))["cls"])
             for w in (before, after)
         )
         cosine = np.sum(one * other, axis=1) / (np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1))

@@ -19,6 +19,7 @@ from mim_jax.config import check
 from mim_jax.data.augment import FLIP, Crops, Policy
 from mim_jax.masking import NO_MASKS, Masks
 from mim_jax.models import vit
+from mim_jax.models.heads import LinearHead
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT
 from mim_jax.views import Views
@@ -101,6 +102,10 @@ class Method:
     def class_scores(self, params: Params, extra: Params, images: jax.Array) -> jax.Array:
         """Normalised images [B, H, W, C] -> the trained classifier's scores [B, num_classes]."""
         raise NotImplementedError
+
+    def classifier(self, params: Params, extra: Params) -> LinearHead:
+        """The trained classifier, for use elsewhere. Raises ValueError if there is none, or it sees several blocks."""
+        raise ValueError(f"{type(self).__name__} has no classifier")
 
     def attention(self, params: Params, images: jax.Array) -> jax.Array:
         """The attention of the last block's CLS token, [B, heads, N] over the patches, row-major."""
