@@ -245,7 +245,7 @@ def test_a_method_learns_from_clip(tower, tmp_path):
     whole = {f"visual.{key}": value for key, value in weights.items()} | {key: np.ones(n) for key, n in text.items()}
     np.savez(tmp_path / "clip.npz", **whole)
     eva = mim_jax.load_config("tests/tiny.py:eva")
-    eva.target.update(config="clip:b16", weights=str(tmp_path / "clip.npz"), family="clip")
+    eva.target.update(config="clip:b16", weights=str(tmp_path / "clip.npz"))
     resolve_target(eva)
     eva.target.network.model.update(config.model)
     method = mim_jax.make_method(eva)
