@@ -43,6 +43,7 @@ for folder in sorted(pathlib.Path(sys.argv[1]).glob("*/*")):
                 model, info = load(folder, output_loading_info=True, attn_implementation="eager")
                 assert not any(info.values()), info
                 tokens = model.eval()(images).last_hidden_state
+                tokens = model.post_layernorm(tokens) if hasattr(model, "post_layernorm") else tokens  # CLIP
         tokens, patch = tokens.flatten(1, -2).numpy(), check["patch"]
         errors = [np.abs(tokens[:, -patch.shape[1]:] - patch).max() / np.abs(patch).max()]
         if tokens.shape[1] > patch.shape[1]:

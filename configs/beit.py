@@ -6,13 +6,12 @@ of at most 75 of 196 patches masked, tokens of DALL-E's dVAE.
     vitb16   ViT-B/16   83.2
     vitl16   ViT-L/16   85.2
 
-DALL-E's published weights must be converted into one file first (needs torch and dall_e):
+DALL-E's published weights are pickled modules, and their tensors must be saved first (needs torch and dall_e):
 
     enc, dec = (torch.load(f"{name}.pkl", map_location="cpu") for name in ("encoder", "decoder"))
-    arrays = {f"encoder.{k}": v for k, v in enc.state_dict().items()} | {f"decoder.{k}": v for k, v in dec.state_dict().items()}
-    np.savez("dalle.npz", **{key: value.float().numpy() for key, value in arrays.items()})
+    torch.save({"encoder": enc.state_dict(), "decoder": dec.state_dict()}, "dalle.pth")
 
-    mim_jax --config=beit:vitb16 --config.data.dir=~/tensorflow_datasets --config.target.weights=dalle.npz \
+    mim_jax --config=beit:vitb16 --config.data.dir=~/tensorflow_datasets --config.target.weights=dalle.pth \
       --workdir=runs/beit_vitb16
 
 To train the dVAE yourself, replace --config.target.weights by --config.target.workdir=runs/dvae_dalle. If that run does not
@@ -37,7 +36,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.data.batch_size = 2048
     config.data.mean = config.data.std = (0.5, 0.5, 0.5)
 
-    learns_from(config, "dvae:dalle", family="dalle")
+    learns_from(config, "dvae:dalle")
 
     config.model.patch_size = 16
     config.model.dim = 768

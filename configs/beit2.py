@@ -26,7 +26,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config = load_config(f"beit:{variant}").unlock()
     config.method = "beit2"
     config.total = "1600 epochs"
-    config.target.update(config="vqkd:vitb16", family=None)
+    config.target.update(config="vqkd:vitb16")
     config.model.early_layers = 9  # the second prediction uses the patch tokens after this block
     config.model.head_layers = 2  # blocks of the second prediction
     config.crops.update(global_crops_scale=(0.2, 1.0), target_size=224, target_interpolation="bicubic")

@@ -5,12 +5,11 @@ arXiv:2103.00020): a frozen network whose features other methods learn. It canno
     l14          ViT-L/14; 768 values
     l14_336      ViT-L/14 at 336 px
 
-The published weights must be converted into one file first (needs torch and OpenAI's clip):
+The weights are those of OpenAI, in the file as it is published or in any other with its names:
 
-    model, _ = clip.load("ViT-L/14", device="cpu")
-    np.savez("clip.npz", **{key: value.float().numpy() for key, value in model.visual.state_dict().items()})
+    mim_jax --config=eva:b --config.target.config=clip:l14 --config.target.weights=ViT-L-14.pt ...
 
-    mim_jax --config=eva:b --config.target.config=clip:l14 --config.target.weights=clip.npz --config.target.family=clip ...
+A file of CLIP with other names (transformers, timm) is read as any encoder is: its features are then not projected.
 """
 
 import ml_collections

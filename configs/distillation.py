@@ -27,7 +27,7 @@ def get_config(variant: str = "vits14") -> ml_collections.ConfigDict:
     config = load_config("dinov2:demo" if variant == "demo" else "dinov2:vitg14").unlock()
     config.method = "distillation"
 
-    learns_from(config, "dinov2:vitg14", family="dinov2")
+    learns_from(config, "dinov2:vitg14")
 
     config.data.batch_size = 2048
     config.mask.group_size = 8  # images per group, for KoLeo and stochastic depth

@@ -13,10 +13,10 @@ repository reports them: at most 105 of 256 patches masked, features of a CLIP a
 The figure of g14 is of a model that was also trained on the labels of ImageNet-21k. The other figures are of masked images
 alone.
 
-    mim_jax --config=eva:b --config.data.dir=~/tensorflow_datasets --config.target.weights=clip.npz --workdir=runs/eva_b
+    mim_jax --config=eva:b --config.data.dir=~/tensorflow_datasets --config.target.weights=ViT-L-14.pt --workdir=runs/eva_b
 
-configs/clip.py says how to make clip.npz. The target is CLIP ViT-L/14, as in EVA-01. That of EVA-02 was EVA-CLIP g/14, which
-is not here yet. Any other network that makes features can be the target: --config.target.config=dino:vitb16
+ViT-L-14.pt is OpenAI's file. The target is CLIP ViT-L/14, as in EVA-01. That of EVA-02 was EVA-CLIP g/14, which is not here
+yet. Any other network that makes features can be the target: --config.target.config=dino:vitb16
 --config.target.workdir=runs/dino_vitb16. `total` counts epochs of the data set that is named by data.name. These variants
 have not been trained with this code yet. With `--dry_run` the command prints their plan.
 
@@ -38,7 +38,7 @@ def get_config(variant: str = "b") -> ml_collections.ConfigDict:
     config.data.mean = (0.48145466, 0.4578275, 0.40821073)  # of CLIP
     config.data.std = (0.26862954, 0.26130258, 0.27577711)
 
-    learns_from(config, "clip:l14", family="clip")
+    learns_from(config, "clip:l14")
 
     config.model.arch = "eva02"  # or "eva01"
     config.model.patch_size = 14
@@ -96,7 +96,7 @@ def l(config):  # noqa: E743
 def demo(config):
     on_cifar10(config)
     config.total, config.data.batch_size = "1500 steps", 64
-    config.target.update(config="dino:demo", family=None, workdir="runs/dino")
+    config.target.update(config="dino:demo", workdir="runs/dino")
     config.model.update(patch_size=4, dim=96, depth=4, heads=3, unroll=4)
     config.mask.update(count=26, smallest=4)
     config.optim.update(lr=1e-3, warmup="150 steps")

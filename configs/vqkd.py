@@ -7,10 +7,10 @@ Variant for ImageNet-1k:
     mim_jax --config=vqkd:vitb16 --config.data.dir=~/tensorflow_datasets --config.target.workdir=runs/dino_vitb16 \
       --workdir=runs/vqkd
 
-Here the teacher is DINO, which the paper tries too: a run of dino:vitb16, or official weights
-(--config.target.weights=file.npz --config.target.family=dino). The paper's teacher is CLIP ViT-B/16:
---config.target.config=clip:b16 --config.target.family=clip --config.target.weights=clip.npz, see configs/clip.py. The variant
-has not been trained with this code yet. With `--dry_run` the command prints its plan.
+Here the teacher is DINO, which the paper tries too: a run of dino:vitb16, or a file of weights of any encoder
+(--config.target.weights=FILE). The paper's teacher is CLIP ViT-B/16: --config.target.config=clip:b16
+--config.target.weights=ViT-B-16.pt, see configs/clip.py. The variant has not been trained with this code yet. With `--dry_run`
+the command prints its plan.
 
 Variant for CIFAR-10 (scores and baselines: docs/results.md):
 
@@ -30,7 +30,7 @@ def get_config(variant: str = "vitb16") -> ml_collections.ConfigDict:
     config.data.batch_size = 512
     config.data.mean, config.data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)  # tokenizers take images in 0..1
 
-    learns_from(config, "dino:vitb16", family="dino")
+    learns_from(config, "dino:vitb16")
 
     config.model.patch_size = 16
     config.model.dim = 768

@@ -42,7 +42,7 @@ from mim_jax.sharding import path_name, replicate
 # Keys that may change when a run is continued: the numbers of the training do not depend on them (`total` is printed).
 MAY_CHANGE = re.compile(
     r"(recipe|total|log_every|max_skipped|resume|init_from|init_parts|(.*\.)?model\.(unroll|remat|microbatches)"
-    r"|data\.(dir|workers|eval_split|num_classes)|(eval|checkpoint|mesh)\..*|target\.(config|workdir|weights)"
+    r"|data\.(dir|workers|eval_split|num_classes)|(eval|checkpoint|mesh)\..*|target\.(config|workdir|weights|family)"
     # Of the frozen target and of the run that this one began with, only what makes the network counts.
     r"|(target\.network|encoder)\.(?!(method|network|model|\w*head|quantizer)\b|data\.(mean|std)$).*)"
 )

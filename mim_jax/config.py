@@ -56,8 +56,8 @@ def recipe(spec: str) -> str:
 
 def resolve_target(config: ml_collections.ConfigDict) -> None:
     """Fills in `config.target.network`, the config of the network that the targets come from: that of the run in
-    `target.workdir`, if there is one, else that of the encoder in the file `target.weights`, if no `target.family` says that it
-    has the network of `target.config`. Paths become absolute. Without `config.target`: nothing.
+    `target.workdir`, if there is one, else `target.config`; but that of the encoder in the file `target.weights`, if this is
+    not an official file of `target.config`, see `convert.OFFICIAL`. Paths become absolute. Without `config.target`: nothing.
 
     What the command line changed of `target.network` is kept, unless `target.config` was changed too.
     """
@@ -73,12 +73,27 @@ def resolve_target(config: ml_collections.ConfigDict) -> None:
             resolve_target(target.network)
             target.config = target.network.get("recipe", target.config)
             return
-        if target.weights and not target.family:
-            target.network = imported(target.weights)
-            return
         target.config = recipe(target.config)
         if target.network.get("recipe") != target.config:
             target.network = load_config(target.config).unlock()
+        if target.weights and not is_official(target):
+            target.network = imported(target.weights)
+
+
+def kind(network: ml_collections.ConfigDict) -> str:
+    """The method whose network a config describes, or the network that is of no method."""
+    return network.get("method") or network.get("network") or ""
+
+
+def is_official(target: ml_collections.ConfigDict) -> bool:
+    """Whether `target.weights` is to be read as an official file of the network of `target.config`."""
+    from mim_jax import convert  # which needs models, and they this file
+
+    name = kind(target.network)
+    if name not in convert.OFFICIAL:
+        return False
+    has_encoder = name in ("clip", "dinov2")  # which may be in a file of another layout, or without heads
+    return not has_encoder or convert.recognised(convert.arrays_of(target.weights), name) is not None
 
 
 OF_BACKBONE = ("arch", "patch_size", "dim", "depth", "depths", "heads", "window", "mlp_ratio", "pos", "layerscale")
@@ -375,8 +390,8 @@ def hours_on_cifar10(config: ml_collections.ConfigDict, total: str) -> None:
     config.log_every = "100 steps"
 
 
-def learns_from(config: ml_collections.ConfigDict, path: str, family: str) -> None:
+def learns_from(config: ml_collections.ConfigDict, path: str) -> None:
     """Adds the section of the frozen network, a tokenizer or teacher, that the targets come from."""
-    config.target = {"config": path, "network": {}, "family": family}  # network: filled in when the config is loaded
+    config.target = {"config": path, "network": {}}  # network: filled in when the config is loaded
     config.target.workdir = placeholder(str)
     config.target.weights = placeholder(str)

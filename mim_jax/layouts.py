@@ -1,7 +1,7 @@
 """Vision encoders in the layouts that people have: of official repositories, timm, transformers, OpenAI's CLIP and open_clip.
 
     weights = mim_jax.layouts.read("dinov2_vits14_pretrain.pth")
-    out = weights.network.features(weights.parts, images)  # images [B, H, W, 3] in 0..1
+    out = weights.network.features(weights.parts, images)  # images [B, H, W, 3] in 0..1; other channels: see `Told`
     weights.save("runs/dinov2")  # `read` reads it again, and so do init_from and target.weights
 
 A file may hold several models and much else. An encoder is found by the name of its patch embedding. Its tensors are renamed
@@ -27,6 +27,7 @@ from mim_jax.convert import simmim
 from mim_jax.methods.base import Encoder, Params
 from mim_jax.methods.imported import backbone
 from mim_jax.models.clip import MEAN, STD
+from mim_jax.models.heads import LinearHead
 from mim_jax.models.swin import EPS
 
 Arrays = Mapping[str, np.ndarray]
@@ -153,18 +154,20 @@ class Weights(NamedTuple):
     std: tuple[float, ...]
     parts: Params  # {"backbone": its parameters}
     lines: list[str]  # what was recognised, used, assumed and left out
+    head: LinearHead = LinearHead("cls", {}, {})  # what is pooled, and the classifier beside the encoder, if there is one
 
     @property
     def network(self) -> Encoder:
-        """`network.features(parts, images)` for images [B, H, W, 3] in 0..1."""
+        """`network.features(parts, images)` for images [B, H, W, C] in 0..1, of as many channels as `mean` has."""
         return Encoder(backbone(self.settings), self.mean, self.std)
 
     def save(self, folder: str | Path) -> None:
         """Writes it to a folder that `read` reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        kept = {"settings": self.settings, "mean": self.mean, "std": self.std, "lines": self.lines}
-        flat: Any = flatten_dict(self.parts["backbone"], sep=".")
+        head = {"pool": self.head.pool, "eps": self.head.eps, "labels": self.head.labels}
+        kept = {"settings": self.settings, "mean": self.mean, "std": self.std, "lines": self.lines, "head": head}
+        flat: Any = flatten_dict(self.parts["backbone"] | {"head": self.head.params}, sep=".")
         np.savez(folder / "encoder.npz", **flat)
         journal.write_whole(folder / "config.json", json.dumps({"mim_jax_encoder": kept}, indent=1).encode())
 
@@ -178,6 +181,7 @@ class Told(NamedTuple):
     act: str = ""  # "gelu" or "quick_gelu"
     positions: str = ""  # how they are resized: one of POSITIONS
     img_size: int = 0
+    channels: int = 3  # of the images, see `for_channels`; 0: as many as the file is for
 
 
 NOTHING = Told()
@@ -201,12 +205,20 @@ def read(path: str | Path, told: Told = NOTHING) -> Weights:
     try:
         arrays = weight_files.flat(weight_files.read(path))
         if kept := config.get("mim_jax_encoder"):
-            parts = {"backbone": unflatten_dict(arrays, sep=".")}
-            settings = {name: tuple(value) if isinstance(value, list) else value for name, value in kept["settings"].items()}
-            return Weights(settings, tuple(kept["mean"]), tuple(kept["std"]), parts, kept["lines"])
+            return for_channels(ours(arrays, kept), told.channels)
         return encoder(arrays, config, told)
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
+
+
+def ours(arrays: Arrays, kept: Mapping[str, Any]) -> Weights:
+    """What `Weights.save` has written. (mim_jax 0.4 wrote no head.)"""
+    backbone = unflatten_dict(dict(arrays), sep=".")
+    head = {"norm": {}, "linear": {}} | backbone.pop("head", {})
+    more = kept.get("head", {"pool": "cls", "labels": ()})
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in kept["settings"].items()}
+    head = LinearHead(**head | more | {"labels": tuple(more["labels"])})
+    return Weights(settings, tuple(kept["mean"]), tuple(kept["std"]), {"backbone": backbone}, kept["lines"], head)
 
 
 def is_weights(path: str | Path) -> bool:
@@ -235,12 +247,18 @@ def encoder(arrays: Arrays, config: Mapping[str, Any] | None = None, told: Told 
     config |= config.get("pretrained_cfg") or {}
     prefix, layout, found = choose(list(arrays), told.encoder)
     inside = {name.removeprefix(prefix): np.asarray(array) for name, array in arrays.items() if name.startswith(prefix)}
+    above = re.sub(r"(^|(?<=\.))[^.]+\.$", "", prefix)
+    beside = {f"{above}classifier.{kind}" for kind in ("weight", "bias")} & arrays.keys()  # where transformers has it
+    beside = set() if layout.renames is CLIP_TRANSFORMERS else beside  # which pools before the norm
+    inside |= {name.removeprefix(above): np.asarray(arrays[name]) for name in beside}
     if BLOCK_OF_SWIN.search(" ".join(inside)):
         weights = swin(inside, layout, config, told)
     else:
         weights = vit(inside, layout, config, told)
+    weights = checked(for_channels(weights, told.channels))
     others = [name for name in found if name != prefix]
-    outside = Counter(".".join(name.split(".")[:-1][:2]) or name for name in arrays if not name.startswith(prefix))
+    rest = [name for name in arrays if not name.startswith(prefix) and name not in beside]
+    outside = Counter(".".join(name.split(".")[:-1][:2]) or name for name in rest)
     first = f'{layout.name} names, of the tensors "{prefix}..."' if prefix else f"{layout.name} names"
     lines = [f"recognised: {first}" + f" (there are also {', '.join(map(repr, others))}; --encoder chooses)" * bool(others)]
     lines += [f"not read: {', '.join(f'{name} ({count})' for name, count in sorted(outside.items()))}"] if outside else []
@@ -300,7 +318,7 @@ def vit(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) -
     hf, clip = layout.name == "transformers", layout.renames in (OPENAI, CLIP_TRANSFORMERS)
     mae = any(name.startswith("decoder_") for name in inside)
     arrays = {name: array for name, array in renamed(inside, layout.renames).items() if not BUFFERS.search(name)}
-    dim, channels, patch, side = arrays["patch_embed.weight"].shape
+    dim, _, patch, side = arrays["patch_embed.weight"].shape
     if patch != side:
         raise ValueError(f"patches of {patch} x {side} pixels are not square")
     if "mask_token" in arrays and arrays["mask_token"].shape[-1] != dim:  # of MAE's decoder
@@ -408,11 +426,10 @@ def vit(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) -
         patch_bias="patch_embed/bias" in params,
         norm_eps=eps,
     )
+    head = classifier(take, dim, "cls_token" in params, eps, config)
     used, beside, unknown = take.report()
     if unknown:
         raise ValueError(f"{len(unknown)} tensors are not known: {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}")
-    if channels != 3:
-        raise ValueError(f"the patch embedding has {channels} channels: images here have 3")
     lines = [
         f"ViT of width {dim}, {depth} blocks of {settings['heads']} heads, patches of {patch} pixels, images of {size}; "
         f"epsilon {eps:g}{why}" + f", {act}" * (not gated and act != "gelu"),
@@ -425,7 +442,8 @@ def vit(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) -
         how = {"dino": "as DINO's code does", "size": "by a bicubic", "antialiased": "by an antialiased bicubic, as timm does"}
         lines.append(f"positions {grid} x {grid}, at another size resized {how[resize]}")
     mean, std, whose = colors(config, clip, hf)
-    return checked(Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, [*lines, whose]))
+    lines += [*told_of(head), whose]
+    return Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, lines, head)
 
 
 class Taken:
@@ -505,6 +523,31 @@ def block(take: Taken, at: str) -> dict[str, np.ndarray]:
     return params | {re.sub("^w12|^w3", lambda m: named[m[0]], name): value for name, value in (into | out_of).items()}
 
 
+def classifier(take: Taken, dim: int, cls: bool, eps: float, config: Mapping[str, Any]) -> LinearHead:
+    """The classifier beside an encoder, with the norm of what it pools; either may be missing."""
+    have: Any = take.arrays
+    flat = scale_and_bias(take, "fc_norm.", "norm") if "fc_norm.weight" in have else {}
+    for at in ("classifier.", "head.fc.", "head."):
+        if f"{at}weight" in have and have[f"{at}weight"].ndim == 2 and have[f"{at}weight"].shape[1] in (dim, 2 * dim):
+            flat |= {"linear/bias": np.zeros(len(have[f"{at}weight"]), np.float32)} | linear(take, at, "linear")
+            break
+    pool = "mean" if "norm/scale" in flat or not cls or config.get("global_pool") == "avg" else "cls"
+    if "linear/kernel" in flat and len(flat["linear/kernel"]) == 2 * dim:
+        pool = "cls+mean"  # DINOv2's in transformers
+    names = config.get("label_names") or config.get("id2label") or ()
+    labels = tuple(names[str(i)] for i in range(len(names))) if isinstance(names, dict) else tuple(names)
+    labels = labels if len(labels) == len(flat.get("linear/bias", ())) else ()
+    params: Any = {"norm": {}, "linear": {}} | unflatten_dict(flat, sep="/")
+    return LinearHead(pool, params["norm"], params["linear"], eps, labels)
+
+
+def told_of(head: LinearHead) -> list[str]:
+    """A line about a classifier, if there is one."""
+    pooled = {"cls": "CLS", "mean": "the mean of the patches", "cls+mean": "CLS and the mean of the patches"}[head.pool]
+    pooled += ", with a norm" * bool(head.norm)
+    return [f"classifier of {head.classes} classes, of {pooled}"] if head.linear else []
+
+
 def heads_of(params: Arrays, dim: int, config: Mapping[str, Any], told: Told, inside: Arrays) -> int:
     """The number of heads. Raises ValueError if it is not known, or does not divide the width."""
     tables = [array for name, array in params.items() if name.endswith("relative_position_bias_table")]
@@ -530,6 +573,48 @@ def colors(config: Mapping[str, Any], clip: bool, hf: bool) -> tuple[tuple[float
     if hf and config.get("model_type") in ("beit", "data2vec-vision"):
         return *HALF, "images are normalised to -1..1, as in the family's code"
     return *IMAGENET, "images are normalised by ImageNet's mean and std, as in most code: no configuration says it"
+
+
+def for_channels(weights: Weights, channels: int) -> Weights:
+    """The same, for images of so many channels; 0: of as many as it has. As timm does it: the kernels of all channels are
+    summed for one channel; for several they are repeated in turn, times old / new. Mean and std are averaged or repeated.
+
+    Raises ValueError for a patch embedding of other channels than 1 or 3 that would have to be changed.
+    """
+    embedding = weights.parts["backbone"]["patch_embed"]
+    kernel = embedding["kernel"]
+    have = kernel.shape[2]
+    mean, std = (per_channel(color, have) for color in (weights.mean, weights.std))
+    if channels in (0, have):
+        return weights._replace(mean=mean, std=std)
+    if have not in (1, 3):
+        raise ValueError(
+            f"the patch embedding is for {counted(have)}, not {channels}: only one for 1 or 3 can be changed; "
+            f"--channels={have} takes it as it is"
+        )
+    if channels == 1:
+        how, kernel = f"summed over the {have}", kernel.sum(axis=2, keepdims=True)
+    else:
+        how = "repeated" + " in turn" * (have > 1) + f" and times {have}/{channels}"
+        kernel = kernel[:, :, np.arange(channels) % have] * np.float32(have / channels)
+    mean, std = (per_channel(color, channels) for color in (mean, std))
+    line = f"the patch embedding for {counted(have)} became one for {channels}: {how}, as timm does; "
+    line += f"mean {shown(mean)}, std {shown(std)}"
+    backbone = weights.parts["backbone"] | {"patch_embed": embedding | {"kernel": kernel}}
+    return weights._replace(mean=mean, std=std, parts={"backbone": backbone}, lines=[*weights.lines, line])
+
+
+def per_channel(color: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Mean or std for so many channels: averaged for one, else repeated in turn."""
+    return (float(np.mean(color)),) if channels == 1 else tuple(color[i % len(color)] for i in range(channels))
+
+
+def counted(channels: int) -> str:
+    return f"{channels} channel{'s' * (channels > 1)}"
+
+
+def shown(color: tuple[float, ...]) -> str:
+    return ", ".join(f"{x:.4g}" for x in color)
 
 
 def checked(weights: Weights) -> Weights:
@@ -558,6 +643,9 @@ def swin(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) 
         arrays = {
             re.sub(r"^layers\.(\d+)(?=\.downsample\.)", lambda m: f"layers.{int(m[1]) - 1}", n): a for n, a in arrays.items()
         }
+    width = len(arrays["norm.weight"]) if "norm.weight" in arrays else 0
+    head = classifier(take := Taken(arrays), width, False, EPS, config)
+    arrays = {name: array for name, array in arrays.items() if name not in take.used}
     beside = sorted({name.split(".")[0] for name in arrays if BESIDE.match(name)})
     arrays = {name: a for name, a in arrays.items() if not BESIDE.match(name)}
     stages = 1 + max(int(match[1]) for name in arrays if (match := re.match(r"layers\.(\d+)\.", name)))
@@ -586,4 +674,5 @@ def swin(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) 
     if (eps := told.eps or config.get("layer_norm_eps") or EPS) != EPS:
         raise ValueError(f"the norms have epsilon {eps:g}: those of a Swin here have {EPS:g}")
     mean, std, whose = colors(config, False, False)
-    return checked(Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, [*lines, whose]))
+    lines += [*told_of(head), whose]
+    return Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, lines, head)

@@ -5,8 +5,6 @@ What a run learned is its EMA teacher, or its parameters if it has no teacher.
 
 import dataclasses
 import functools
-import io
-import math
 import re
 import sys
 from pathlib import Path
@@ -16,12 +14,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from mim_jax import convert, layouts, sharding, storage
+from mim_jax import convert, layouts, sharding
 from mim_jax.checkpoint import SavedRun, newest
+from mim_jax.config import kind
 from mim_jax.methods.base import Params, made
 from mim_jax.models import positions
 from mim_jax.sharding import path_name
-from mim_jax.weight_files import read_npz
 
 MAY_LACK = {"mask_token", "norm"}  # what of an encoder one method has and another does not
 TABLE = "relative_position_bias_table"
@@ -68,14 +66,15 @@ def load_target(method: Any, config: ml_collections.ConfigDict) -> Params:
         return {}
     target = config.target
     if target.weights:
-        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(wanted))
-        given = official_parts(target.weights, target.family, count) if target.family else layouts.read(target.weights).parts
+        name = kind(target.network)
+        found = convert.official(target.weights, name) if name in convert.OFFICIAL else layouts.read(target.weights).parts
+        given = {part: found[part] for part in wanted if part in found}
         refuse(misfits(given, wanted), f"the weights in {target.weights}")
         return jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), given, wanted)
     if not target.workdir:
         raise ValueError(
-            f"{config.method} learns from {target.config}: name its run, --config.target.workdir=..., or official weights, "
-            "--config.target.weights=file.npz --config.target.family=..."
+            f"{config.method} learns from {target.config}: name its run, --config.target.workdir=..., or a file of weights, "
+            "--config.target.weights=FILE"
         )
 
     def read(saved: SavedRun) -> Params:
@@ -247,28 +246,6 @@ def as_saved(here: jax.Array, there: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStru
     if here.shape != there.shape and isinstance(place, jax.sharding.NamedSharding):
         place = jax.sharding.NamedSharding(place.mesh, jax.sharding.PartitionSpec())
     return jax.ShapeDtypeStruct(there.shape, here.dtype, sharding=place)
-
-
-def official_parts(file: str, family: str, count: int) -> Params:
-    """The parameters in a .npz file of official arrays, by part; the network has `count` numbers.
-
-    Raises FileNotFoundError if there is no such file, and ValueError if it is another kind of file, is damaged, or unpacks to
-    much more than its own size and than the network needs. Nothing in it is run.
-    """
-    path = storage.absolute(file)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path} (config.target.weights)")
-    try:
-        with path.open("rb") as opened:
-            size = opened.seek(0, io.SEEK_END)
-            named = read_npz(opened, limit=max(4 * size, 16 * count + 2**24))
-    except Exception as error:  # of broken bytes zipfile and NumPy raise almost anything
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"{file} is no .npz file of named arrays: {reason}. Wanted is what np.savez(file, **arrays) writes of "
-            "{state-dict key: array}"
-        ) from error
-    return convert.from_torch(named, family)
 
 
 def misfits(there: Params, here: Params, loose: str = "(?!)") -> list[str]:

@@ -2,7 +2,8 @@
 
     model = mim_jax.onnx_graph.encoder(network, parts, size=224)  # an onnx.ModelProto
 
-It computes what `Encoder.features` does: "images" [batch, 3, size, size] in 0..1 -> "cls" [batch, D], "patch" [batch, N, D].
+It computes what `Encoder.features` does: "images" [batch, C, size, size] in 0..1 -> "cls" [batch, D], "patch" [batch, N, D],
+and "scores" [batch, K] of a classifier.
 The batch is free, the size is not: positions, relative biases, rotations and windows are computed here and stored as constants.
 """
 
@@ -16,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mim_jax.methods.base import Encoder, Params
+from mim_jax.models.heads import LinearHead
 from mim_jax.models.positions import bias_of_pairs, interpolate_positions, relative_bias, rotated, rotated_by_halves
 from mim_jax.models.swin import EPS, Swin, shift_mask, windows
 from mim_jax.models.vit import ViT
@@ -58,12 +60,12 @@ class Graph:
         return self.node("Reshape", x, shape)
 
 
-def encoder(network: Encoder, parts: Params, size: int) -> onnx.ModelProto:
+def encoder(network: Encoder, parts: Params, size: int, head: LinearHead | None = None) -> onnx.ModelProto:
     """The model of an encoder for images of this size. Raises ValueError for one that does not fit into a file."""
     net, side = network.backbone, size // network.backbone.patch_size
     params = jax.tree.map(np.asarray, parts["backbone"])
     graph = Graph()
-    mean, std = (np.asarray(color, np.float32).reshape(3, 1, 1) for color in (network.mean, network.std))
+    mean, std = (np.asarray(color, np.float32).reshape(-1, 1, 1) for color in (network.mean, network.std))
     x = graph.node("Div", graph.node("Sub", "images", mean), std)
     embedding, p = params["patch_embed"], net.patch_size
     bias = [embedding["bias"]] if "bias" in embedding else []
@@ -72,14 +74,26 @@ def encoder(network: Encoder, parts: Params, size: int) -> onnx.ModelProto:
     (swin if isinstance(net, Swin) else vit)(graph, net, params, x, side)
 
     stages = len(net.depths) - 1 if isinstance(net, Swin) else 0
-    shapes: dict[str, list[str | int]] = {"images": ["batch", 3, size, size], "cls": ["batch", net.dim * 2**stages]}
+    shapes: dict[str, list[str | int]] = {"images": ["batch", len(network.mean), size, size]}
+    shapes["cls"] = ["batch", net.dim * 2**stages]
     shapes["patch"] = ["batch", (side // 2**stages) ** 2, net.dim * 2**stages]
+    if head and head.linear:
+        classifier(graph, head)
+        shapes["scores"] = ["batch", head.classes]
     image, *outputs = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items())
     total = sum(len(constant.raw_data) for constant in graph.constants)
     if total > LARGEST:
         raise ValueError(f"the encoder has {total / 2**30:.1f} GiB of weights and positions, but a file of ONNX less than 2")
     made = helper.make_graph(graph.nodes, "encoder", [image], outputs, graph.constants)
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR, producer_name="mim_jax")
+
+
+def classifier(graph: Graph, head: LinearHead) -> None:
+    """From the outputs to "scores"."""
+    mean = graph.node("ReduceMean", "patch", axes=[1], keepdims=0)
+    x = {"cls": "cls", "mean": mean, "cls+mean": graph.node("Concat", "cls", mean, axis=-1)}[head.pool]
+    x = graph.norm(x, head.norm, head.eps) if head.norm else x
+    graph.node("Add", graph.node("MatMul", x, head.linear["kernel"]), head.linear["bias"], output="scores")
 
 
 def vit(graph: Graph, net: ViT, params: Params, x: str, side: int) -> None:

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from mim_jax import layouts, sharding, storage
 from mim_jax.data import decode, pipeline
 from mim_jax.data.augment import center_crop
-from mim_jax.data.sources import Example
+from mim_jax.data.sources import Example, open_source, user_cache
 from mim_jax.evaluators import IN_0_TO_1, PIXELS
 from mim_jax.learned import Run, load_run
 from mim_jax.methods.base import BackboneMethod, Encoder, Params
@@ -31,6 +31,7 @@ from mim_jax.models import vit
 Features = dict[str, np.ndarray]
 
 KINDS = ("cls", "mean", "patch")
+GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue, as of Pillow's greys
 CANVAS, OF, RESIZE = 512, 224, 0.875  # of weights that no run has made: the canvas of `config.py`, for 224 pixels, and its crop
 
 
@@ -170,11 +171,28 @@ class Model:
         self, parts: Params, batch: dict[str, jax.Array], kinds: tuple[str, ...], size: int, layers: int
     ) -> dict[str, jax.Array]:
         """The features of a batch, see `center_crop`."""
-        images = center_crop(batch["image"], batch["size"], size, self.resize, *IN_0_TO_1)
+        images = self.cropped(batch, size)
         out = of_last_blocks(self.network, parts, sharding.pin_batch(images), layers)
         patch = out["patch"].astype(jnp.float32)
         made = {"cls": out["cls"].astype(jnp.float32), "mean": patch.mean(axis=1), "patch": patch}
         return {kind: made[kind] for kind in kinds}
+
+    def cropped(self, batch: dict[str, jax.Array], size: int) -> jax.Array:
+        return center_crop(batch["image"], batch["size"], size, self.resize, *IN_0_TO_1)
+
+    def seen(self, source: Any, size: int | None = None, count: int = 8) -> np.ndarray:
+        """At most `count` images of a source, evenly spaced, as the network sees them before it normalises them: float32
+        [B, size, size, 3] in 0..1. Bad images are left out; raises ValueError if none is left."""
+        size = self.checked(size, 1)
+        canvas = self.canvas_of(size)
+        levels = pipeline.survey(source, canvas, self.levels, self.max_pixels).levels
+        readable = Readable(source, canvas, levels, self.max_pixels)
+        rows = np.unique(np.linspace(0, len(source) - 1, count).astype(np.int32))
+        batch = pipeline.load(readable, rows, canvas)
+        good = [place for place, row in enumerate(rows) if row not in readable.bad]
+        if not good:
+            raise ValueError(f"none of the images can be read: {readable.bad[rows[0]]}")
+        return np.asarray(self.cropped(jax.tree.map(jnp.asarray, batch), size))[good]
 
 
 def of_last_blocks(network: Encoder, parts: Params, images: jax.Array, layers: int) -> dict[str, jax.Array]:
@@ -205,6 +223,11 @@ def load(path: str | os.PathLike, **told: Any) -> Model:
     if not folder.exists():
         raise FileNotFoundError(f"there is no run and no file {folder}")
     weights = layouts.read(folder, layouts.Told(**told))
+    if len(weights.mean) != 3:
+        raise ValueError(
+            f"the network takes images of {len(weights.mean)} channels, and those that are read here have 3: use "
+            "mim_jax.layouts.read(...).network.features(parts, images)"
+        )
     return Model(weights.network, weights.parts, weights.settings["img_size"], f"{folder}: {'; '.join(weights.lines)}")
 
 
@@ -243,10 +266,32 @@ def of_run(workdir: Path, run: Run | None = None) -> Model:
 # Images
 
 
+def at_hand(named: str = "", data: Any = None) -> Any:
+    """Real images to compare networks on, as a source: the folder, or files joined by commas, that is named; else those that a
+    run with the config `data` is measured on; else CIFAR-10, if it was fetched before.
+
+    Raises OSError and ValueError for a source that cannot be opened, and if there is none.
+    """
+    if named:
+        folder = storage.absolute(named)
+        return open_source("folder", folder) if folder.is_dir() else Given(named.split(","))
+    if data is not None:
+        return open_source(data.name, data.dir, data.eval_split)
+    if not (user_cache() / "cifar10_pixels").exists():
+        raise FileNotFoundError("no real images are at hand: name some, --images=FOLDER")
+    return open_source("cifar10", None, "test")
+
+
+def with_channels(images: np.ndarray, channels: int) -> jax.Array:
+    """RGB [B, H, W, 3] as greys, or with its channels in turn, [B, H, W, channels]."""
+    return jnp.asarray(images @ np.array(GREY, np.float32)[:, None] if channels == 1 else images[..., np.arange(channels) % 3])
+
+
 class Given:
     """The images that `Model.features` is given, as a source. Raises ValueError for what is none."""
 
     description = "the images given"
+    classes = ()
 
     def __init__(self, images: Any):
         if isinstance(images, (str, os.PathLike)):

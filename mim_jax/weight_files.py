@@ -13,12 +13,14 @@ import re
 import sys
 import zipfile
 import zlib
-from io import BytesIO
+from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import ml_dtypes  # noqa: F401  # NumPy knows bfloat16 and float8 by name after this
 import numpy as np
+
+from mim_jax import storage
 
 Tensors = dict[str, Any]  # name -> array, or Tensors
 
@@ -109,7 +111,7 @@ def read(path: str | Path) -> Tensors:
     """The tensors in a file of weights, or in a folder or `.index.json` of Hugging Face's, whose shards are joined.
 
     The format is seen from the content: .safetensors; .npz; what `torch.save` writes (.pth, .pt, .bin, .ckpt), in the zip
-    format, in the one before torch 1.6, and as TorchScript.
+    format, in the one before torch 1.6, and as TorchScript. A file at an address must be an .npz.
 
     Returns a dict of name -> array, nested as the file is: {"teacher": {"backbone.cls_token": array, ...}, "optimizer": {...}}.
     Lists and tuples become dicts with the keys "0", "1", ...; other integer keys become texts; a module of TorchScript becomes
@@ -121,9 +123,9 @@ def read(path: str | Path) -> Tensors:
     Nothing in the file is imported or run, and what is built stays within a few times its size. Raises FileNotFoundError if
     there is none, and ValueError, in one line, if it is of another format, damaged, has a pickled module, or calls a function.
     """
-    path = Path(path)
+    path = storage.absolute(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is no file {path.absolute()}")
+        raise FileNotFoundError(f"there is no file {path}")
     if path.is_dir():
         path = in_folder(path)
     try:
@@ -182,6 +184,11 @@ def read_file(path: Path) -> Tensors:
     """The tensors in one file, of the format that its first bytes show."""
     if not path.is_file():
         raise ValueError("it is not a file")
+    if storage.remote(path):
+        if path.suffix != ".npz":
+            raise ValueError("at an address only .npz files are read: copy it to a disk")
+        with path.open("rb") as opened:
+            return read_npz(opened, limit(opened.seek(0, SEEK_END)))
     if not (size := path.stat().st_size):
         raise ValueError("it is empty")
     with path.open("rb") as file:

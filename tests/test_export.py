@@ -7,59 +7,71 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from pictures import picture
+from PIL import Image
 
 import mim_jax
 from mim_jax import convert, export, layouts, weight_files
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.layouts import Told
 from mim_jax.methods.base import make_method
+from mim_jax.models.heads import LinearHead
 from mim_jax.state import abstract_state
 
 WRITTEN = {  # a golden model: the layouts that have a place for it
     "timm/vit_dinov2_reg_swiglu": "timm transformers",
-    "timm/dinov3": "timm",
-    "timm/dinov3_plus": "timm",
+    "timm/dinov3": "timm transformers",
+    "timm/dinov3_plus": "timm transformers",
     "timm/eva02_clip": "timm",
-    "timm/vit_clip_quick_gelu": "timm",
+    "timm/vit_clip_quick_gelu": "timm transformers",
     "timm/vit_no_qkv_bias_clsless": "timm",
     "timm/beit_shared": "timm transformers",
+    "timm/vit_avg_fcnorm": "timm transformers",
+    "timm/eva02_split_subln": "timm",
+    "hf/beit": "transformers",
     "hf/swin": "timm transformers",
     "hf/vit": "transformers",
     "official/dino_full": "timm transformers",
+    "official/eva_mim": "timm transformers",
     "official/ibot_backbone": "timm transformers",
     "official/dinov2_reg_backbone": "timm transformers",
     "official/simmim_vit": "timm transformers",
     "official/eva02_mim": "timm",
-    "official/beit_finetuned": "",
+    "official/beit_finetuned": "timm transformers",
 }
+SETTINGS = "patch_size img_size dim depth depths heads norm_eps act rotary rotary_period cls pre_norm window final_norm"
 
 
-def read(golden, name):
+def read(golden, name, **told):
     arrays, meta = golden(f"weights/{name}")
     state = {key[3:]: array for key, array in arrays.items() if key.startswith("sd/")}
-    return layouts.encoder(
-        state, meta.get("config") if "/official" not in f"/{name}" else {}, Told(heads=meta.get("heads") or 0)
-    )
+    config = meta.get("config") if "/official" not in f"/{name}" else {}
+    return layouts.encoder(state, config, Told(heads=meta.get("heads") or 0, **told))
+
+
+def source(weights):
+    return export.Source(weights.network, weights.parts, weights.head._replace(linear={}), None)
 
 
 @pytest.mark.parametrize("name, form", [(name, form) for name in WRITTEN for form in ("timm", "transformers")])
 def test_the_same_encoder_comes_back(golden, tmp_path, name, form):
-    """All settings that change what is computed, and every tensor but the mask token."""
+    """All settings that change what is computed, and every tensor but the mask token and what has no effect."""
     weights = read(golden, name)
-    weights.save(tmp_path / "ours")
     if form not in WRITTEN[name]:
-        with pytest.raises(ValueError, match="epsilon|no model class|no final norm"):
-            export.written(str(tmp_path / "ours"), form, tmp_path / "theirs")
+        with pytest.raises(ValueError, match="epsilon|no model without CLS"):
+            export.written("", form, tmp_path / "theirs", source=source(weights))
         return
-    export.written(str(tmp_path / "ours"), form, tmp_path / "theirs")
+    export.written("", form, tmp_path / "theirs", source=source(weights))
     again = layouts.read(tmp_path / "theirs")
     assert again.mean == weights.mean and again.std == weights.std
-    for key in "patch_size img_size dim depth depths heads norm_eps act rotary rotary_period cls pre_norm window".split():
+    for key in SETTINGS.split():
         assert again.settings.get(key) == weights.settings.get(key), key
-    ours, theirs = (dict(w.parts["backbone"]) for w in (weights, again))
+    assert (again.head.pool, again.head.norm.keys()) == (weights.head.pool, weights.head.norm.keys())
+    ours, theirs = (dict(w.parts["backbone"]) | {"norm of the mean": w.head.norm} for w in (weights, again))
     for tree in (ours, theirs):
         tree.pop("mask_token", None)
         tree["blocks"] = {k: v for k, v in tree["blocks"].items() if not k.startswith("gamma")} if "blocks" in tree else {}
+        tree["qkv bias"] = query_and_value_bias(tree["blocks"])
     if (
         weights.settings.get("registers") and form == "timm" and "pos_embed" in ours
     ):  # where the position of CLS is a part of the token
@@ -70,17 +82,133 @@ def test_the_same_encoder_comes_back(golden, tmp_path, name, form):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
 
 
+def query_and_value_bias(blocks):
+    """Taken out of the blocks. One layout has them alone, another in one tensor with that of the keys, which has no effect."""
+    if "qkv" not in blocks:
+        return None
+    blocks["qkv"], bias = dict(blocks["qkv"]), [blocks.pop("q_bias", None), blocks.pop("v_bias", None)]
+    return bias if bias[0] is not None else np.split(blocks["qkv"].pop("bias"), 3, axis=-1)[::2]
+
+
+CLASSIFIERS = {  # of what; the layouts that have a place for it
+    "timm/vit_avg_fcnorm": ("mean", "timm transformers"),
+    "timm/vit_augreg_head": ("cls", "timm transformers"),
+    "timm/swin": ("mean", "timm transformers"),
+    "official/beit_finetuned": ("mean", "timm transformers"),
+    "hf/vit_classifier": ("cls", "transformers"),
+}
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_a_classifier_comes_back(golden, tmp_path, name):
+    """It is read, computes the scores that the library computed, and goes out and in again, with the names of its classes."""
+    weights, (arrays, _) = read(golden, name), golden(f"weights/{name}")
+    if name == "timm/swin":  # it has none
+        kernel = np.random.default_rng(0).normal(size=(32, 10)).astype(np.float32)
+        weights = weights._replace(head=LinearHead("mean", {}, {"kernel": kernel, "bias": kernel[0]}))
+    names = tuple(f"class {i}" for i in range(weights.head.classes))
+    given = export.source_of(saved(weights, tmp_path), with_head=True)
+    given = given._replace(head=given.head._replace(labels=names))
+    assert given.head.pool == CLASSIFIERS[name][0]
+    assert name == "timm/swin" or f"classifier of {len(names)} classes" in " ".join(weights.lines)
+    pixels = (arrays["in/native"].astype(np.float32).transpose(0, 2, 3, 1) - 127.5) / 64
+    images = (pixels * np.array(weights.std) + np.array(weights.mean)).astype(np.float32)
+    scores = jax.jit(given.outputs)(given.parameters, images)["scores"]
+    if "out/native/logits" in arrays:
+        np.testing.assert_allclose(scores, arrays["out/native/logits"], atol=2e-5)
+    for form in CLASSIFIERS[name][1].split():
+        export.written("", form, tmp_path / form, source=given)
+        again = layouts.read(tmp_path / form)
+        want, got = given.head, again.head
+        kernel = want.linear["kernel"]
+        if got.pool == "cls+mean":  # DINOv2's
+            kernel = np.concatenate([kernel, 0 * kernel])
+        np.testing.assert_allclose(got.linear["kernel"], kernel)
+        np.testing.assert_allclose(got.linear["bias"], want.linear["bias"])
+        assert got.labels == names and jax.tree.all(jax.tree.map(np.array_equal, got.norm, want.norm))
+
+
+def saved(weights, folder):
+    weights.save(folder / "ours")
+    return str(folder / "ours")
+
+
 def test_features_of_a_folder(golden, tmp_path):
     """What the command compares; and that it sees another tensor."""
     weights = read(golden, "official/dino_full")
-    weights.save(tmp_path / "ours")
-    assert export.export(str(tmp_path / "ours"), "timm", tmp_path / "theirs") < 1e-6
+    folder = saved(weights, tmp_path)
+    Image.fromarray(picture(40, 48)).save(tmp_path / "a.png")
+    found, what = export.export(folder, "timm", tmp_path / "theirs", images=str(tmp_path / "a.png"))
+    assert found < 1e-6 and what == "features of 1 images (the images given)"
     arrays = dict(weight_files.read(tmp_path / "theirs/model.safetensors"))
     arrays["blocks.1.mlp.fc2.bias"] = 2 * arrays["blocks.1.mlp.fc2.bias"]
     export.write_safetensors(tmp_path / "theirs/model.safetensors", arrays)
-    assert export.compared(weights.network, weights.parts, tmp_path / "theirs") > 1e-3
+    images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
+    assert export.compared(source(weights), images, tmp_path / "theirs") > 1e-3
     config = json.loads((tmp_path / "theirs/config.json").read_text())
     assert config["architecture"] == "vit_small_patch16_224" and config["pretrained_cfg"]["mean"] == list(weights.mean)
+    with pytest.raises(ValueError, match="there is no classifier in"):
+        export.export(folder, "timm", tmp_path / "x", with_head=True)
+    with pytest.raises(ValueError, match="bad image|none of the images"):
+        export.export(folder, "timm", tmp_path / "x", images=str(tmp_path / "theirs/config.json"))
+
+
+def test_images_that_are_not_there(golden, tmp_path, monkeypatch):
+    monkeypatch.setenv("MIM_JAX_CACHE", str(tmp_path))
+    seen = export.pictures(source(read(golden, "official/dino_full", channels=2)), 32)
+    assert seen.images.shape == (4, 32, 32, 2) and "random ones, as there are no others (no real images" in seen.what
+
+
+def made_run(folder, variant, **changes):
+    """(workdir, method, state) of a run of random parameters whose data are a folder of pictures of two classes."""
+    for i in range(4):
+        (folder / f"data/{'ab'[i % 2]}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(20, 24, seed=i)).save(folder / f"data/{'ab'[i % 2]}/{i}.png")
+    config = mim_jax.load_config(f"tests/tiny.py:{variant}")
+    config.data.update(num_examples=64, num_classes=2, dir=str(folder / "data"))
+    config.update_from_flattened_dict(changes)
+    method, rng = make_method(config), np.random.default_rng(0)
+    state = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 1, x.shape), x.dtype), abstract_state(method, config))
+    checkpoints = Checkpoints(folder, config)
+    checkpoints.save(5, state)
+    checkpoints.wait()
+    (folder / "config.json").write_text(config.to_json_best_effort())
+    return str(folder), method, state
+
+
+@pytest.mark.parametrize(
+    "variant, changes, form",
+    [
+        ("supervised", {}, "transformers"),
+        pytest.param("supervised", {"model.pool": "cls"}, "timm", marks=pytest.mark.slow),
+        ("linear", {"probe.blocks": (1,), "probe.batch_norm": True, "probe.mean_patch": (True,)}, "transformers"),
+    ],
+)
+def test_the_classifier_of_a_run(tmp_path, capsys, variant, changes, form):
+    """It scores as the run's own, on its own images, and knows its classes by name."""
+    workdir, method, state = made_run(tmp_path, variant, **changes | {"model.dtype": "float32"})
+    out = tmp_path / "out"
+    export.main(["export", f"--run={workdir}", f"--format={form}", f"--out={out}", "--head"])
+    said = capsys.readouterr().out
+    assert "features and scores of 4 images (" in said and "data" in said
+    given, again = export.source_of(workdir, True), export.source_of(str(out), True)
+    images = jnp.asarray(np.random.default_rng(0).random((3, 16, 16, 3), np.float32))
+    learned = state.teacher or state.params
+    normalised = (images - jnp.array(method.views.mean)) / jnp.array(method.views.std)
+    want = method.class_scores(learned, state.extra, normalised)
+    got = [one.outputs(one.parameters, images)["scores"] for one in (given, again)]
+    for scores in got:
+        np.testing.assert_allclose(scores, want, atol=1e-4 * np.abs(want).max())
+    config = json.loads((out / "config.json").read_text())
+    assert again.head.labels == ("a", "b") == tuple(config.get("label_names") or config["id2label"].values())
+    assert "pipeline_tag: image-classification" in (out / "README.md").read_text()
+
+
+def test_a_classifier_of_several_blocks_is_refused(tmp_path):
+    workdir, method, _ = made_run(tmp_path, "linear", **{"probe.blocks": (2,)})
+    with pytest.raises(ValueError, match="sees the last 2 blocks"):
+        export.source_of(workdir, True)
+    assert export.source_of(workdir).head.pool == "cls"
 
 
 def test_official_names_of_a_run(tmp_path):
@@ -92,7 +220,7 @@ def test_official_names_of_a_run(tmp_path):
     checkpoints.save(5, state)
     checkpoints.wait()
     (tmp_path / "config.json").write_text(config.to_json_best_effort())
-    assert export.export(str(tmp_path), "official", tmp_path / "out") == 0
+    assert export.export(str(tmp_path), "official", tmp_path / "out") == (0, "all tensors")
     arrays = weight_files.read(tmp_path / "out/model.safetensors")
     again = convert.from_torch(arrays, "dinov2")
     jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.asarray, dict(state.teacher)))

@@ -13,7 +13,7 @@ import mim_jax
 from mim_jax import convert
 from mim_jax.config import resolve_target
 from mim_jax.learned import load_target
-from mim_jax.models import clip
+from mim_jax.models import clip, vit
 from mim_jax.models.positions import interpolate_positions, rotary_angles
 from mim_jax.models.vit import masked_first
 
@@ -231,9 +231,10 @@ def test_clip(tower, x64):
     wide = jax.random.normal(jax.random.key(0), (1, 24, 24, 3), jnp.float64)
     vision, visual = network.vision, parts["visual"]
     larger = visual | {"pos_embed": interpolate_positions(visual["pos_embed"], 6, 6, offset=0.0)}
-    want = jax.jit(vision.clone(img_size=24).apply)({"params": larger}, wide)
-    np.testing.assert_allclose(jax.jit(vision.apply)({"params": visual}, wide), want, atol=1e-12)
-    assert jax.eval_shape(vision.apply, {"params": visual}, wide[:, :8]).shape == (1, 13, network.dim)
+    run = jax.jit(vit.features, static_argnums=0)
+    want, got = run(vision.clone(img_size=24), larger, wide), run(vision, visual, wide)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), got, want)
+    assert jax.eval_shape(network.features, parts, wide[:, :8])["patch"].shape == (1, 12, network.dim)
 
 
 def test_a_method_learns_from_clip(tower, tmp_path):
@@ -244,7 +245,7 @@ def test_a_method_learns_from_clip(tower, tmp_path):
     whole = {f"visual.{key}": value for key, value in weights.items()} | {key: np.ones(n) for key, n in text.items()}
     np.savez(tmp_path / "clip.npz", **whole)
     eva = mim_jax.load_config("tests/tiny.py:eva")
-    eva.target.update(config="clip:b16", weights=str(tmp_path / "clip.npz"), family="clip")
+    eva.target.update(config="clip:b16", weights=str(tmp_path / "clip.npz"))
     resolve_target(eva)
     eva.target.network.model.update(config.model)
     method = mim_jax.make_method(eva)

@@ -11,6 +11,8 @@ import ml_collections
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from pictures import picture
+from PIL import Image
 
 import mim_jax
 from mim_jax import layouts, learned, weight_files
@@ -206,7 +208,7 @@ def test_a_moving_average_is_taken_first(golden):
         ("official/dino_backbone", {}, {"norm.bias": (31,)}, r"1 tensors do not fit the network: norm/bias is \(31,\), not"),
         ("official/simmim_swin", {"eps": 1e-6}, {}, "the norms have epsilon 1e-06: those of a Swin here have 1e-05"),
         ("official/dino_backbone", {}, {"patch_embed.proj.weight": (32, 3, 8, 4)}, "8 x 4 pixels are not square"),
-        ("official/dino_backbone", {}, {"patch_embed.proj.weight": (32, 4, 8, 8)}, "has 4 channels: images here have 3"),
+        ("official/dino_backbone", {}, {"patch_embed.proj.weight": (32, 4, 8, 8)}, "is for 4 channels, not 3: only one"),
         ("official/dino_backbone", {}, {"patch_embed.proj.weight": None}, "there is no vision encoder of a known layout"),
         ("official/dino_backbone", {"encoder": "student."}, {}, "no encoder's names begin with 'student.': there are ''"),
         ("official/beit_finetuned", {}, {f"blocks.{i}.attn.relative_position_bias_table": (41, 2) for i in (0, 1)},
@@ -230,6 +232,29 @@ def test_what_cannot_be_read_is_refused(golden, name, told, changes, message):
         layouts.encoder(state, {}, told)
 
 
+@pytest.mark.parametrize("name", ["official/dino_backbone", "official/simmim_swin"])
+def test_channels(golden, name):
+    """As timm's `adapt_input_conv`; and what it means for images: six channels that repeat three, and greys, are the same."""
+    state, _, rgb = of(golden, name)
+    kernel = rgb.parts["backbone"]["patch_embed"]["kernel"]
+    grey, six = (of(golden, name, channels=channels)[2] for channels in (1, 6))
+    np.testing.assert_allclose(grey.parts["backbone"]["patch_embed"]["kernel"], kernel.sum(2, keepdims=True))
+    np.testing.assert_allclose(six.parts["backbone"]["patch_embed"]["kernel"][:, :, 4], kernel[:, :, 1] / 2)
+    assert six.mean == rgb.mean * 2 and grey.mean == (pytest.approx(np.mean(rgb.mean)),) and len(grey.std) == 1
+    assert "for 3 channels became one for 6: repeated in turn and times 3/6, as timm does; mean 0.485, 0.456" in six.lines[-1]
+    images = np.random.default_rng(0).random((1, *[rgb.settings["img_size"]] * 2, 3)).astype(np.float32)
+    want, got = (w.network.features(w.parts, jnp.tile(images, (1, 1, 1, n))) for w, n in ((rgb, 1), (six, 2)))
+    np.testing.assert_allclose(got["patch"], want["patch"], atol=1e-5)
+
+    key = next(key for key in state if key.endswith("patch_embed.proj.weight"))
+    one = state | {key: state[key].sum(1, keepdims=True)}
+    told = Told(heads=2 if "dino" in name else 0)
+    assert of(lambda _: ({f"sd/{k}": v for k, v in one.items()}, {"heads": 2}), name, channels=0)[2].mean == grey.mean
+    again = layouts.encoder(one, {}, told)
+    np.testing.assert_allclose(again.parts["backbone"]["patch_embed"]["kernel"][:, :, 2], kernel.sum(2) / 3, rtol=1e-6)
+    assert again.mean == grey.mean * 3
+
+
 def test_the_activation_is_asked_for(golden):
     arrays, meta = golden("weights/clip/open_clip_gelu")
     state = {key[3:]: array for key, array in arrays.items() if key.startswith("sd/")}
@@ -239,12 +264,14 @@ def test_the_activation_is_asked_for(golden):
 
 
 def test_our_own_folder(golden, tmp_path):
-    for name in ("timm/eva02_clip", "hf/swin"):
+    for name in ("timm/eva02_clip", "hf/swin", "timm/vit_avg_fcnorm"):
         _, _, weights = of(golden, name)
         weights.save(tmp_path / name)
         again = layouts.read(tmp_path / name)
-        assert again._replace(parts={}) == weights._replace(parts={})
-        jax.tree.map(np.testing.assert_array_equal, again.parts, weights.parts)
+        assert again._replace(parts={}, head=None) == weights._replace(parts={}, head=None)
+        assert again.head._replace(norm={}, linear={}) == weights.head._replace(norm={}, linear={})
+        for ours, theirs in ((again.parts, weights.parts), (again.head.params, weights.head.params)):
+            jax.tree.map(np.testing.assert_array_equal, ours, theirs)
         assert layouts.is_weights(tmp_path / name) and not layouts.is_weights(tmp_path)
 
 
@@ -256,6 +283,23 @@ def test_the_command(capsys, tmp_path):
     assert layouts.read(tmp_path / "ours").settings["heads"] == 2
     done = subprocess.run([*command, file], capture_output=True, text=True)
     assert done.returncode == 1 and re.fullmatch("error: .*backbone.npz: the number of heads .*\n", done.stderr), done.stderr
+
+
+def test_what_other_channels_change(golden, tmp_path):
+    """The command names the images and says how far the features have moved; the folder keeps its channels."""
+    of(golden, "official/dino_backbone")[2].save(tmp_path / "rgb")
+    for i in range(3):
+        Image.fromarray(picture(40, 48, seed=i)).save(tmp_path / f"{i}.png")
+    files = ",".join(str(tmp_path / f"{i}.png") for i in range(3))
+    command = [sys.executable, "-m", "mim_jax.convert", tmp_path / "rgb", "--channels=1", f"--images={files}"]
+    done = subprocess.run([*command, f"--out={tmp_path / 'grey'}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"for 3 channels to those for 1: ([\d.]+) .* as they are, ([\d.]+) \(least.*; of 3 images", done.stdout)
+    assert 0.5 < float(found[1]) < float(found[2]) < 1, done.stdout
+    assert len(layouts.read(tmp_path / "grey", Told(channels=0)).mean) == 1
+    assert "for 1 channel became one for 3: repeated and times 1/3" in mim_jax.load(tmp_path / "grey").description
+    with pytest.raises(ValueError, match="takes images of 1 channels, and those that are read here have 3"):
+        mim_jax.load(tmp_path / "grey", channels=0)
 
 
 def begun(path, variant, **changes):

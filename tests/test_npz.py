@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from mim_jax import learned, weight_files
+from mim_jax import weight_files
 
 
 def npz(**members):
@@ -58,15 +58,15 @@ BROKEN = {  # kind -> (file, what the line says)
     "records": (saved(a=np.zeros(2, [("x", "f4")])), "not of numbers"),
     "no array in it": (npz(a=b"no array"), "magic string"),
     "header that is code": (npz(a=b"\x93NUMPY\1\0\x10\0__import__('os')"), "malformed node"),
-    "another member": (PYTORCH.getvalue(), r"member 'archive/data.pkl' \(a file of PyTorch\?\)"),
+    "another member": (PYTORCH.getvalue(), "it holds no tensors"),
     "bzip2": (bytes(METHOD), "compressed by method 12"),
     "truncated": (GOOD[:-30], "not a zip file"),
     "changed": (GOOD.replace(np.float64(4).tobytes(), np.float64(5).tobytes()), "Bad CRC-32"),
-    "npy": (npy(np.zeros(3)), "not a zip file"),
-    "pickle": (pickle.dumps(Runs()), "not a zip file"),
-    "safetensors": (b"\x40\0\0\0\0\0\0\0" + b'{"weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "not a zip file"),
-    "text": (b"no arrays", "not a zip file"),
-    "empty": (b"", "not a zip file"),
+    "npy": (npy(np.zeros(3)), "it is a single array"),
+    "pickle": (pickle.dumps(Runs()), "its pickle calls what is no class"),
+    "safetensors": (b"\x40\0\0\0\0\0\0\0" + b'{"weight":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "it is truncated"),
+    "text": (b"no arrays", "it is not a file of weights"),
+    "empty": (b"", "it is empty"),
 }
 
 
@@ -77,12 +77,12 @@ def test_what_is_no_file_of_arrays_is_refused_in_one_line(tmp_path, kind):
     file.write_bytes(content)
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=f"weights.npz is no .npz file of named arrays: .*{reason}") as error:
-            learned.official_parts(str(file), "dino", count=1000)
+        with pytest.raises(ValueError, match=f"weights.npz cannot be read: .*({reason})") as error:
+            weight_files.read(file)
         assert tracemalloc.get_traced_memory()[1] < 4 * len(content) + 2**20
     finally:
         tracemalloc.stop()
-    assert "\n" not in str(error.value) and "Wanted is what np.savez" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_arrays_are_read_as_they_were_saved(tmp_path):

@@ -10,7 +10,7 @@ from tensorboardX.proto import event_pb2
 from test_data import tfds_dir  # noqa: F401
 from test_folder import make
 
-from mim_jax import checkpoint, journal, learned, load_config, report, storage
+from mim_jax import checkpoint, journal, load_config, report, storage, weight_files
 from mim_jax.config import resolve_encoder, resolve_target
 from mim_jax.data import decode, pipeline, sources
 from mim_jax.health import Verdict
@@ -208,8 +208,10 @@ def test_arrays_of_a_file_at_an_address(folder, tmp_path):
     file = io.BytesIO()
     np.savez(file, **arrays)
     (folder / "weights.npz").write_bytes(file.getvalue())
-    with (folder / "weights.npz").open("rb") as opened:
-        read = learned.read_npz(opened, limit=10_000)
+    read = weight_files.read(f"{folder}/weights.npz")
     assert read.keys() == arrays.keys() and all(np.array_equal(read[name], arrays[name]) for name in arrays)
     with pytest.raises(FileNotFoundError, match=f"there is no file {folder}/other.npz"):
-        learned.official_parts(f"{folder}/other.npz", "dino", 10)
+        weight_files.read(f"{folder}/other.npz")
+    (folder / "weights.pth").write_bytes(b"no arrays")
+    with pytest.raises(ValueError, match="weights.pth cannot be read: at an address only .npz"):
+        weight_files.read(f"{folder}/weights.pth")

@@ -17,6 +17,7 @@ import mim_jax
 from mim_jax import checkpoint, convert, sharding, train
 from mim_jax.checkpoint import Checkpoints, newest
 from mim_jax.config import resolve_target
+from mim_jax.export import safetensors
 from mim_jax.learned import abstract_target, load_target
 from mim_jax.methods import base
 from mim_jax.state import TrainState, first_state
@@ -140,11 +141,15 @@ def test_a_network_that_is_no_method(config, tmp_path, monkeypatch):
 
 
 def test_official_weights(config, tmp_path):
+    """Of an encoder, whose number of heads stands beside them."""
     method = mim_jax.make_method(config)
+    (tmp_path / "config.json").write_text('{"num_heads": 2}')
     params = method.target.init_parts(jax.random.key(7))
     np.savez(tmp_path / "dino.npz", **convert.to_torch(params, "dino"))
     config.target.update(workdir=None, weights=str(tmp_path / "dino.npz"))
     assert same(load_target(method, config), params)
+    resolve_target(config)
+    assert config.target.network.method == "imported" and config.target.network.model.dim == 16
 
     larger = mim_jax.load_config("tests/tiny.py:dino")
     larger.model.img_size = 24
@@ -155,19 +160,31 @@ def test_official_weights(config, tmp_path):
         load_target(method, config)
 
 
+def test_a_file_with_heads_keeps_the_network_of_its_recipe(tmp_path):
+    """A distillation learns from DINOv2's heads, too. Without them the file is one of an encoder like others."""
+    config = mim_jax.load_config("tests/tiny.py:distillation")
+    method = mim_jax.make_method(config)
+    params = method.target.init_parts(jax.random.key(7))
+    arrays = {f"teacher.{name}": array for name, array in convert.to_torch(params, "dinov2").items()}
+    np.savez(tmp_path / "dinov2.npz", **arrays, **{"student.dino_head.mlp.0.weight": np.zeros(3)})
+    config.target.update(workdir=None, weights=str(tmp_path / "dinov2.npz"))
+    resolve_target(config)
+    assert config.target.network.method == "dinov2" and same(load_target(method, config), params)
+
+
 def test_dalles_tokenizer_from_its_published_weights(golden, tmp_path):
     """The tokens of a fixed tokenizer of BEiT are those of the official encoder."""
     arrays, _ = golden("dvae_dalle")
     encoder, decoder = (prefixed(arrays, f"w_{part}/") for part in ("enc", "dec"))
     weights = {f"encoder.{key}": a for key, a in encoder.items()} | {f"decoder.{key}": a for key, a in decoder.items()}
-    np.savez(tmp_path / "dalle.npz", **weights)
+    (tmp_path / "dalle.safetensors").write_bytes(safetensors({f"model.{key}": array for key, array in weights.items()}))
     tokenizer = mim_jax.load_config("configs/dvae.py:dalle")
     tokenizer.model.update(img_size=32, hidden=8, codes=32, codebook_dim=16, dtype="float32")
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer/config.json").write_text(tokenizer.to_json_best_effort())
     config = mim_jax.load_config("tests/tiny.py:beit")
-    config.update_from_flattened_dict({"head.vocab_size": 32, "crops.target_size": 32, "target.family": "dalle"})
-    config.target.update(workdir=str(tmp_path / "tokenizer"), weights=str(tmp_path / "dalle.npz"))
+    config.update_from_flattened_dict({"head.vocab_size": 32, "crops.target_size": 32})
+    config.target.update(workdir=str(tmp_path / "tokenizer"), weights=str(tmp_path / "dalle.safetensors"))
     resolve_target(config)
     method = mim_jax.make_method(config)
     target = load_target(method, config)
@@ -187,11 +204,15 @@ def test_what_is_missing_is_named(config, tmp_path):
     config.target.weights = "no/such.npz"
     with pytest.raises(FileNotFoundError, match="there is no file .*no/such.npz"):
         load_target(method, config)
-    for content in (b"no arrays", b""):
-        (tmp_path / "broken.npz").write_bytes(content)
-        config.target.weights = str(tmp_path / "broken.npz")
-        with pytest.raises(ValueError, match="broken.npz is no .npz file of named arrays"):
-            load_target(method, config)
+    (tmp_path / "broken.npz").write_bytes(b"no arrays")
+    config.target.weights = str(tmp_path / "broken.npz")
+    with pytest.raises(ValueError, match="broken.npz cannot be read: "):
+        load_target(method, config)
+    tokenized = mim_jax.load_config("tests/tiny.py:beit2")
+    tokenized.target.weights = str(tmp_path / "other.npz")
+    np.savez(tmp_path / "other.npz", a=np.zeros(3))
+    with pytest.raises(ValueError, match="other.npz has no vqkd weights of the network vqkd"):
+        load_target(mim_jax.make_method(tokenized), tokenized)
 
 
 @pytest.mark.parametrize("key, value, message", [

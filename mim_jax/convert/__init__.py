@@ -13,12 +13,13 @@ exact.
 import importlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mim_jax import weight_files
 from mim_jax.convert.table import Dim, Row
 from mim_jax.models.positions import relative_position_index
 
@@ -27,6 +28,46 @@ BUFFERS = (
     *(".relative_position_index", ".attn_mask", "rope.freqs_cos", "rope.freqs_sin"),
     *(f"quantize.embedding.{name}" for name in ("cluster_size", "embed_avg", "initted")),
 )
+
+
+# What official files hold that an encoder lacks: tokenizers, CLIP's projection, DINOv2's heads. A network -> the families of
+# its files; a family -> a name in such a file, after what stands before all names. `mim_jax.layouts` reads other encoders.
+OFFICIAL = {"dvae": ("dalle", "dvae"), "vqkd": ("vqkd",), "vqvae": (), "clip": ("clip",), "dinov2": ("dinov2",)}
+MARKS = {
+    "dalle": r"((encoder|decoder)\.)?blocks\.group_1\.block_1\.",
+    "dvae": r"codebook\.weight$",
+    "vqkd": r"quantize\.embedding\.weight$",
+    "clip": r"(visual\.)?conv1\.weight$",
+    "dinov2": r"dino_head\.",
+}
+
+
+def official(path: str, network: str) -> dict[str, Any]:
+    """The parameters of a network of `OFFICIAL` in a file of weights, see `weight_files.read`, by part.
+
+    Raises FileNotFoundError, and ValueError for a file that cannot be read or is not one of this network.
+    """
+    arrays = arrays_of(path)
+    if (found := recognised(arrays, network)) is None:
+        raise ValueError(f"{path} has no {' or '.join(OFFICIAL[network]) or 'official'} weights of the network {network}")
+    family, before = found
+    try:
+        return from_torch({name[len(before) :]: array for name, array in arrays.items() if name.startswith(before)}, family)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def arrays_of(path: str) -> dict[str, np.ndarray]:
+    return weight_files.flat(weight_files.read(path))
+
+
+def recognised(names: Iterable[str], network: str) -> tuple[str, str] | None:
+    """(the family, what stands before all names) of an official file of a network, of a teacher if there are several; None if
+    it is not one."""
+    for family in OFFICIAL[network]:
+        if found := {match[1] for name in names if (match := re.match(rf"((?:.*?\.)??){MARKS[family]}", name))}:
+            return family, max(sorted(found), key=lambda before: "teacher" in before)
+    return None
 
 
 def module_of(family: str) -> Any:

@@ -9,7 +9,7 @@ VISUAL = [
     Row("class_embedding", "cls_token", ("D",), Layout(lambda a: a[None, None], lambda a: a[0, 0])),
     Row("positional_embedding", "pos_embed", ("1+N", "D"), ROW),
     Row("conv1.weight", "patch_embed/kernel", ("D", "C", "P", "P"), CONV),
-    *norm("ln_pre", "ln_pre"),
+    *norm("ln_pre", "norm_pre"),
     *norm(f"{AT}.ln_1", "blocks/norm1"),
     Row(f"{AT}.attn.in_proj_weight", "blocks/qkv/kernel", ("3*D", "D"), TRANSPOSED),
     Row(f"{AT}.attn.in_proj_bias", "blocks/qkv/bias", ("3*D",)),
@@ -17,7 +17,7 @@ VISUAL = [
     *norm(f"{AT}.ln_2", "blocks/norm2"),
     *linear(f"{AT}.mlp.c_fc", "blocks/fc1", "MLP", "D"),
     *linear(f"{AT}.mlp.c_proj", "blocks/fc2", "D", "MLP"),
-    *norm("ln_post", "ln_post"),
+    *norm("ln_post", "norm"),
     Row("proj", "proj", ("D", "OUT")),
 ]
 # What a whole CLIP has besides: the tower of texts, the temperature, and sizes.

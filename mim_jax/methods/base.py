@@ -19,6 +19,7 @@ from mim_jax.config import check
 from mim_jax.data.augment import FLIP, Crops, Policy
 from mim_jax.masking import NO_MASKS, Masks
 from mim_jax.models import vit
+from mim_jax.models.heads import LinearHead
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT
 from mim_jax.views import Views
@@ -102,6 +103,10 @@ class Method:
         """Normalised images [B, H, W, C] -> the trained classifier's scores [B, num_classes]."""
         raise NotImplementedError
 
+    def classifier(self, params: Params, extra: Params) -> LinearHead:
+        """The trained classifier, for use elsewhere. Raises ValueError if there is none, or it sees several blocks."""
+        raise ValueError(f"{type(self).__name__} has no classifier")
+
     def attention(self, params: Params, images: jax.Array) -> jax.Array:
         """The attention of the last block's CLS token, [B, heads, N] over the patches, row-major."""
         raise NotImplementedError
@@ -151,7 +156,7 @@ class Encoder:
     """A trained backbone as a frozen network."""
 
     backbone: ViT | Swin
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # of each channel
     std: tuple[float, ...]
 
     @property
@@ -163,7 +168,7 @@ class Encoder:
         return self.backbone.stride
 
     def init_parts(self, key: jax.Array) -> Params:
-        image = jnp.zeros((1, 1, self.backbone.img_size, self.backbone.img_size, 3))
+        image = jnp.zeros((1, 1, self.backbone.img_size, self.backbone.img_size, len(self.mean)))
         return {"backbone": self.backbone.init(key, [image])["params"]}
 
     def features(self, parts: Params, images: jax.Array) -> dict[str, jax.Array]:

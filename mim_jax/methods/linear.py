@@ -15,11 +15,12 @@ import ml_collections
 from mim_jax.methods.base import BackboneMethod, Params, global_views
 from mim_jax.methods.supervised import classes, encoder
 from mim_jax.models import vit
-from mim_jax.models.heads import BatchNorm
+from mim_jax.models.heads import BatchNorm, LinearHead
 from mim_jax.models.layers import param_dtype
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT
 
+EPS = 1e-6  # of the batch normalisation
 MEMORY = 0.99  # of the moving average of the held-out accuracy, a step
 
 
@@ -33,7 +34,7 @@ class Classifiers(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if self.batch_norm:
-            x = BatchNorm(eps=1e-6, affine=False, name="bn")(x, train)
+            x = BatchNorm(eps=EPS, affine=False, name="bn")(x, train)
         shape = self.count, x.shape[-1], self.num_classes
         kernel = self.param("kernel", nn.initializers.normal(0.01), shape, x.dtype)
         bias = self.param("bias", nn.initializers.zeros, (shape[0], shape[2]), x.dtype)
@@ -118,6 +119,21 @@ class Linear(BackboneMethod):
         """Those of the best head on the held-out images."""
         scores, _ = self.scores(params, extra["batch_stats"], images)
         return scores[jnp.argmax(extra["held_out_accuracy"])]
+
+    def classifier(self, params: Params, extra: Params) -> LinearHead:
+        """The best one on the held-out images, with its batch normalisation in its linear layer."""
+        kind, place = divmod(int(jnp.argmax(extra["held_out_accuracy"])), len(self.rates))
+        blocks, mean = self.kinds[kind]
+        if blocks > 1:
+            raise ValueError(f"the best classifier sees the last {blocks} blocks: elsewhere it could see one")
+        name, has_cls = kind_name(blocks, mean), isinstance(self.backbone, ViT) and self.backbone.cls
+        kernel, bias = (params["head"]["heads"][name][each][place] for each in ("kernel", "bias"))
+        if name in extra["batch_stats"]:
+            stats = extra["batch_stats"][name]["bn"]
+            scale = jax.lax.rsqrt(stats["var"] + EPS)
+            kernel, bias = scale[:, None] * kernel, bias - (stats["mean"] * scale) @ kernel
+        pool = "cls+mean" if mean else "cls" if has_cls else "mean"
+        return LinearHead(pool, {}, {"kernel": kernel, "bias": bias})
 
     def lr_scales(self, params: Params, decay: float, patch_embed: float) -> Params:
         rates = jnp.array(self.rates)

@@ -11,7 +11,7 @@ import ml_collections
 from mim_jax.data import mixing
 from mim_jax.data.rand_augment import rand_augment
 from mim_jax.methods.base import BackboneMethod, Params, global_views, loop_settings, made, vit_settings
-from mim_jax.models.heads import Classifier
+from mim_jax.models.heads import Classifier, LinearHead
 from mim_jax.models.layers import LayerNorm, param_dtype
 from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT
@@ -74,6 +74,9 @@ class Supervised(BackboneMethod):
 
     def class_scores(self, params: Params, extra: Params, images: jax.Array) -> jax.Array:
         return self.logits(params, self.encoded(params, images[:, None]))
+
+    def classifier(self, params: Params, extra: Params) -> LinearHead:
+        return LinearHead(self.pool, params["head"].get("fc_norm", {}), params["head"]["linear"])
 
     def features(self, params: Params, images: jax.Array) -> dict[str, jax.Array]:
         """As of other methods, but "cls" is what the linear layer sees, [B, D]: after mean pooling and its norm, if so."""

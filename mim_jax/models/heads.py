@@ -1,13 +1,13 @@
 """Heads: from the backbone's tokens to the scores that the losses compare."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mim_jax.models.layers import TORCH_UNIFORM, Dense, Initializer, LayerNorm, gelu, linear, param_dtype, sums
+from mim_jax.models.layers import TORCH_UNIFORM, Dense, Initializer, LayerNorm, gelu, linear, normalize, param_dtype, sums
 from mim_jax.sharding import pin_batch
 
 
@@ -162,3 +162,28 @@ class Classifier(nn.Module):
         elif self.norm == "batch":
             x = BatchNorm(eps=1e-6, affine=False, name="bn")(x, train)
         return Dense(self.num_classes, self.dtype, nn.initializers.normal(self.init_std), name="linear")(x)
+
+
+class LinearHead(NamedTuple):
+    """A trained classifier for other programs: what is pooled, a norm and a linear layer. The last two may be {}."""
+
+    pool: str  # "cls", "mean" of the patches, or "cls+mean", joined
+    norm: dict[str, Any]  # scale and bias of a LayerNorm of what is pooled
+    linear: dict[str, Any]  # kernel [D, K] and bias [K]
+    eps: float = 1e-6  # of the norm
+    labels: tuple[str, ...] = ()  # names of the classes, if they are known
+
+    @property
+    def classes(self) -> int:
+        return len(self.linear["bias"]) if self.linear else 0
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return {"norm": self.norm, "linear": self.linear}
+
+    def scores(self, features: dict[str, jax.Array]) -> jax.Array:
+        """A backbone's features {"cls": [B, D], "patch": [B, N, D]} -> [B, K]."""
+        kinds = {"cls": features["cls"], "mean": features["patch"].mean(1)}
+        x = jnp.concatenate([kinds[kind] for kind in self.pool.split("+")], axis=-1)
+        x = normalize(x, self.norm["scale"], self.norm["bias"], self.eps) if self.norm else x
+        return x @ self.linear["kernel"] + self.linear["bias"]
