@@ -404,7 +404,8 @@ def card(source: str, config: Config, library: str) -> str:
             f"Method: {run['method']} (recipe {run.get('recipe', '')}), data: {run['data']['name']}, total: {run['total']}."
         ]
         lines += ["", "Scores on held-out images, with their baselines:", "", *scores, ""]
-        lines += [f"It began with `{run['init_from']}`, whose licence holds for it, too.", ""] if run.get("init_from") else []
+        begun = run.get("init_from") or run.get("continue_from")
+        lines += [f"It began with `{begun}`, whose licence holds for it, too.", ""] if begun else []
     return "\n".join([*lines, "```json", json.dumps(config, indent=1), "```", ""])
 
 

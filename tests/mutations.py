@@ -274,8 +274,8 @@ MUTATIONS = (
     M("a target sees plain pixels", "methods/base.py",
       "images = (images - jnp.array(self.mean)) / jnp.array(self.std)\n        return vit", "return vit",
       "test_target.py::test_a_frozen_encoder_normalizes_images_as_in_its_training"),
-    M("fine-tuning begins with the student", "learned.py", 'where(shapes, part) if "encoder" in config else "params"',
-      '"params"', "test_supervised.py::test_a_backbone_of_a_run"),
+    M("fine-tuning begins with the student", "learned.py", '"encoder" in config or config.continue_from',
+      "config.continue_from", "test_supervised.py::test_a_backbone_of_a_run"),
     M("sine-cosine positions as DINO's", "learned.py", 'getattr(encoder, "pos_offset", 0.1)', "0.1",
       "test_supervised.py::test_a_backbone_of_a_run"),
     # Features

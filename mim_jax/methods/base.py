@@ -139,10 +139,12 @@ class BackboneMethod(Method):
         return vit.last_attention(self.backbone, params["backbone"], images)[:, :, 0, 1 + self.backbone.registers :]
 
     def lr_scales(self, params: Params, decay: float, patch_embed: float) -> Params:
+        ones = jax.tree.map(lambda _: 1.0, params)
+        if (decay, patch_embed) == (1, 1):
+            return ones
         if isinstance(self.backbone, Swin):
             return super().lr_scales(params, decay, patch_embed)
-        other = {part: jax.tree.map(lambda _: 1.0, tree) for part, tree in params.items()}
-        return other | {"backbone": self.backbone.lr_scales(params["backbone"], decay, patch_embed)}
+        return ones | {"backbone": self.backbone.lr_scales(params["backbone"], decay, patch_embed)}
 
     def network(self) -> Network:
         return Encoder(self.backbone, self.views.mean, self.views.std)
@@ -243,6 +245,11 @@ def make_method(config: ml_collections.ConfigDict) -> Any:
     method refuses."""
     check(config)
     method = made(config)
+    if config.get("continue_from"):
+        if not isinstance(method, BackboneMethod):
+            raise ValueError(f"continue_from needs a method with a ViT or Swin, which {config.method} is not: use init_from")
+        if isinstance(method.backbone, Swin) and config.continued.layer_decay != 1:
+            raise ValueError("a Swin has no layer-wise decay of the learning rate: set continued.layer_decay=1")
     schedules = optim.schedules(config)
     optimizer = optim.make_optimizer(config, schedules, method)
     return dataclasses.replace(method, optimizer=optimizer, schedules={**schedules, **method.schedules})
