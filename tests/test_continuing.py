@@ -218,7 +218,7 @@ def runs(tmp_path, monkeypatch):
         config = tiny("mae", continue_from=str(tmp_path / "dino"))
         config.data.dir = str(tmp_path / "images")
         config.optim.update(warmup="0 steps", lr_batch_size=0)
-        config.eval.every, config.checkpoint.every, config.checkpoint.keep = "1 step", "1 step", 1
+        config.eval.every, config.checkpoint.every, config.checkpoint.keep = "2 steps", "2 steps", 1
         return train.run(config, tmp_path / name)
 
     return go
@@ -234,16 +234,15 @@ def test_a_continued_run_is_frozen_first_and_goes_on_with_equal_bytes(runs, tmp_
     monkeypatch.setattr(Checkpoints, "save", seen)
     end, told = runs("whole"), capsys.readouterr().err
     learned_there = mim_jax.load_run(tmp_path / "dino").params["backbone"]["blocks"]
-    assert [step for step in range(1, 7) if same(backbones[step]["blocks"], learned_there)] == [1, 2]
+    assert [step for step in backbones if same(backbones[step]["blocks"], learned_there)] == [2]
     figures = {row["step"]: row for row in journal.read(tmp_path / "whole") if "health/start_cosine" in row}
-    cosines = [figures[step]["health/start_cosine"] for step in range(1, 7)]
-    np.testing.assert_allclose(cosines[:2], 1, atol=1e-6)
-    assert cosines[5] < 1 - 1e-6
+    cosines = [figures[step]["health/start_cosine"] for step in (2, 4, 6)]
+    assert cosines[0] == pytest.approx(1, abs=1e-6) and cosines[2] < 1 - 1e-6
     latest = journal.history(tmp_path / "whole").latest
-    assert latest["eval/patch_retrieval_baseline_start"] == pytest.approx(figures[1]["eval/patch_retrieval"], abs=0.01)
+    assert latest["eval/patch_retrieval_baseline_start"] == figures[2]["eval/patch_retrieval"]
     assert not any("untrained" in tag for tag in latest)
     assert "eval/patch_retrieval_error" in latest and latest["train/backbone_rate"] == 1
-    best = max(range(1, 7), key=lambda step: figures[step]["eval/view_retrieval"])
+    best = max((2, 4, 6), key=lambda step: figures[step]["eval/view_retrieval"])
     assert {6, best} <= set(saved_steps(tmp_path / "whole/checkpoints"))
     assert f"best global score: {figures[best]['eval/view_retrieval']:.3f} at step {best}, kept as" in told
     assert "Cosine to the start" in (tmp_path / "whole" / report.FILE).read_text()
@@ -263,6 +262,6 @@ def test_a_continued_run_is_frozen_first_and_goes_on_with_equal_bytes(runs, tmp_
             file.unlink()  # what it began with is not needed any more
     assert same(runs("again"), end)
     assert saved_steps(tmp_path / "again/checkpoints") == saved_steps(tmp_path / "whole/checkpoints")
-    assert "resuming after step 3 of 6" in capsys.readouterr().err
+    assert "resuming after step 2 of 6" in capsys.readouterr().err
     again = {row["step"]: row for row in journal.read(tmp_path / "again") if "health/start_cosine" in row}
     assert [again[step] for step in figures] == list(figures.values())
