@@ -84,9 +84,9 @@ def resolve_target(config: ml_collections.ConfigDict) -> None:
 OF_BACKBONE = ("arch", "patch_size", "dim", "depth", "depths", "heads", "window", "mlp_ratio", "pos", "layerscale")
 
 
-def begins_with(config: ml_collections.ConfigDict) -> str | None:
-    """The run or the file of weights that a run begins with, in `config.init_from` or `config.continue_from`."""
-    return config.get("init_from") or config.get("continue_from")
+def begins_with(config: ml_collections.ConfigDict) -> str:
+    """The run or file of weights that a run begins with, in `config.init_from` or `config.continue_from`; "": from scratch."""
+    return config.get("init_from") or config.get("continue_from") or ""
 
 
 def resolve_encoder(config: ml_collections.ConfigDict, workdir: str | Path = "") -> None:

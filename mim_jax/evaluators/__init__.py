@@ -222,7 +222,7 @@ class Evaluation:
     def start_file(self) -> bytes:
         """The features at the start, once the baselines have been measured, for `open_start` of a run that goes on."""
         file = io.BytesIO()
-        np.savez(file, features=self.start, measured=self._measured)
+        np.savez(file, features=np.asarray(self.start), measured=self._measured)
         return file.getvalue()
 
     def open_start(self, file: Path) -> str:

@@ -35,7 +35,7 @@ def view_retrieval(first: Array, second: Array, chunk: int = 500) -> jax.Array:
 
 def patch_retrieval(whole: jax.Array, half: jax.Array) -> jax.Array:
     """For each image, the share (0 to 1) of the patches of `half` whose nearest patch of `whole`, by cosine, is the one that
-    they are a quarter of; chance is 1 / N. Float32 [B], for patches [B, N, D] of square pictures, row-major.
+    their centre lies in; chance is 1 / N. Float32 [B], for patches [B, N, D] of square pictures, row-major.
 
     `half` is the central square of half of the side of `whole`, mirrored left to right and enlarged to its size. So a position
     alone, the same in both, is no answer, and neither are the pixels.
