@@ -21,7 +21,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,7 @@ SAID = {
 }
 COMMITTED = "commit_success.txt"  # of Orbax: it is in a checkpoint that is whole
 AT_ONCE = 2**30  # bytes that are read back at a time
+BEST = {"global": ("eval/knn", "eval/view_retrieval"), "dense": ("eval/patch_retrieval",)}  # the first that is measured counts
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 
 Result = TypeVar("Result")
@@ -126,7 +127,8 @@ class SavedRun:
 
 
 class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
-    """The checkpoints that a run writes to `workdir/checkpoints`.
+    """The checkpoints that a run writes to `workdir/checkpoints`. The newest `checkpoint.keep` are kept, and those of the steps
+    in `best`: kind of score in BEST -> [step, score].
 
     Raises OSError, naming the folder, when it cannot be written or has no room for another checkpoint.
     """
@@ -136,8 +138,8 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         self.folder = self.workdir / "checkpoints"
         self.written: tuple[int, Any] | None = None  # the last step saved here, and its state as shapes
         self.read_back: int | None = None  # the last step that was read after it had been written
-        keep = config.checkpoint.keep or None
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True, create=False)
+        self.best: dict[str, list[Any]] = {}
+        options = ocp.CheckpointManagerOptions(preservation_policy=self, cleanup_tmp_directories=True, create=False)
         try:
             if not storage.remote(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -158,10 +160,24 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
         if self.plain != self.folder:
             self.plain.unlink(missing_ok=True)
 
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Whether each checkpoint, oldest first, is kept: Orbax asks after each save."""
+        best, before = {step for step, _ in self.best.values()}, len(checkpoints) - (self.config.checkpoint.keep or math.inf)
+        return [i >= before or checkpoint.step in best for i, checkpoint in enumerate(checkpoints)]
+
+    def is_best(self, step: int, figures: Mapping[str, float]) -> bool:
+        """Whether a score of this step, which is to be saved then, is the best so far of its kind."""
+        scores = {kind: [figures[tag] for tag in tags if tag in figures] for kind, tags in BEST.items()}
+        before = {kind: score for kind, (_, score) in self.best.items()}
+        best = {kind: [step, found[0]] for kind, found in scores.items() if found and found[0] > before.get(kind, -1.0)}
+        self.best = self.best | best
+        return bool(best)
+
     def restore(self, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """(state, record) of the newest checkpoint that is whole, see `restore`. Later ones are set aside: they are renamed,
         and the run will save these steps again."""
         state, record = restore(self.workdir, abstract, self.config)
+        self.best = record.get("best", {})
         for later in saved_steps(self.folder):
             if later > record["step"] and jax.process_index() == 0:
                 names = (f"unreadable_{later}" + f"_{i}" * (i > 0) for i in itertools.count())
@@ -186,6 +202,7 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
                 f"{1.2 * needed / 2**20:,.0f} are needed. {self.kept()}"
             )
         record |= {"step": step, "config": as_dict(self.config), "versions": versions(), "devices": devices()}
+        record |= {"best": self.best} if self.best else {}
         record["arrays"] = described(state)
         record["digest"] = record_digest(record)
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record))
@@ -231,14 +248,16 @@ class Checkpoints(contextlib.AbstractContextManager["Checkpoints"]):
 
 
 def newest(workdir: str | Path, read: Callable[[SavedRun], Result]) -> Result:
-    """What `read` returns for the newest checkpoint of a run that is not damaged. A line tells of those that are.
+    """What `read` returns for the newest checkpoint of a run that is not damaged. A line tells of those that are. Instead of a
+    workdir, one checkpoint can be given: workdir/checkpoints/STEP.
 
     Raises FileNotFoundError when the workdir has no run or the run has no checkpoint, and Damaged when all are damaged.
     """
-    folder = absolute(workdir) / "checkpoints"
+    one = absolute(workdir)
+    folder = one.parent if is_checkpoint(one) else one / "checkpoints"
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no run in {folder.parent}: it has no folder checkpoints")
-    if not (steps := saved_steps(folder)):
+    if not (steps := [int(one.name)] if folder == one.parent else saved_steps(folder)):
         raise FileNotFoundError(f"there is no checkpoint in {folder}")
     problems: list[str] = []
     for step in steps:
@@ -353,7 +372,9 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any
     return [
         (key, old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not MAY_CHANGE.fullmatch(key)
+        if old.get(key) != new.get(key)
+        and not MAY_CHANGE.fullmatch(key)
+        and not (key == "continue_from" and old.get(key) and new.get(key))  # only whether there is one counts
     ]
 
 
@@ -381,6 +402,11 @@ def absolute(path: str | Path) -> Path:
     if str(path).startswith("s3://"):
         raise ValueError(f"{path} cannot have checkpoints: Orbax keeps them at gs:// and on disks, not at s3://")
     return storage.absolute(path)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether it is one checkpoint of a run, as Orbax names them."""
+    return path.parent.name == "checkpoints" and path.name.isdecimal() and (path / "record").is_dir()
 
 
 def saved_steps(folder: Path) -> list[int]:

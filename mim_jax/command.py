@@ -151,7 +151,9 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
         sys.exit(f"error: --compiled is {COMPILED.value}, but must be a folder of this machine")
     if COMPILED.value != "":
         compiled.keep(Path(COMPILED.value or user_cache() / "compiled").expanduser().absolute())
-    config.data.dir, config.init_from, config.resume = map(absolute, (config.data.dir, config.init_from, config.resume))
+    config.data.dir = absolute(config.data.dir)
+    for key in ("init_from", "continue_from", "resume"):
+        config[key] = absolute(config[key])
     try:
         if not (DRY_RUN.value or PLAN.value or WORKDIR.value):
             sys.exit(f"error: --workdir is missing, for example {EXAMPLE}")

@@ -99,23 +99,30 @@ def is_official(target: ml_collections.ConfigDict) -> bool:
 OF_BACKBONE = ("arch", "patch_size", "dim", "depth", "depths", "heads", "window", "mlp_ratio", "pos", "layerscale")
 
 
+def begins_with(config: ml_collections.ConfigDict) -> str:
+    """The run or file of weights that a run begins with, in `config.init_from` or `config.continue_from`; "": from scratch."""
+    return config.get("init_from") or config.get("continue_from") or ""
+
+
 def resolve_encoder(config: ml_collections.ConfigDict, workdir: str | Path = "") -> None:
-    """Fills in `config.encoder`, where there is such a section, with the config of the run in `config.init_from`, whose
+    """Fills in `config.encoder`, where there is such a section, with the config of the run that it `begins_with`, whose
     backbone is fine-tuned or probed. What describes this backbone in `config.model`, and the mean and std of the images, become
-    those of the run. Without `init_from`: nothing. A run that goes on in `workdir` has kept the config, and needs the other
+    those of the run. Without one: nothing. A run that goes on in `workdir` has kept the config, and needs the other
     no more. Raises FileNotFoundError if there is no such run.
     """
-    if "encoder" not in config or not config.init_from:
+    if "encoder" not in config or not begins_with(config):
         return
-    config.init_from = absolute(config.init_from)
-    saved, own = (storage.absolute(folder) / "config.json" for folder in (config.init_from, workdir or "."))
+    key = "init_from" if config.init_from else "continue_from"
+    config[key] = absolute(config[key])
+    there, own = storage.absolute(config[key]), storage.absolute(workdir or ".") / "config.json"
+    saved = (there.parents[1] if there.parent.name == "checkpoints" else there) / "config.json"  # of one of its checkpoints
     kept = json.loads(own.read_text()) if workdir and own.is_file() else {}
-    if kept.get("init_from") == config.init_from and kept.get("encoder"):
+    if kept.get(key) == config[key] and kept.get("encoder"):
         encoder = ml_collections.ConfigDict(kept["encoder"])
-    elif saved.is_file() and "method" in (there := json.loads(saved.read_text())):
-        encoder = ml_collections.ConfigDict(there)
+    elif saved.is_file() and "method" in (run := json.loads(saved.read_text())):
+        encoder = ml_collections.ConfigDict(run)
     else:
-        encoder = imported(config.init_from)
+        encoder = imported(config[key])
     with config.unlocked():
         config.encoder = encoder
         for key in OF_BACKBONE:
@@ -161,7 +168,7 @@ NUMBERS = (
     (r"model\.(mlp_ratio|init_std)|optim\.eps|loss\.\w*temp(erature)?", "(0, inf)"),
     (r"augment\.magnitude", "[0, 10]"),
     (r"augment\.erasing|loss\.label_smoothing", "[0, 1]"),
-    (r"crops\.\w+_scale|eval\.resize|optim\.(layer_decay|decay_rate)", "(0, 1]"),
+    (r"crops\.\w+_scale|eval\.resize|optim\.decay_rate|\w+\.layer_decay", "(0, 1]"),
     (r"optim\.((min|warmup)_)?lr", "[0, 10]"),  # 3 is that of MoCo v3's linear probe
     (r"optim\.momentum_teacher(_end)?|loss\.\w+_momentum|quantizer\.decay", "[0, 1]"),
     (r"mask\.(ratios?|probability)|optim\.lr_batch_power", "[0, 1]"),
@@ -222,9 +229,17 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     if "target" in config and config.target.network.get("recipe", config.target.config) != config.target.config:
         raise ValueError(f"target.config was changed to {config.target.config}: call mim_jax.config.resolve_target(config)")
-    if config.get("init_from") and not config.get("encoder", True):
-        raise ValueError(f"init_from was changed to {config.init_from}: call mim_jax.config.resolve_encoder(config)")
-    durations.total_steps(config)
+    if (begin := begins_with(config)) and not config.get("encoder", True):
+        key = "init_from" if config.init_from else "continue_from"
+        raise ValueError(f"{key} was changed to {begin}: call mim_jax.config.resolve_encoder(config)")
+    total = durations.total_steps(config)
+    if config.get("continue_from"):
+        if config.init_from:
+            raise ValueError("init_from and continue_from are both given, but a run begins with one of them")
+        durations.steps(config, "continued.ramp")
+        if durations.steps(config, "continued.frozen") >= total:
+            frozen = config.continued.frozen
+            raise ValueError(f'continued.frozen is "{frozen}", but must be shorter than the run, {total} steps')
     for key in DURATIONS:
         if key in values:
             durations.steps(config, key)
@@ -295,7 +310,7 @@ def skeleton() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.total = placeholder(str)  # this and all durations: "3500 steps", "800 epochs" or "1_000_000 examples"
-    for section in ("data", "model", "crops", "optim", "eval", "checkpoint", "mesh"):
+    for section in ("data", "model", "crops", "optim", "eval", "checkpoint", "mesh", "continued"):
         config[section] = {}
 
     config.data.name = "imagenet2012"  # "cifar10", "folder", or any data set that TFDS has prepared
@@ -367,6 +382,10 @@ def skeleton() -> ml_collections.ConfigDict:
 
     config.init_from = placeholder(str)  # a run's workdir: start from what it learned, at any image size
     config.init_parts = ()  # the parts of it that are taken, ("backbone",); none named: all
+    config.continue_from = placeholder(str)  # instead of init_from: start from it with care, by `continued`
+    config.continued.frozen = "1 epoch"  # the backbone stays as it is, and the heads learn
+    config.continued.ramp = "5 epochs"  # then its learning rate grows from 0 to what it would be
+    config.continued.layer_decay = 0.75  # if smaller than optim.layer_decay, it takes its place
     config.resume = placeholder(str)  # a run's workdir: continue it here
     return config
 
@@ -378,6 +397,7 @@ def on_cifar10(config: ml_collections.ConfigDict) -> None:
     config.eval.update(every="500 steps", bank=5000, test=2000, resize=1.0)
     config.checkpoint.every = "500 steps"
     config.log_every = "25 steps"
+    config.continued.update(frozen="100 steps", ramp="200 steps")
 
 
 def hours_on_cifar10(config: ml_collections.ConfigDict, total: str) -> None:

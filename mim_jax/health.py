@@ -106,10 +106,17 @@ def feature_std(features: Array) -> jax.Array:
     return unit.std(axis=0).mean() * math.sqrt(features.shape[-1])
 
 
+def mean_cosine(features: Array, others: Array) -> jax.Array:
+    """Mean over images of the cosine of their features [N, D] and others of the same images; 1: the same directions."""
+    features, others = (jnp.asarray(x, jnp.float32) for x in (features, others))
+    lengths = jnp.linalg.norm(features, axis=-1) * jnp.linalg.norm(others, axis=-1)
+    return jnp.mean(jnp.sum(features * others, axis=-1) / jnp.maximum(lengths, 1e-12))
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """`status` is "healthy", "too early", "too few images", "mixed", "not learning", "collapsing" or "broken"; `sentence`
-    gives the reason."""
+    """`status` is "healthy", "too early", "too few images", "mixed", "not learning", "forgetting", "collapsing" or "broken";
+    `sentence` gives the reason."""
 
     status: str
     sentence: str
@@ -132,7 +139,8 @@ def verdict(
             `codebook_figures`, `health/rank`, `health/feature_std`, `eval/view_retrieval`, `eval/knn` and their
             `..._baseline_untrained`, and `eval/accuracy` and its `..._baseline_majority`. A classifier is judged by these
             two alone: its features may be frozen, or have few directions. A value of any tag that is not finite makes the
-            run "broken".
+            run "broken". A run that continues from other weights has `..._baseline_start` instead of `..._untrained`, also of
+            `eval/patch_retrieval`, and `health/start_cosine`: it is healthy if these scores are kept, and "forgetting" if not.
         num_prototypes: K, needed for the entropies.
         progress: share of the run that is done, 0 to 1.
         codes: size of a tokenizer's codebook. A tokenizer is judged by its codebook usage, not by its features.
@@ -147,6 +155,7 @@ def verdict(
     std, rank = known.get("feature_std"), known.get("rank")
     features = [] if std is None else [f"feature std {std:.2f}"]
     features += [] if rank is None else [f"feature rank {rank:.1f}"]
+    features += [f"cosine to the features at the start {known['start_cosine']:.3f}"] if "start_cosine" in known else []
     assignments = usage = ""
     if num_prototypes and "teacher_entropy" in known:
         share = known["teacher_entropy"] / math.log(num_prototypes)
@@ -160,7 +169,11 @@ def verdict(
         features = [usage, *features]
     compared = []  # (clearly better, clearly worse, text)
     judged, other, those = {"eval/view_retrieval": "view retrieval", "eval/knn": "k-NN"}, "untrained", "the untrained encoder"
-    if classifies := "eval/accuracy" in known:
+    classifies = "eval/accuracy" in known
+    continued = not classifies and any(tag.endswith("_baseline_start") for tag in known)
+    if continued:
+        judged, other, those = judged | {"eval/patch_retrieval": "patch retrieval"}, "start", "the start"
+    if classifies:
         judged, other, those = {"eval/accuracy": "accuracy"}, "majority", "the largest class"
     for tag, what in judged.items():
         value, baseline = known.get(tag), known.get(f"{tag}_baseline_{other}")
@@ -198,13 +211,16 @@ def verdict(
 
     better, worse = ([row for row in compared if row[which]] for which in (0, 1))
     scores = ", ".join(text for _, _, text in compared)
-    if compared and (worse or not better) and progress < LATE:
+    kept = continued and not worse
+    if compared and not kept and (worse or not better) and progress < LATE:
         return Verdict("too early", f"not clearly better than {those} yet: {scores}; {progress:.0%} of the run is done.")
-    if compared and not better:
+    if worse and not better and continued:
+        return Verdict("forgetting", f"worse than {those}: {', '.join(signs)}.")
+    if compared and not kept and not better:
         return Verdict("not learning", f"not clearly better than {those}: {scores}.")
     if worse:
         fell, rose = (" and ".join(text for _, _, text in group) for group in (worse, better))
-        return Verdict("mixed", f"better than the untrained encoder in {rose}, but worse in {fell}.")
+        return Verdict("mixed", f"better than {those} in {rose}, but worse in {fell}.")
     return Verdict("healthy", f"{', '.join(signs)}.")
 
 

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from mim_jax import storage
 
 FILE = "metrics.jsonl"
+AT_START = "features_at_start.npz"  # of a run with `continue_from`
 POINTS = 300  # of a curve at most; even
 EVERY = 60.0  # seconds after which what is new is written to an address
 
@@ -313,11 +314,13 @@ def _is_figure(value: Any) -> bool:
 
 
 def inherit(old: Path, new: Path) -> None:
-    """Copies figures and pictures of a run to the workdir where it goes on. First process only."""
+    """Copies figures, pictures and features at the start of a run to the workdir where it goes on. First process only."""
     if jax.process_index() == 0:
         with named_errors(new):
             if there := storage.parts(old / FILE):
                 write_whole(new / FILE, b"".join(part.read_bytes() for part in there))
+            if (old / AT_START).is_file():
+                write_whole(new / AT_START, (old / AT_START).read_bytes())
             for picture in (old / "pictures").glob("*"):
                 write_whole(new / "pictures" / picture.name, picture.read_bytes())
 

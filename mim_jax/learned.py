@@ -1,4 +1,4 @@
-"""Learned weights: of another run (`config.init_from`, `config.target.workdir`) or of a file of official ones.
+"""Learned weights: of another run (`config.init_from`, `continue_from`, `target.workdir`) or of a file of official ones.
 
 What a run learned is its EMA teacher, or its parameters if it has no teacher.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from mim_jax import convert, layouts, sharding
 from mim_jax.checkpoint import SavedRun, newest
-from mim_jax.config import kind
+from mim_jax.config import begins_with, kind
 from mim_jax.methods.base import Params, made
 from mim_jax.models import positions
 from mim_jax.sharding import path_name
@@ -88,19 +88,20 @@ def load_target(method: Any, config: ml_collections.ConfigDict) -> Params:
 
 
 def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> Any:
-    """`state` with what the run `config.init_from` learned, or with the encoder in a file of weights; one line on standard
-    error says what was taken.
+    """`state` with what the run `config.init_from` or `config.continue_from` learned, or with the encoder in a file of weights;
+    one line on standard error says what was taken.
 
     Taken is each part that both have (of `config.init_parts`, if it names some). Where only one of the two has a teacher, it is
-    filled from the parameters, or fills them; with `config.encoder` (fine-tuning, probing) the teacher fills both. Learned
-    positions are interpolated for another image size, and a table of relative positions that all blocks share is copied where
-    each block has one. A mask token and a final norm that only one of the two has are new or dropped. A part of another shape
-    (another head) stays new, and so does `extra` then. Raises ValueError if the encoder does not fit, and for names in
-    `init_parts` that are not parts of both.
+    filled from the parameters, or fills them; with `config.encoder` (fine-tuning, probing) or `continue_from` the teacher fills
+    both. Learned positions are interpolated for another image size, and a table of relative positions that all blocks share is
+    copied where each block has one. A mask token and a final norm that only one of the two has are new or dropped. A part of
+    another shape (another head) stays new, and so does `extra` then. Raises ValueError if the encoder does not fit, and for
+    names in `init_parts` that are not parts of both.
     """
-    if layouts.is_weights(config.init_from):
-        return begun(method, config, state, FromFile(config.init_from, method))
-    return newest(config.init_from, lambda saved: begun(method, config, state, saved))
+    path = begins_with(config)
+    if layouts.is_weights(path):
+        return begun(method, config, state, FromFile(path, method))
+    return newest(path, lambda saved: begun(method, config, state, saved))
 
 
 class FromFile:
@@ -152,7 +153,7 @@ def begun(method: Any, config: ml_collections.ConfigDict, state: Any, saved: Any
         if found:
             wrong[part] = f" ({found[0]})"
         elif part in state.teacher:
-            student = where(shapes, part) if "encoder" in config else "params"
+            student = where(shapes, part) if "encoder" in config or config.continue_from else "params"
             pairs += [("params", part, student), ("teacher", part, where(shapes, part))]
         else:
             pairs.append(("params", part, where(shapes, part)))

@@ -78,14 +78,27 @@ def learning_rate(config: ml_collections.ConfigDict) -> Schedule:
     return shifted
 
 
+def backbone_rate(config: ml_collections.ConfigDict) -> Schedule:
+    """The factor of the backbone's updates in a run with `continue_from`: 0 for the `continued.frozen` steps, then up to 1 by
+    equal amounts over the `continued.ramp` steps, the last of which has 1."""
+    frozen, ramp = (steps(config, f"continued.{name}") for name in ("frozen", "ramp"))
+
+    def schedule(step: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.asarray(step + 1 - frozen, jnp.result_type(float)) / max(ramp, 1), 0.0, 1.0)
+
+    return schedule
+
+
 def schedules(config: ml_collections.ConfigDict) -> dict[str, Schedule]:
-    """`lr`, `weight_decay`, and where the config has `optim.momentum_teacher` a cosine from it to 1, or to
-    `optim.momentum_teacher_end`."""
+    """`lr`, `weight_decay`, where the config has `optim.momentum_teacher` a cosine from it to 1, or to
+    `optim.momentum_teacher_end`, and with `continue_from` the `backbone_rate`."""
     o, total = config.optim, total_steps(config)
     decay = cosine_schedule(o.weight_decay, o.weight_decay_end, total)
     rest = {"lr": learning_rate(config), "weight_decay": decay}
     if "momentum_teacher" in o:
         rest["momentum_teacher"] = cosine_schedule(o.momentum_teacher, o.get("momentum_teacher_end", 1.0), total)
+    if config.get("continue_from"):
+        rest["backbone_rate"] = backbone_rate(config)
     return rest
 
 
@@ -155,6 +168,10 @@ def make_optimizer(
 
     For `optim.freeze_last_layer` the heads' last layers get no update and no decay. By "update" they get no moments either,
     and their bias correction starts when they do; by "lr" (DINOv2) their moments move all the while.
+
+    Where there is a schedule `backbone_rate`, all updates of the backbone, with their weight decay, have this factor, and its
+    layer-wise decay is `continued.layer_decay` if that is smaller. Moments move all the while. Its mask token is like a head:
+    files lack it, and no features depend on it.
     """
     o, freeze = config.optim, steps(config, "optim.freeze_last_layer")
 
@@ -193,14 +210,21 @@ def make_optimizer(
             return "untrained"
         return "last_layer" if freeze and "/last_layer" in name else "trained"
 
-    def by_layer(updates: Any, params: Any) -> Any:
-        scales = method.lr_scales(params, o.layer_decay, o.patch_embed_lr)
-        return jax.tree.map(lambda u, scale: (u * scale).astype(u.dtype), updates, scales)
+    def by_layer(updates: Any, state: Any, params: Any, *, step: jax.Array, **_: Any) -> tuple[Any, Any]:
+        scales = method.lr_scales(params, decay, o.patch_embed_lr)
+        if continued:
+            rate = schedules["backbone_rate"](step)
+            ramped = jax.tree.map(lambda scale: scale * rate, scales["backbone"])
+            scales |= {"backbone": {name: 1.0 if name == "mask_token" else tree for name, tree in ramped.items()}}
+        return jax.tree.map(lambda u, scale: (u * scale).astype(u.dtype), updates, scales), state
 
     groups = {"trained": descent(), "untrained": optax.set_to_zero()}
     if freeze:
         groups["last_layer"] = descent(frozen=freeze) if o.freeze_last_layer_by == "lr" else begins_later(descent())
     labels = lambda params: jax.tree_util.tree_map_with_path(label, params)  # noqa: E731
-    scales = method.own_rates or (o.layer_decay, o.patch_embed_lr) != (1, 1)
-    scaled = optax.stateless(by_layer) if scales else optax.identity()
+    continued = "backbone_rate" in schedules
+    decay = min(o.layer_decay, config.continued.layer_decay) if continued else o.layer_decay
+    scales = continued or method.own_rates or (decay, o.patch_embed_lr) != (1, 1)
+    no_state = lambda _: optax.EmptyState()  # noqa: E731
+    scaled = optax.GradientTransformationExtraArgs(no_state, by_layer) if scales else optax.identity()
     return optax.chain(clip(o.clip_grad, o.clip_per), optax.partition(groups, labels), scaled)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mim_jax import layouts, sharding, storage
+from mim_jax.checkpoint import is_checkpoint
 from mim_jax.data import decode, pipeline
 from mim_jax.data.augment import center_crop
 from mim_jax.data.sources import Example, open_source, user_cache
@@ -232,8 +233,8 @@ def load(path: str | os.PathLike, **told: Any) -> Model:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether it is a workdir: it has checkpoints, or a config.json with a method. Hugging Face's has none."""
-    if (folder / "checkpoints").is_dir():
+    """Whether it is a checkpoint or a workdir: it has checkpoints, or a config.json with a method. Hugging Face's has none."""
+    if (folder / "checkpoints").is_dir() or is_checkpoint(folder):
         return True
     try:
         return "method" in json.loads((folder / "config.json").read_text())

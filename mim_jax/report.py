@@ -64,6 +64,7 @@ BASELINES: Mapping[str, str] = {
     "whitened": "whitened pixels",
     "pixels": "pixels",
     "untrained": "untrained",
+    "start": "at the start",
     "majority": "largest class",
 }
 
@@ -72,7 +73,7 @@ BASELINES: Mapping[str, str] = {
 class Chart:
     """Curves over the steps. `series`: tag -> name. `zero`: the axis always starts at zero.
 
-    The baselines of a tag are horizontal lines; the untrained encoder's is also the curve's point at step 0.
+    The baselines of a tag are horizontal lines; that of the untrained encoder, or of the start, is also its point at step 0.
     """
 
     title: str
@@ -97,6 +98,12 @@ SCORES = (
         "View retrieval",
         "Two random crops of each held-out image: how often the nearest second crop is of the same image. Needs no labels.",
         {"eval/view_retrieval": "view retrieval"},
+    ),
+    Chart(
+        "Patch retrieval",
+        "Patches of each held-out image's enlarged and mirrored centre: how often the nearest patch of the whole image shows "
+        "the same place. Needs no labels.",
+        {"eval/patch_retrieval": "patch retrieval"},
     ),
     Chart(
         "Linear probe",
@@ -144,6 +151,11 @@ CHARTS = (
         "Standard deviation of the L2-normalized features over images, scaled. 1: spread evenly over the sphere; 0: all equal.",
         {"health/feature_std": "std"},
         zero=True,
+    ),
+    Chart(
+        "Cosine to the start",
+        "Mean cosine of held-out images' features and their features before the first step. 1: the same directions.",
+        {"health/start_cosine": "cosine"},
     ),
     Chart("Learning rate", "With warm-up and decay.", {"train/lr": "learning rate"}),
     Chart(
@@ -246,8 +258,8 @@ def _chart(chart: Chart, history: History) -> str:
     curves, latest = {}, history.latest
     for tag, name in chart.series.items():
         if tag in history.curves:
-            untrained = latest.get(f"{tag}_baseline_untrained")
-            curves[name] = ([] if untrained is None else [(0.0, untrained)]) + history.curves[tag].points()
+            first = latest.get(f"{tag}_baseline_untrained", latest.get(f"{tag}_baseline_start"))
+            curves[name] = ([] if first is None else [(0.0, first)]) + history.curves[tag].points()
     if not curves:
         return ""
     baselines = _baselines(list(chart.series), latest)

@@ -19,7 +19,7 @@ from PIL import Image
 from mim_jax import checkpoint, dry_run, health, hosts, journal, learned, report, sharding
 from mim_jax.bad_images import BadImages
 from mim_jax.checkpoint import Checkpoints
-from mim_jax.config import resolve_encoder, resolve_target
+from mim_jax.config import begins_with, resolve_encoder, resolve_target
 from mim_jax.data import pipeline, sources
 from mim_jax.durations import interval, total_steps
 from mim_jax.evaluators import Evaluation
@@ -86,11 +86,15 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
             log.print(line)
         if record:
             log.print("\n".join([f"resuming after step {step} of {total}", *checkpoint.changes(record, config)]))
+            if config.continue_from and evaluate_every and (line := evaluation.open_start(workdir / journal.AT_START)):
+                log.print(line)
         else:
             log.picture(0, "crops", evaluation.crop_picture())
             if evaluate_every:
                 log.print("measuring the baselines, then compiling the step")
                 log.write(0, baselines := evaluation.baselines(state))
+                if config.continue_from:
+                    log.save(journal.AT_START, evaluation.start_file())
                 log.print(scores(baselines).rstrip())
 
         settings = {key: data[key] for key in ("batch_size", "canvas", "workers", "levels", "max_pixels")}
@@ -108,7 +112,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         stack.enter_context(contextlib.closing(batches))
         train_step, compiled = make_train_step(method, config), False
         steps = StepLog(config, log, checkpoints, record.get("skipped", 0))
-        evaluated, seen, finished = last_evaluation(log), bad_images.own, False
+        evaluated, seen, finished, best = last_evaluation(log), bad_images.own, False, False
         stop.training = jax.process_count() == 1  # several processes end at once until all can do a step
         try:
             while not stop.reached():
@@ -123,7 +127,9 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
                         if mistakes:
                             log.save(report.MISTAKES, json.dumps(mistakes).encode())
                         write_report(log, config, evaluation, step)
-                if save_every and step and step % save_every == 0:
+                    best = bool(config.continue_from) and checkpoints.is_best(step, figures)
+                if best or (save_every and step and step % save_every == 0):
+                    best = False
                     steps.flush()
                     with log.paused():
                         log.flush()
@@ -151,6 +157,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
         elif verdict := write_report(log, config, evaluation, step):
             use = f"features: python -m mim_jax.embed --run={workdir} --data=FOLDER --out=features.npz\n"
             use *= isinstance(method, BackboneMethod)
+            for kind, (at, score) in checkpoints.best.items():
+                use += f"best {kind} score: {score:.3f} at step {at}, kept as {checkpoints.folder / str(at)}\n"
             log.print(f"{scores(log.history.latest)}{verdict}\n{use}report: {workdir / report.FILE}")
         return state
 
@@ -179,7 +187,7 @@ def start(
     """(state, target, record), the record being {} for a new run. The first of these that exists:
 
     1. the run's own checkpoint; 2. that of the workdir `config.resume`, continued here; 3. a new run, which begins with
-    what the run in `config.init_from` has learned if one is named.
+    what the run in `config.init_from` or `config.continue_from` has learned if one is named.
     """
     target = learned.load_target(method, config)
     if target:
@@ -192,7 +200,7 @@ def start(
         journal.inherit(checkpoint.absolute(config.resume), checkpoints.workdir)
     else:
         state, record = first_state(method, config), {}
-        if config.init_from:
+        if begins_with(config):
             state = learned.begin_with(method, config, state)
     return state, target, record
 
@@ -295,7 +303,8 @@ def write_report(log: Journal, config: ml_collections.ConfigDict, evaluation: Ev
 def scores(figures: Mapping[str, Any]) -> str:
     """A line for each score: its value with its standard error, if it was measured, and its baselines."""
     lines = []
-    names = {"accuracy": "accuracy", "knn": "k-NN", "probe": "linear probe", "view_retrieval": "view retrieval"}
+    names = {"accuracy": "accuracy", "knn": "k-NN", "probe": "linear probe"}
+    names |= {"view_retrieval": "view retrieval", "patch_retrieval": "patch retrieval"}
     for tag, name in names.items():
         prefix, value, error = (f"eval/{tag}_baseline_", *(figures.get(f"eval/{tag}{more}") for more in ("", "_error")))
         beside = ", ".join(f"{key.removeprefix(prefix)} {figures[key]:.3f}" for key in figures if key.startswith(prefix))

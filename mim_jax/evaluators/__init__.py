@@ -1,5 +1,5 @@
 """What the features are worth during training: k-NN, linear probe and view retrieval, each beside its baselines, and pictures;
-of a classifier also the accuracy of its head.
+of a classifier also the accuracy of its head, of a run with `continue_from` also patch retrieval and how far its start is.
 
 Images are read again at every evaluation, batch by batch, and only features are kept: a host holds 4 bytes for each
 number of a feature, a device works on `PIXELS` at a time.
@@ -7,9 +7,11 @@ number of a feature, a device works on `PIXELS` at a time.
 
 import dataclasses
 import functools
+import io
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +27,7 @@ from mim_jax.data.sources import Source
 from mim_jax.evaluators import mistakes, pictures
 from mim_jax.evaluators.knn import knn_accuracy, pixel_features, whitened_features
 from mim_jax.evaluators.probe import probe_accuracy, standardize
-from mim_jax.evaluators.retrieval import view_retrieval
+from mim_jax.evaluators.retrieval import patch_retrieval, view_retrieval
 from mim_jax.methods.base import Method
 from mim_jax.sharding import global_batch, pin_batch, replicate, share
 from mim_jax.state import TrainState
@@ -36,7 +38,8 @@ DETAILED = 256  # side of the crops up to which attention and features are drawn
 IN_0_TO_1 = (0.0,) * 3, (1.0,) * 3  # mean and std of images that are not normalized
 K, TEMPERATURE = 20, 0.07  # of the k-NN vote
 FEW = (1, 5, 10)  # percent of the bank's labels, for a probe with few labels
-SCORES = ("eval/accuracy", "eval/knn", "eval/probe", "eval/view_retrieval")  # shares of the held-out images
+SCORES = ("eval/accuracy", "eval/knn", "eval/probe", "eval/view_retrieval", "eval/patch_retrieval")  # shares, 0 to 1
+FIXED = 1000  # held-out images at most whose features are compared with those at the start
 QUERIES, NEIGHBORS, RECONSTRUCTED, ATTENDED, CROPPED, MISTAKEN = 8, 8, 16, 4, 6, 16  # images on a picture
 MATRIX = 1000  # classes up to which the confusions are drawn
 
@@ -45,6 +48,7 @@ Arrays = dict[str, np.ndarray]
 Pair = tuple[np.ndarray, np.ndarray]  # of the bank and of the held-out images
 
 gather, rank_me, feature_std = jax.jit(replicate), jax.jit(health.rank_me), jax.jit(health.feature_std)
+mean_cosine = jax.jit(health.mean_cosine)
 
 
 def compiled(method: Callable[..., Any]) -> Any:
@@ -97,6 +101,8 @@ class Evaluation:
         self.check: Callable[[], None] = lambda: None  # called before each batch; what it raises ends the evaluation
         self.good = len(self.test_rows)  # held-out images that could be read, once they have been
         self.encoded: tuple[Any, Arrays, Arrays] | None = None  # of the last state, by its `step`
+        self.continued = bool(config.get("continue_from"))
+        self.start: np.ndarray | None = None  # features before the first step; of a run with `continue_from`
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -149,7 +155,8 @@ class Evaluation:
         standard errors `..._error`, `health/rank` and `health/feature_std` (of the held-out images' features).
 
         Of a classifier also `eval/accuracy`, `eval/accuracy_top5` (of more than 5 classes), `eval/accuracy_class_mean` and
-        `eval/accuracy_worst_class` (of the accuracies by class).
+        `eval/accuracy_worst_class` (of the accuracies by class). Of a run with `continue_from` also `eval/patch_retrieval` and
+        `health/start_cosine`, the mean cosine to the features before the first step, of at most FIXED held-out images.
         """
         bank, test = self.encode(state)
         self.encoded = state.step, bank, test
@@ -182,14 +189,17 @@ class Evaluation:
     def baselines(self, state: TrainState) -> dict[str, float]:
         """The same scores without any learning; to be measured once a run, before its first step.
 
-        `..._baseline_untrained` is the encoder of `state`, `..._baseline_pixels` are plain pixels, and
+        `..._baseline_untrained` is the encoder of `state` (`..._baseline_start` in a run with `continue_from`, where it has
+        learned), `..._baseline_pixels` are plain pixels, and
         `..._baseline_whitened` are PCA-whitened pixels, the one to beat. Pixels are those of pictures and views that are
         reduced to `BASELINE_SIZE`, where they are larger. Of a classifier, `eval/accuracy_baseline_majority` is the share of
         the most frequent class among the held-out images: no constant answer is right more often.
         """
         bank, test = self.encode(state, pixels=True)
         scores = self._scores(bank, test)
-        baselines = {f"{tag}_baseline_untrained": scores[tag] for tag in SCORES if tag in scores}
+        first = "start" if self.continued else "untrained"
+        self.start = test["features"][:FIXED].copy() if self.continued else None
+        baselines = {f"{tag}_baseline_{first}": scores[tag] for tag in SCORES if tag in scores}
         if self.classifies:
             counts = np.bincount(self._answers(test)[0], minlength=self.num_classes)
             baselines["eval/accuracy_baseline_majority"] = float(counts.max() / len(test["label"]))
@@ -202,6 +212,30 @@ class Evaluation:
         views = (test[name].reshape(len(test[name]), -1).astype(np.float32) for name in ("pixels_1", "pixels_2"))
         baselines["eval/view_retrieval_baseline_pixels"] = float(view_retrieval(*views))
         return baselines
+
+    @property
+    def _measured(self) -> str:
+        """What the features at the start depend on, besides the weights."""
+        rows = ",".join(map(str, self.test_rows[:FIXED]))
+        return f"{self.held_out.fingerprint} {self.size} {self.config.resize} {self.config.tokens} {rows}"
+
+    def start_file(self) -> bytes:
+        """The features at the start, once the baselines have been measured, for `open_start` of a run that goes on."""
+        file = io.BytesIO()
+        np.savez(file, features=np.asarray(self.start), measured=self._measured)
+        return file.getvalue()
+
+    def open_start(self, file: Path) -> str:
+        """Reads what `start_file` has given. Returns why it cannot be used, in one line; "" if it can."""
+        try:
+            with np.load(io.BytesIO(file.read_bytes())) as saved:
+                if saved["measured"] == self._measured:
+                    self.start = saved["features"]
+                    return ""
+                reason = "other images or settings of eval"
+        except Exception as error:  # of broken bytes NumPy raises almost anything
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"the cosine to the features at the start is no longer measured: {file} cannot be used ({reason})"
 
     def encode(self, state: TrainState, pixels: bool = False) -> tuple[Arrays, Arrays]:
         """(bank, test): `features` [N, D] float32 and `label` [N] int32; of the test also those of two random crops
@@ -217,6 +251,8 @@ class Evaluation:
             found = bank(batch) | {"index": batch["index"]}
             if self.classifies:
                 found["ranking"] = self._ranking(params, state.extra, self._picture(batch))
+            if self.continued:
+                found["patch_retrieval"] = self._patch_retrieval(params, batch)
             for i, view in enumerate(self._views(batch), 1):
                 found[f"view_{i}"] = self._features(params, view)
                 found |= {f"pixels_{i}": self._small_view(view)} if pixels else {}
@@ -253,6 +289,10 @@ class Evaluation:
             scores |= {"eval/knn": top1} | ({"eval/knn_top5": top5} if self.num_classes > 5 else {})
             scores["eval/probe"] = self._probe(features, labels)
         scores["eval/view_retrieval"] = float(view_retrieval(test["view_1"], test["view_2"]))
+        if self.continued:
+            scores["eval/patch_retrieval"] = float(test["patch_retrieval"].mean())
+        if self.start is not None:
+            scores["health/start_cosine"] = float(mean_cosine(test["features"][:FIXED], self.start))
         shares = [(tag, scores[tag]) for tag in SCORES if tag in scores]
         scores |= {f"{tag}_error": math.sqrt(share * (1 - share) / self.good) for tag, share in shares}
         scores["health/rank"] = float(rank_me(test["features"]))
@@ -282,9 +322,9 @@ class Evaluation:
                 results[name][start : start + size] = part[: len(rows) - start]
         return results
 
-    def _center(self, batch: Batch, side: int, normalized: bool = True) -> jax.Array:
+    def _center(self, batch: Batch, side: int, normalized: bool = True, share: float = 1.0) -> jax.Array:
         mean, std = (self.method.views.mean, self.method.views.std) if normalized else IN_0_TO_1
-        return center_crop(batch["image"], batch["size"], side, self.config.resize, mean, std)
+        return center_crop(batch["image"], batch["size"], side, share * self.config.resize, mean, std)
 
     def _random_views(self, batch: Batch, key: jax.Array, side: int) -> jax.Array:
         """Two random global crops of each image [B, 2, side, side, 3], by its place and `key`."""
@@ -306,6 +346,11 @@ class Evaluation:
         features = self.method.features(params, pin_batch(images))
         chosen = features["cls"] if self.config.tokens == "cls" else features["patch"].mean(axis=1)
         return chosen.astype(jnp.float32)
+
+    @compiled
+    def _patch_retrieval(self, params: Any, batch: Batch) -> jax.Array:
+        whole, half = self._center(batch, self.size), self._center(batch, self.size, share=0.5)[:, :, ::-1]
+        return patch_retrieval(*(self.method.features(params, pin_batch(images))["patch"] for images in (whole, half)))
 
     @compiled
     def _ranking(self, params: Any, extra: Any, images: jax.Array) -> jax.Array:

@@ -246,6 +246,8 @@ def make_method(config: ml_collections.ConfigDict) -> Any:
     method refuses."""
     check(config)
     method = made(config)
+    if config.get("continue_from") and not isinstance(method, BackboneMethod):
+        raise ValueError(f"continue_from needs a method with a ViT or Swin, which {config.method} is not: use init_from")
     schedules = optim.schedules(config)
     optimizer = optim.make_optimizer(config, schedules, method)
     return dataclasses.replace(method, optimizer=optimizer, schedules={**schedules, **method.schedules})

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from mim_jax.config import begins_with
 from mim_jax.data import mixing
 from mim_jax.data.rand_augment import rand_augment
 from mim_jax.methods.base import BackboneMethod, Params, global_views, loop_settings, made, vit_settings
@@ -135,7 +136,7 @@ def encoder(config: ml_collections.ConfigDict) -> ViT | Swin:
         return ViT(**vit_settings(m), pos=m.pos, layerscale=m.layerscale, kernel_init=xavier, patch_init=xavier)
     backbone = getattr(made(config.encoder), "backbone", None)
     if not isinstance(backbone, (ViT, Swin)):
-        raise ValueError(f"init_from={config.init_from} is a run of {config.encoder.method}, which has no ViT or Swin backbone")
+        raise ValueError(f"{begins_with(config)} is a run of {config.encoder.method}, which has no ViT or Swin backbone")
     now = {name: m[name] for name in ("img_size", "drop_path_rate")} | {"dtype": jnp.dtype(m.dtype)} | loop_settings(m)
     of_pretraining = {"drop_path_group": 0, "patch_grad": 1.0} if isinstance(backbone, ViT) else {}
     return backbone.clone(**now, **of_pretraining, mask_token=False)
