@@ -223,6 +223,7 @@ def runs(tmp_path, monkeypatch):
     return go
 
 
+@pytest.mark.slow
 def test_a_continued_run_is_frozen_first_and_goes_on_with_equal_bytes(runs, tmp_path, monkeypatch, capsys):
     backbones, save = {}, Checkpoints.save
 
