@@ -21,9 +21,9 @@ from absl import app, flags
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
-import peers
-import test_layouts
-import test_weight_files
+import peers  # noqa: E402
+import test_layouts  # noqa: E402
+import test_weight_files  # noqa: E402
 
 OUT = flags.DEFINE_string("out", "docs/weights.md", "The tables.")
 FILES = flags.DEFINE_string("files", str(test_weight_files.RAW), "A folder of files of weights with expected.json.")
@@ -46,8 +46,8 @@ positions are resized as that library does. "-" where there are no activations t
 {encoders}
 ## Files
 
-52 files as users have them, hostile ones among them, and what `weight_files.read` makes of each: all tensors are compared with the
-digests of what was saved.{wrong}
+52 files as users have them, hostile ones among them, and what `weight_files.read` makes of each. All tensors are compared with
+the digests of what was saved.{wrong}
 
 {files}
 ## Real weights

@@ -225,7 +225,9 @@ def out_errors(weights, forms, folder):
     found = {}
     for form in forms:
         try:
-            found[form] = {which: error(form, which) for which in SIZES if which == "native" or not (form == "timm" and relative)}
+            found[form] = {
+                which: error(form, which) for which in SIZES if which == "native" or not (form == "timm" and relative)
+            }
         except Refused as reason:
             found[form] = str(reason)
     return found

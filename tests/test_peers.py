@@ -10,13 +10,18 @@ from test_layouts import NAMES, errors, of
 
 pytestmark = pytest.mark.peers
 
-PROGRAMS_OF_JAX = ("timm/dinov3_plus", "hf/beit", "hf/swin", "clip/openai_clip_quickgelu")  # each is compiled for three platforms
+PROGRAMS_OF_JAX = (
+    "timm/dinov3_plus",
+    "hf/beit",
+    "hf/swin",
+    "clip/openai_clip_quickgelu",
+)  # each is compiled for three platforms
 
 
 @pytest.fixture(autouse=True)
 def libraries():
     for name in ("torch", "timm", "transformers", "open_clip", "onnx", "onnxruntime", "flatbuffers"):
-        pytest.importorskip(name, reason=f"{name} is not installed: `bash launch/test.sh -m peers` makes an environment with it")
+        pytest.importorskip(name, reason=f"{name} is not installed: `bash launch/test.sh -m peers` installs it")
 
 
 @pytest.mark.parametrize("name", NAMES)

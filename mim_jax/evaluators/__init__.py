@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from mim_jax import health
+from mim_jax import health, similarity
 from mim_jax.data import pipeline
 from mim_jax.data.augment import augment, center_crop, denormalize
 from mim_jax.data.sources import Source
@@ -38,6 +38,7 @@ K, TEMPERATURE = 20, 0.07  # of the k-NN vote
 FEW = (1, 5, 10)  # percent of the bank's labels, for a probe with few labels
 SCORES = ("eval/accuracy", "eval/knn", "eval/probe", "eval/view_retrieval")  # shares of the held-out images
 QUERIES, NEIGHBORS, RECONSTRUCTED, ATTENDED, CROPPED, MISTAKEN = 8, 8, 16, 4, 6, 16  # images on a picture
+COMPARED, ROOM = 8, 600_000  # images whose patches are compared in the report, and bytes of their features there, about
 MATRIX = 1000  # classes up to which the confusions are drawn
 
 Batch = dict[str, jax.Array]
@@ -172,6 +173,18 @@ class Evaluation:
         if not self.classifies:
             return {}
         return mistakes.summary(*self._answers(self.last(state)[1]), self.classes)
+
+    def similarity(self, state: TrainState) -> dict[str, Any]:
+        """For the report: some held-out images, as addresses, and what `similarity.data` makes of their patch features; {} of a
+        method without them."""
+        if "features" not in self.method.pictures:
+            return {}
+        function = functools.partial(self._patches, state.learned)
+        found = self._stream(self.held_out, self.test_rows[:RECONSTRUCTED], function, self.detail)
+        patch, images = (found[name][:COMPARED] for name in ("patch", "images"))
+        grid = round(patch.shape[1] ** 0.5)
+        data, _ = similarity.data(patch.astype(np.float32), grid, ROOM, pictures.MAGMA)
+        return data | {"images": [similarity.uri(image) for image in images]}
 
     def last(self, state: TrainState) -> tuple[Arrays, Arrays]:
         """As `encode`, which is called only if this state is not the one that `scores` was called with."""
