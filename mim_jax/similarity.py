@@ -78,7 +78,8 @@ def style(ramp: Any) -> str:
 
 
 PANEL = """<div class="told">
-<p id="told" aria-live="polite">Click a patch of an image, or tab to an image and use the arrow keys: the similarity of its feature to all patches of all images is drawn over them.</p>
+<p id="told" aria-live="polite">Click a patch of an image, or tab to an image and use the arrow keys: the
+similarity of its feature to all patches of all images is drawn over them.</p>
 <p id="scale" hidden><span id="low"></span><i class="ramp"></i><span>1</span><span id="here"></span>
 <button id="clear" type="button">Clear</button></p></div>"""
 
