@@ -26,7 +26,7 @@ from mim_jax.evaluators import mistakes, pictures
 from mim_jax.evaluators.knn import knn_accuracy, pixel_features, whitened_features
 from mim_jax.evaluators.probe import probe_accuracy, standardize
 from mim_jax.evaluators.retrieval import view_retrieval
-from mim_jax.methods.base import Method
+from mim_jax.methods.base import BackboneMethod, Method
 from mim_jax.sharding import global_batch, pin_batch, replicate, share
 from mim_jax.state import TrainState
 
@@ -176,8 +176,8 @@ class Evaluation:
 
     def similarity(self, state: TrainState) -> dict[str, Any]:
         """For the report: some held-out images, as addresses, and what `similarity.data` makes of their patch features; {} of a
-        method without them."""
-        if "features" not in self.method.pictures:
+        method without a backbone."""
+        if not isinstance(self.method, BackboneMethod) and "features" not in self.method.pictures:
             return {}
         function = functools.partial(self._patches, state.learned)
         found = self._stream(self.held_out, self.test_rows[:RECONSTRUCTED], function, self.detail)
