@@ -12,6 +12,7 @@ Files: what came of each file of a folder with `expected.json`; and of the real 
 
 import importlib.metadata
 import json
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -34,7 +35,8 @@ LIBRARIES = ("jax", "torch", "timm", "transformers", "onnxruntime")
 SIZES, BANK = (224, 112, 98), 2000
 TEXT = """# Weights of other libraries
 
-`.venv-peers/bin/python benchmarks/peers.py`, after `bash launch/test.sh -m peers`, with {versions}.
+`python benchmarks/peers.py`, in the environment that `bash launch/test.sh -m peers` makes, with
+{versions}.
 
 ## Encoders
 
@@ -70,6 +72,7 @@ def encoders() -> str:
             cells = [f"{max(errors):.0e}" if errors else "-" for errors in sides]
             for made in peers.out_errors(weights, FORMS, Path(folder)).values():
                 if isinstance(made, str):
+                    made = re.sub(r", timm's .*", ", which timm's architecture has not", made)
                     cells.append(f"refused ({reasons.setdefault(made, len(reasons) + 1)})")
                 else:
                     cells.append(", ".join(f"{made[which]:.0e}" if which in made else "-" for which in peers.SIZES))
