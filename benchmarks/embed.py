@@ -7,7 +7,8 @@
   of the images and traces the shapes;
 * embed, later: without start and end, by the figure that it prints; needs two batches or more.
 
-They take turns in each round, with the same batches; the first round, which compiles, does not count. Weights are random.
+They take turns in each round, with the same batches; the first round, which compiles, does not count. Weights are random. On a
+CPU the share is also that of the time on its cores, which other work on the machine hardly changes.
 """
 
 import contextlib
@@ -79,11 +80,13 @@ def main(_: list[str]) -> None:
 
         later: list[float] = []
         seconds: dict[str, list[float]] = {"alone": [], "embed": []}
+        cpu: dict[str, list[float]] = {"alone": [], "embed": []}
         for number in range(ROUNDS.value + 1):
             for name, program in (("alone", run_alone), ("embed", run_embed)):
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 program()
                 seconds[name] += [time.perf_counter() - start] if number else []
+                cpu[name] += [time.process_time() - start_cpu] if number else []
     seconds |= {"embed, later": later[1:]} if later else {}
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, jax {jax.__version__}")
     print(f"{model.description}; {count} pictures, {SIZE.value} px, batches of {batch_size}, {ROUNDS.value} rounds", end="")
@@ -92,6 +95,10 @@ def main(_: list[str]) -> None:
         speed, share = (np.percentile(x / np.array(values), (25, 50, 75)) for x in (count, np.array(seconds["alone"])))
         print("{:<13} {:9.1f} images/s [{:.1f}, {:.1f}]".format(name, *speed[[1, 0, 2]]), end="; ")
         print("of alone {:.3f} [{:.3f}, {:.3f}]".format(*share[[1, 0, 2]]))
+    if jax.default_backend() == "cpu":
+        each, share = 1e3 * np.array(cpu["embed"]) / count, np.array(cpu["alone"]) / np.array(cpu["embed"])
+        print(f"on the cores  {np.median(each):9.1f} ms an image", end="; ")
+        print(f"of alone {np.median(share):.3f} [{share.min():.3f}, {share.max():.3f}]")
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ install() { # INTERPRETER TARGET
   "${pip[@]}" --quiet --editable "$2"
 }
 
-setup() { # EXTRAS
-  local extras=${1:-}${EXTRAS:+,$EXTRAS} venv=.venv stamp base
+setup() { # EXTRAS [NAME of an environment of its own]
+  local extras=${1:-}${EXTRAS:+,$EXTRAS} venv=.venv${2:+-$2} stamp base
   extras=${extras#,}
   if [[ -n ${PYTHON:-} ]]; then
     base=$(find_python)

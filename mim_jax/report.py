@@ -13,12 +13,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mim_jax import journal, storage
+from mim_jax import journal, similarity, storage
 from mim_jax.health import Verdict
 from mim_jax.journal import History
 
 FILE = "report.html"
 MISTAKES = "pictures/mistakes.json"  # of a classifier: what `mim_jax.evaluators.mistakes.summary` returns
+SIMILARITY = "pictures/similarity.json"  # what `Evaluation.similarity` returns
 
 # picture -> (heading, caption), in the order of the page
 CAPTIONS: Mapping[str, tuple[str, str]] = {
@@ -189,6 +190,7 @@ def write_report(
         title=escape(title),
         step=f"{latest.get('step', 0):,}",
         style=STYLE,
+        similarity=_similarity(workdir / SIMILARITY),
         status=escape(verdict.status),
         mood={"healthy": "good", "too early": "calm", "too few images": "calm"}.get(verdict.status, "bad"),
         sentence=escape(verdict.sentence),
@@ -346,6 +348,24 @@ def _picture(path: Path) -> str:
     )
 
 
+def _similarity(path: Path) -> str:
+    if not path.exists():
+        return ""
+    found = json.loads(path.read_bytes())
+    addresses = found.pop("images")
+    caption = (
+        "Held-out images. A click on a patch shows the cosine similarity of its feature to those of all patches. Features have "
+        f"{found['dim']} dimensions here, in 8 bits: the cosines are off by at most {found['error']:.3f}."
+    )
+    names = [f"image {number + 1}" for number in range(len(addresses))]
+    fields = "".join(f"<article><h3>{n}</h3>{similarity.field(a, n)}</article>" for a, n in zip(addresses, names))
+    return (
+        f"<section><style>{similarity.style(found['ramp'])}{FIELDS}</style><h2>Similarity of patches</h2>{similarity.PANEL}"
+        f'<div class="fields">{fields}</div><p><small>{caption}</small></p>'
+        f'<script type="application/json" id="data">{json.dumps(found)}</script><script>{similarity.SCRIPT}</script></section>'
+    )
+
+
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -362,11 +382,16 @@ PAGE = """<!doctype html>
 {charts}
 {more}
 {pictures}
+{similarity}
 <h2>The run</h2>
 <dl>{facts}</dl>
 <details><summary>Config</summary><pre>{config}</pre></details>
 </body>
 </html>
+"""
+
+FIELDS = """
+.fields { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }
 """
 
 STYLE = """

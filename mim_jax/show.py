@@ -16,9 +16,7 @@ reconstruct (MAE, SimMIM) what it makes of a masked image. A click on a patch sh
 images. The page has at most 10 MB: features are rounded to 8 bits and, where that is not enough, projected to fewer dimensions.
 """
 
-import base64
 import functools
-import io
 import json
 import os
 import sys
@@ -34,10 +32,9 @@ import numpy as np
 from absl import flags, logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from PIL import Image
 
 import mim_jax
-from mim_jax import compiled, journal, pretrained, sharding, storage
+from mim_jax import compiled, journal, pretrained, sharding, similarity, storage
 from mim_jax.command import raised_here
 from mim_jax.data import pipeline
 from mim_jax.data.augment import center_crop, denormalize
@@ -51,9 +48,6 @@ from mim_jax.stopping import leave
 
 EXAMPLE = "python -m mim_jax.show --run=runs/dino --images=~/images --out=page.html"
 LIMIT = 10_000_000  # bytes of a page
-LEAST = 16  # dimensions of a feature that a page may keep
-SMALL = 128  # pixels of a side up to which pictures are kept exactly, and their pixels are shown as squares
-CHECKED = 64  # patches whose similarities to all others are compared with those of the whole features
 
 
 def show(model: Model, run: Run | None, paths: Sequence[Path], names: Sequence[str], size: int | None, among: int) -> str:
@@ -166,55 +160,27 @@ def page(found: Mapping[str, Any], names: Sequence[str], grid: int, facts: Mappi
 
     def written(features: str, facts: Mapping[str, str]) -> str:
         return PAGE.format(
-            style=STYLE + OWN_STYLE,
-            ramp=", ".join("rgb({:.0f} {:.0f} {:.0f})".format(*color) for color in pictures.MAGMA),
+            style=STYLE + OWN_STYLE + similarity.style(pictures.MAGMA),
+            panel=similarity.PANEL,
             network=escape(shown(facts["Network"].split("; ")[0])),
             explained=" ".join(explained),
             blocks="".join(blocks),
             facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(shown(text))}</dd>" for name, text in facts.items()),
             data=features,
-            script=SCRIPT,
+            script=similarity.SCRIPT,
         )
 
-    flat = patch.reshape(-1, patch.shape[-1])
     room = LIMIT - len(written("", facts).encode(errors="backslashreplace")) - 4096
-    numbers, scale, share = quantized(flat, room)
-    dims = f"all {flat.shape[1]} dimensions"
-    if numbers.shape[1] < flat.shape[1]:
-        dims = f"{numbers.shape[1]} of {flat.shape[1]} dimensions (principal components with {share:.1%} of the squared length)"
-    checked = f"off by at most {error(flat, numbers, scale):.4f}, as measured for {min(CHECKED, len(flat))} patches"
+    data, share = similarity.data(patch, grid, room, pictures.MAGMA)
+    dim, of = data["dim"], patch.shape[-1]
+    if dim < min(similarity.LEAST, of):
+        raise ValueError(f"the page would have more than {LIMIT // 10**6} MB: give a smaller --count or --size")
+    dims = f"{dim} of {of} dimensions (principal components with {share:.1%} of the squared length)"
+    dims = dims if dim < of else f"all {of} dimensions"
+    checked = f"off by at most {data['error']:.4f}, as measured for {min(similarity.CHECKED, patch[..., 0].size)} patches"
     facts = {**facts, "Features": f"{dims}, in 8 bits. The cosines on this page are {checked}"}
     facts["Versions"] = f"mim_jax {mim_jax.__version__}, jax {jax.__version__}"
-    data = {"grid": grid, "dim": numbers.shape[1], "scale": scale, "ramp": pictures.MAGMA.tolist()}
-    return written(json.dumps(data | {"features": base64.b64encode(numbers.tobytes()).decode()}), facts)
-
-
-def quantized(features: np.ndarray, room: int) -> tuple[np.ndarray, float, float]:
-    """(int8 [T, d], scale, share): the products of rows are `scale` squared times the cosines of the features [T, D].
-
-    d is D, or as many principal components (of the normalised features, around 0) as fit into `room` bytes of base64; they hold
-    this share of the squared length. Raises ValueError if LEAST do not fit.
-    """
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    count, dim = unit.shape
-    fits, share = max(room, 0) * 3 // 4 // count, 1.0
-    if fits < min(LEAST, dim):
-        raise ValueError(f"the page would have more than {LIMIT // 10**6} MB: give a smaller --count or --size")
-    if fits < dim:
-        _, axes = np.linalg.eigh(unit.T @ unit)  # in ascending order
-        length = np.sum(unit**2)
-        unit = unit @ axes[:, : -fits - 1 : -1]
-        share = float(np.sum(unit**2) / length)
-    scale = 127 / float(np.abs(unit).max())
-    return np.rint(unit * scale).astype(np.int8), scale, share
-
-
-def error(features: np.ndarray, numbers: np.ndarray, scale: float) -> float:
-    """The largest error of the cosines of CHECKED evenly spaced patches to all."""
-    rows = np.unique(np.linspace(0, len(features) - 1, CHECKED).astype(int))
-    unit = features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-    whole, kept = numbers.astype(np.float32), numbers[rows].astype(np.float32)
-    return float(np.abs(unit[rows] @ unit.T - kept @ whole.T / scale**2).max())
+    return written(json.dumps(data), facts)
 
 
 def heat(values: np.ndarray, grid: int) -> np.ndarray:
@@ -223,26 +189,15 @@ def heat(values: np.ndarray, grid: int) -> np.ndarray:
     return pictures.colorize((values - low) / max(high - low, 1e-12)).reshape(grid, grid, 3)
 
 
-def picture(image: np.ndarray, alt: str) -> str:
-    """An image uint8 [H, W, 3] in the page. Small ones are exact and have sharp pixels."""
-    small, file = max(image.shape[:2]) <= SMALL, io.BytesIO()
-    kind = "png" if small else "jpeg"
-    Image.fromarray(np.ascontiguousarray(image)).save(file, kind, **({"optimize": True} if small else {"quality": 90}))
-    data = base64.b64encode(file.getvalue()).decode()
-    return f'<img{" class=sharp" * small} alt="{escape(alt)}" src="data:image/{kind};base64,{data}">'
-
-
 def figure(image: np.ndarray, caption: str) -> str:
-    return f"<figure>{picture(image, caption)}<figcaption>{escape(caption)}</figcaption></figure>"
+    made = similarity.tag(similarity.uri(image), caption)
+    return f"<figure>{made}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def field(image: np.ndarray, name: str) -> str:
     """The image whose patches can be chosen."""
-    label = escape(f"{shown(name)}: the arrow keys choose a patch")
-    return (
-        f'<figure><div class="field" tabindex="0" role="application" aria-label="{label}">{picture(image, "")}'
-        "<canvas></canvas></div><figcaption>as seen: choose a patch</figcaption></figure>"
-    )
+    made = similarity.field(similarity.uri(image), shown(name))
+    return f"<figure>{made}<figcaption>as seen: choose a patch</figcaption></figure>"
 
 
 EXPLAINED = {
@@ -260,16 +215,12 @@ PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>What a network sees</title>
-<style>{style}
-.ramp {{ background: linear-gradient(to right, {ramp}); }}</style>
+<style>{style}</style>
 </head>
 <body>
 <header><h1>What a network sees</h1></header>
 <p class="step">{network}</p>
-<div class="told"><p id="told" aria-live="polite">Click a patch of an image, or tab to an image and use the arrow keys: the
-similarity of its feature to all patches of all images is drawn over them.</p>
-<p id="scale" hidden><span id="low"></span><i class="ramp"></i><span>1</span><span id="here"></span>
-<button id="clear" type="button">Clear</button></p></div>
+{panel}
 <main class="blocks">{blocks}</main>
 <h2>What is shown</h2>
 <p>{explained} <b>Similarity</b>: the cosine of the features of two patches.</p>
@@ -282,14 +233,6 @@ similarity of its feature to all patches of all images is drawn over them.</p>
 
 OWN_STYLE = """
 .step { overflow-wrap: anywhere; }
-.told { position: sticky; top: 0; z-index: 1; margin: 1rem 0; padding: .6rem 1.1rem; background: var(--card);
-  border: 1px solid var(--line); border-radius: 8px; font-size: .9rem; }
-.told p { margin: 0; overflow-wrap: anywhere; }
-#scale:not([hidden]) { display: flex; flex-wrap: wrap; align-items: center; gap: .2rem .6rem; margin-top: .3rem; }
-.ramp { display: inline-block; width: 7rem; height: .7rem; border-radius: 3px; }
-#here { color: var(--faint); flex: 1; }
-button { font: inherit; color: inherit; background: var(--page); border: 1px solid var(--line); border-radius: 6px;
-  padding: .1rem .8rem; cursor: pointer; }
 .blocks { display: grid; gap: 1rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); }
 .block { min-width: 0; padding: 1rem 1.1rem; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
@@ -298,103 +241,9 @@ h4 { margin: .8rem 0 0; font-size: .85rem; font-weight: 600; }
 .large, .three, .heads { display: grid; gap: .6rem; margin-top: .5rem; }
 .large { grid-template-columns: repeat(2, 1fr); } .three { grid-template-columns: repeat(3, 1fr); }
 .heads { grid-template-columns: repeat(auto-fill, minmax(64px, 1fr)); }
-.block img { width: 100%; border-radius: 3px; } .sharp, canvas { image-rendering: pixelated; }
+.block img { width: 100%; border-radius: 3px; }
 .block figcaption { margin-top: .2rem; font-size: .78rem; line-height: 1.3; }
-.field { position: relative; cursor: crosshair; touch-action: manipulation; scroll-margin-top: 7rem; }
-.field:focus-visible { outline: 3px solid var(--c0); outline-offset: 2px; }
-.field canvas { position: absolute; inset: 0; width: 100%; height: 100%; opacity: .75; display: none; }
-.on .field canvas { display: block; } .on .field img { filter: grayscale(1); }
-.mark { position: absolute; border: 2px solid #fff; outline: 1px solid #000; display: none; } .on .mark { display: block; }
 """
-
-# `features` are int8, patch by patch and image by image. In a list of patches an image has grid * grid.
-SCRIPT = """
-"use strict";
-function decoded(data) { return Int8Array.from(atob(data.features), (c) => c.charCodeAt(0)); }
-
-function cosines(data, features, patch) {
-  const dim = data.dim, found = new Float32Array(features.length / dim);
-  for (let i = 0; i < found.length; i++) {
-    let sum = 0;
-    for (let d = 0; d < dim; d++) sum += features[i * dim + d] * features[patch * dim + d];
-    found[i] = sum / data.scale ** 2;
-  }
-  return found;
-}
-
-function color(data, value) {
-  const last = data.ramp.length - 1, place = Math.min(Math.max(value, 0), 1) * last;
-  const i = Math.min(Math.floor(place), last - 1);
-  return data.ramp[i].map((start, c) => start + (place - i) * (data.ramp[i + 1][c] - start));
-}
-
-function start() {
-  const part = (id) => document.getElementById(id);
-  const data = JSON.parse(part("data").textContent), features = decoded(data), grid = data.grid, size = grid * grid;
-  const fields = [...document.querySelectorAll(".field")], mark = document.createElement("i");
-  let at = null, values = null;
-  mark.className = "mark";
-  mark.style.width = mark.style.height = `${100 / grid}%`;
-
-  function choose(image, row, column) {
-    at = [image, row, column];
-    values = cosines(data, features, image * size + row * grid + column);
-    const low = values.reduce((a, b) => Math.min(a, b));
-    fields.forEach((field, i) => {
-      const canvas = field.querySelector("canvas"), drawn = new ImageData(grid, grid);
-      for (let p = 0; p < size; p++) {
-        drawn.data.set([...color(data, (values[i * size + p] - low) / Math.max(1 - low, 1e-6)), 255], 4 * p);
-      }
-      canvas.width = canvas.height = grid;
-      canvas.getContext("2d").putImageData(drawn, 0, 0);
-    });
-    mark.style.left = `${100 * column / grid}%`;
-    mark.style.top = `${100 * row / grid}%`;
-    fields[image].append(mark);
-    const name = fields[image].closest("article").querySelector("h3").textContent;
-    part("told").textContent = `Similarity to row ${row + 1}, column ${column + 1} of ${name}`;
-    part("low").textContent = low.toFixed(2);
-    part("here").textContent = "";
-    part("scale").hidden = false;
-    document.body.classList.add("on");
-  }
-
-  function clear() {
-    at = values = null;
-    part("told").textContent = "Click a patch of an image.";
-    part("scale").hidden = true;
-    document.body.classList.remove("on");
-  }
-
-  fields.forEach((field, image) => {
-    const within = (share) => Math.min(Math.max(Math.floor(share * grid), 0), grid - 1);
-    const place = (event) => {
-      const box = field.getBoundingClientRect();
-      return [within((event.clientY - box.top) / box.height), within((event.clientX - box.left) / box.width)];
-    };
-    field.addEventListener("click", (event) => choose(image, ...place(event)));
-    field.addEventListener("focus", () => {
-      if (field.matches(":focus-visible")) choose(image, grid >> 1, grid >> 1);
-    });
-    field.addEventListener("keydown", (event) => {
-      const move = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
-      if (event.key === "Escape") clear();
-      if (!move) return;
-      event.preventDefault();
-      const [row, column] = at && at[0] === image ? at.slice(1) : [grid >> 1, grid >> 1];
-      choose(image, within((row + move[0] + 0.5) / grid), within((column + move[1] + 0.5) / grid));
-    });
-    field.addEventListener("pointermove", (event) => {
-      if (!values) return;
-      const [row, column] = place(event);
-      part("here").textContent = `under the pointer ${values[image * size + row * grid + column].toFixed(2)}`;
-    });
-  });
-  part("clear").addEventListener("click", clear);
-}
-start();
-"""
-
 
 # The command
 

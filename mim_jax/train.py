@@ -119,13 +119,13 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
                 if evaluate_every and step > evaluated and (step % evaluate_every == 0 or step == total):
                     steps.flush()
                     with log.paused():
-                        figures, pictures, mistakes = stop.wait(evaluate, evaluation, state, target, step == total)
+                        figures, pictures, beside = stop.wait(evaluate, evaluation, state, target, step == total)
                         log.write(step, figures)
                         log.show(figures)
                         for name, picture in pictures:
                             log.picture(step, name, picture)
-                        if mistakes:
-                            log.save(report.MISTAKES, json.dumps(mistakes).encode())
+                        for file, found in beside.items():
+                            log.save(file, json.dumps(found).encode())
                         write_report(log, config, evaluation, step)
                     best = bool(config.continue_from) and checkpoints.is_best(step, figures)
                 if best or (save_every and step and step % save_every == 0):
@@ -219,9 +219,11 @@ def last_evaluation(log: Journal) -> int:
 def evaluate(
     evaluation: Evaluation, state: TrainState, target: Any, last: bool
 ) -> tuple[dict[str, float], list[tuple[str, Image.Image]], dict[str, Any]]:
-    """(scores, pictures, mistakes); in the last evaluation of a run also the scores of a probe with few labels."""
+    """(scores, pictures, what else the report shows, by file); in the last evaluation of a run also the scores of a probe with
+    few labels, and the similarity of patches."""
     figures = evaluation.scores(state) | (evaluation.few_labels(state) if last else {})
-    return figures, list(evaluation.pictures(state, target)), evaluation.mistakes(state)
+    beside = {report.MISTAKES: evaluation.mistakes(state), report.SIMILARITY: evaluation.similarity(state) if last else {}}
+    return figures, list(evaluation.pictures(state, target)), {file: found for file, found in beside.items() if found}
 
 
 class StepLog:

@@ -320,8 +320,11 @@ MUTATIONS = (
       "test_embed.py::test_other_settings_and_other_files_are_refused"),
     M("registers on the map", "show.py", "1 + backbone.registers :]", "1 : -backbone.registers]",
       "test_show.py::test_attention_is_that_of_cls_to_the_patches"),
-    M("the smallest components", "show.py", "axes[:, : -fits - 1 : -1]", "axes[:, :fits]",
+    M("the smallest components", "similarity.py", "axes[:, : -fits - 1 : -1]", "axes[:, :fits]",
       "test_show.py::test_features_that_do_not_fit_are_projected"),
+    M("patches of other images in the report", "evaluators/__init__.py", "(found[name][:COMPARED] for name in",
+      "(found[name][: COMPARED if name == 'patch' else -COMPARED - 1 : -1] for name in",
+      "test_evaluators.py::test_similarity_of_patches_in_the_report"),
     M("reconstruction without its target", "show.py", " and method.target is None", "",
       "test_show.py::test_what_can_reconstruct"),
     # Supervised training

@@ -1,7 +1,9 @@
 """Evaluators: k-NN and attention masks against the official numbers, the rest against cases with a known answer."""
 
+import base64
 import contextlib
 import dataclasses
+import io
 import json
 import tracemalloc
 from pathlib import Path
@@ -15,7 +17,7 @@ import pytest
 from jax.sharding import NamedSharding
 from PIL import Image, ImageColor
 
-from mim_jax import health, journal, load_config, make_method, report, sharding, train
+from mim_jax import health, journal, load_config, make_method, report, sharding, similarity, train
 from mim_jax.data import pipeline
 from mim_jax.data.augment import Crops, Policy, Target, augment, center_crop
 from mim_jax.data.sources import ArraySource
@@ -478,6 +480,25 @@ def test_nothing_is_compiled_after_the_first_evaluation(everything, caplog):
     assert drawn["reconstruction"] != redrawn["reconstruction"]
 
 
+def test_similarity_of_patches_in_the_report(everything, tmp_path):
+    """Products of the kept numbers are cosines of the patches of the images shown; the page has all of it."""
+    state = state_of(2, extra={"shift": jnp.float32(1)})
+    found = everything.similarity(state)
+    assert (found["grid"], len(found["images"])) == (6, 8) and len(json.dumps(found)) < 100_000
+    numbers = np.frombuffer(base64.b64decode(found["features"]), np.int8).reshape(-1, found["dim"]).astype(int)
+    shown = [Image.open(io.BytesIO(base64.b64decode(address.split(",")[1]))) for address in found["images"]]
+    colors = np.stack([np.asarray(image)[::2, ::2] for image in shown]).reshape(-1, 3) / 127.5 - 1  # twice the features
+    unit = colors / np.linalg.norm(colors, axis=1, keepdims=True)
+    assert np.median(np.abs(numbers @ numbers.T / found["scale"] ** 2 - unit @ unit.T)) < 0.02 and found["error"] < 0.02
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / report.SIMILARITY).write_text(json.dumps(found))
+    page = report.write_report(
+        tmp_path, journal.History(), title="", config="", verdict=health.verdict({}), facts={}
+    ).read_text()
+    assert page.count('class="field"') == 8 and found["features"] in page and similarity.SCRIPT in page
+    assert not evaluation().similarity(state)  # a method that shows no features
+
+
 def test_pictures_show_what_the_state_makes_of_the_held_out_images(everything, monkeypatch):
     """Each column of the reconstruction in the method's order, all tokens of all images, each image with its own masks."""
     shown = {}
@@ -645,8 +666,10 @@ def test_confusions_and_mistakes_are_drawn(classifies, monkeypatch):
 def test_an_evaluation_of_a_classifier_on_the_page_and_in_the_last_lines(classifies, tmp_path):
     state = classifier(0.1, [1, 0, 0])
     for last in (False, True):
-        figures, drawn, found = train.evaluate(classifies, state, {}, last)
+        figures, drawn, beside = train.evaluate(classifies, state, {}, last)
         assert ("eval/probe_10_percent" in figures) == last
+    assert list(beside) == [report.MISTAKES]
+    found = beside[report.MISTAKES]
     assert found["classes"][0] == ["green", figures["eval/accuracy_worst_class"], 10]
     assert found["pairs"][0][:2] == ["green", "red"] and found["pairs"][0][3] == 10
     with journal.Journal(tmp_path, 10) as log:

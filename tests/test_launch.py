@@ -172,6 +172,13 @@ def test_checks_share_the_environment(checkout: Checkout):
     assert checkout.launch() == ["-P -m mim_jax.main"]
 
 
+def test_other_libraries_have_an_environment_of_their_own(checkout: Checkout):
+    checks = checkout.launch("-m", "peers", "-k", "name", script="test.sh")
+    assert checks[:2] == ["venv", "pip .[dev,peers]"] and checks[-1].endswith("-m peers -k name")
+    assert checkout.launch("-m", "slow", script="test.sh")[:2] == ["venv", "pip .[dev]"]
+    assert {path.name for path in checkout.root.glob(".venv*/")} == {".venv", ".venv-peers"}
+
+
 def test_paths_of_tests_are_those_of_the_folder_or_the_checkout(checkout: Checkout):
     (checkout.elsewhere / "mine.py").touch()
     checks = checkout.launch("mine.py::test", "tests/theirs.py", script="test.sh")

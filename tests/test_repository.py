@@ -66,7 +66,7 @@ def within(module: str, *parts: str) -> bool:
 
 def test_requirements_are_bounded_on_both_sides():
     extras = PYPROJECT["project"]["optional-dependencies"]
-    asked = [*map(Requirement, extras["notebook"] + extras["dev"])]
+    asked = [*map(Requirement, extras["notebook"] + extras["dev"] + extras["peers"])]
     for requirement in [*REQUIREMENTS, *(requirement for requirement in asked if requirement.name != "mim_jax")]:
         operators = {specifier.operator for specifier in requirement.specifier}
         assert operators == {">=", "<"}, f"{requirement} needs a lower and an upper bound"

@@ -18,7 +18,7 @@ from pictures import encode, picture
 from PIL import Image
 
 import mim_jax
-from mim_jax import pretrained, show
+from mim_jax import pretrained, show, similarity
 from mim_jax.evaluators.pictures import HIDDEN, colorize
 from mim_jax.learned import Run
 from mim_jax.methods.base import Encoder, make_method
@@ -221,15 +221,14 @@ def test_features_that_do_not_fit_are_projected():
     features = (rng.normal(size=(50, 20)) @ rng.normal(size=(20, 64)) + 3).astype(np.float32)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     for room, dim in ((50 * 64 * 4 // 3 + 4, 64), (50 * 30 * 4 // 3 + 4, 30)):
-        numbers, scale, share = show.quantized(features, room)
+        numbers, scale, share = similarity.quantized(features, room)
         assert numbers.shape == (50, dim) and share == pytest.approx(1)
         products = numbers.astype(int) @ numbers.T.astype(int) / scale**2
         worst = np.abs(products - unit @ unit.T).max()
-        assert worst < 0.02 and show.error(features, numbers, scale) == pytest.approx(worst, abs=1e-5)
-    numbers, _, share = show.quantized(features, 50 * 16 * 4 // 3 + 4)
+        assert worst < 0.02 and similarity.error(features, numbers, scale) == pytest.approx(worst, abs=1e-5)
+    numbers, _, share = similarity.quantized(features, 50 * 16 * 4 // 3 + 4)
     assert numbers.shape == (50, 16) and 0.8 < share < 1
-    with pytest.raises(ValueError, match="the page would have more than 10 MB: give a smaller --count or --size"):
-        show.quantized(features, 50 * 15 * 4 // 3 + 4)
+    assert similarity.quantized(features, -1)[0].shape == (50, 1)
 
 
 def test_weights_are_told_what_they_do_not_say(images, tmp_path, monkeypatch):
@@ -246,6 +245,9 @@ def test_a_page_keeps_to_its_limit(monkeypatch):
     monkeypatch.setattr(show, "LIMIT", len(whole))
     kept = show.page(found, ["a", "b"], 12, {"Network": "plain"})
     dim = data_of(kept)[1].shape[1]
+    monkeypatch.setattr(show, "LIMIT", len(whole) - 288 * 50 * 4 // 3)
+    with pytest.raises(ValueError, match="the page would have more than 0 MB: give a smaller --count or --size"):
+        show.page(found, ["a", "b"], 12, {"Network": "plain"})
     assert "all 64 dimensions" in whole and f"{dim} of 64 dimensions" in kept and 40 < dim < 64 and len(kept) < len(whole)
 
 

@@ -13,6 +13,7 @@ import struct
 import sys
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,33 @@ from conftest import GOLDEN
 from mim_jax import weight_files
 
 FILES = GOLDEN / "weights"
+RAW = GOLDEN.parents[2] / "shared/golden/weights/files"  # beside the checkout, where there is one
 EXPECTED = json.loads((FILES / "expected.json").read_text())
+
+
+def digest_of(array):
+    array = array if array.dtype.kind in "iub" and array.dtype != "bfloat16" else array.astype(np.float32)
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def outcome(file, entry):
+    """(what came of a file, whether that is the verdict of `expected.json` beside it, with all tensors as they were saved)"""
+    try:
+        tensors = weight_files.flat(weight_files.read(file))
+    except ValueError as error:
+        return str(error).removeprefix(f"{file} cannot be read: "), "refuse" in entry["verdict"]
+    named = [(tensors.get(key, tensors.get(f"{entry['where']}.{key}")), one) for key, one in entry.get("tensors", {}).items()]
+    same = all(a is not None and list(a.shape) == one["shape"] and digest_of(a) == one["sha256"] for a, one in named)
+    return f"read, {len(tensors)} tensors", "load" in entry["verdict"] and same
+
+
+def test_all_files_of_the_shared_folder():
+    if not RAW.exists():
+        pytest.skip(f"{RAW} is absent; the files of tests/golden/weights are a part of it")
+    expected = json.loads((RAW / "expected.json").read_text())
+    outcomes = {name: outcome(RAW / name, entry) for name, entry in expected["files"].items()}
+    assert len(outcomes) == 52 and not {name: what for name, (what, right) in outcomes.items() if not right}
+    assert not [*Path("/tmp").glob("mim_jax_pwned_*"), *Path("/tmp").glob("mim_jax_traversal_*")]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -31,8 +58,7 @@ def test_tensors_are_read_as_they_were_saved(name):
     for key, (dtype, shape, digest) in EXPECTED[name].items():
         array = tensors[key]
         assert (array.dtype.name, list(array.shape)) == (dtype, shape), key
-        array = array if dtype[0] in "iub" and dtype != "bfloat16" else array.astype(np.float32)
-        assert hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() == digest, key
+        assert digest_of(array) == digest, key
 
 
 def test_dicts_are_nested_as_in_the_file_and_hold_tensors_only():

@@ -20,7 +20,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from mim_jax import health
+from mim_jax import health, similarity
 from mim_jax.data import pipeline
 from mim_jax.data.augment import augment, center_crop, denormalize
 from mim_jax.data.sources import Source
@@ -28,7 +28,7 @@ from mim_jax.evaluators import mistakes, pictures
 from mim_jax.evaluators.knn import knn_accuracy, pixel_features, whitened_features
 from mim_jax.evaluators.probe import probe_accuracy, standardize
 from mim_jax.evaluators.retrieval import patch_retrieval, view_retrieval
-from mim_jax.methods.base import Method
+from mim_jax.methods.base import BackboneMethod, Method
 from mim_jax.sharding import global_batch, pin_batch, replicate, share
 from mim_jax.state import TrainState
 
@@ -41,6 +41,7 @@ FEW = (1, 5, 10)  # percent of the bank's labels, for a probe with few labels
 SCORES = ("eval/accuracy", "eval/knn", "eval/probe", "eval/view_retrieval", "eval/patch_retrieval")  # shares, 0 to 1
 FIXED = 1000  # held-out images at most whose features are compared with those at the start
 QUERIES, NEIGHBORS, RECONSTRUCTED, ATTENDED, CROPPED, MISTAKEN = 8, 8, 16, 4, 6, 16  # images on a picture
+COMPARED, ROOM = 8, 600_000  # images whose patches are compared in the report, and bytes of their features there, about
 MATRIX = 1000  # classes up to which the confusions are drawn
 
 Batch = dict[str, jax.Array]
@@ -179,6 +180,18 @@ class Evaluation:
         if not self.classifies:
             return {}
         return mistakes.summary(*self._answers(self.last(state)[1]), self.classes)
+
+    def similarity(self, state: TrainState) -> dict[str, Any]:
+        """For the report: some held-out images, as addresses, and what `similarity.data` makes of their patch features; {} of a
+        method without a backbone."""
+        if not isinstance(self.method, BackboneMethod) and "features" not in self.method.pictures:
+            return {}
+        function = functools.partial(self._patches, state.learned)
+        found = self._stream(self.held_out, self.test_rows[:RECONSTRUCTED], function, self.detail)
+        patch, images = (found[name][:COMPARED] for name in ("patch", "images"))
+        grid = round(patch.shape[1] ** 0.5)
+        data, _ = similarity.data(patch.astype(np.float32), grid, ROOM, pictures.MAGMA)
+        return data | {"images": [similarity.uri(image) for image in images]}
 
     def last(self, state: TrainState) -> tuple[Arrays, Arrays]:
         """As `encode`, which is called only if this state is not the one that `scores` was called with."""
