@@ -30,7 +30,7 @@ OUT = flags.DEFINE_string("out", "docs/weights.md", "The tables.")
 FILES = flags.DEFINE_string("files", str(test_weight_files.RAW), "A folder of files of weights with expected.json.")
 QUERIES = flags.DEFINE_integer("queries", 500, "Test images of CIFAR-10 that k-NN classifies.")
 
-FORMS = ("timm", "transformers", "onnx")
+FORMS = ("timm", "hf", "onnx")
 LIBRARIES = ("jax", "torch", "timm", "transformers", "onnxruntime")
 SIZES, BANK = (224, 112, 98), 2000
 TEXT = """# Weights of other libraries

@@ -1,15 +1,17 @@
 """The encoder of a run, or of a file of weights, in the layout of another library.
 
   python -m mim_jax.export --run=runs/dino --format=timm --out=dino_timm
-  python -m mim_jax.export --run=runs/dino --format=transformers --out=dino_hf
+  python -m mim_jax.export --run=runs/dino --format=hf --out=dino_hf
   python -m mim_jax.export --run=runs/dino --format=official --out=dino_official
+  python -m mim_jax.export --run=runs/dino --format=safetensors --out=dino_encoder
   python -m mim_jax.export --run=runs/dino --format=onnx --out=dino_onnx --size=112
   python -m mim_jax.export --run=runs/dino --format=jax --out=dino_jax
   python -m mim_jax.export --run=runs/tuned --head --format=timm --out=tuned_timm
 
-timm: `timm.create_model("local-dir:dino_timm", pretrained=True)`. transformers: `AutoModel.from_pretrained("dino_hf")`; a ViT
-with absolute positions becomes a DINOv2 there, one that pools before its norm a BEiT. official: the names of the method's own
-repository, with heads.
+timm: `timm.create_model("local-dir:dino_timm", pretrained=True)`. hf: `AutoModel.from_pretrained("dino_hf")` of transformers;
+a ViT with absolute positions becomes a DINOv2 there, one that pools before its norm a BEiT. official: the names of the
+method's own repository, with heads. safetensors: the names of this package, for `mim_jax.load("dino_encoder")` and all that
+reads weights.
 onnx, jax: a program that computes the features of images of one size, `--size`, by default that of the run; batches are of any.
 model.onnx takes "images" [batch, 3, S, S] in 0..1 and gives "cls" [batch, D] and "patch" [batch, N, D]; model.jax is
 for `jax.export.deserialize`: it takes [batch, S, S, 3] and gives a dict of the same.
@@ -42,28 +44,13 @@ from mim_jax.layouts_out import Config
 from mim_jax.learned import Run, load_run
 from mim_jax.methods.base import Encoder, Params
 from mim_jax.models.heads import LinearHead
+from mim_jax.models.swin import Swin
+from mim_jax.models.vit import ViT
 
 PROGRAMS = {"onnx": ("onnx", "'mim_jax[onnx]'"), "jax": ("flatbuffers", "flatbuffers")}  # what each needs; its name for pip
-FORMATS = ("timm", "transformers", "official", *PROGRAMS)
+FORMATS = ("timm", "hf", "official", "safetensors", *PROGRAMS)
 EXAMPLE = "python -m mim_jax.export --run=runs/dino --format=timm --out=dino_timm"
 TOLERANCE = 1e-4  # of features, relative to the largest
-
-
-def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    journal.write_whole(path, safetensors(arrays))
-
-
-def safetensors(arrays: Mapping[str, np.ndarray]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    blobs, start = [], 0
-    for name, array in sorted(arrays.items()):
-        blob = np.ascontiguousarray(array, "<f4").tobytes()
-        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [start, start + len(blob)]}
-        start += len(blob)
-        blobs.append(blob)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *blobs])
 
 
 class Source(NamedTuple):
@@ -256,22 +243,38 @@ def written(path: str, form: str, out: str | Path, size: int | None = None, sour
         data, config = program(form, source, net.img_size if size is None else size)
         files = {f"model.{form}": data}
     elif form == "official":
-        files = {"model.safetensors": safetensors(convert.to_torch(source.parts, family_of(source)))}
+        files = {"model.safetensors": weight_files.safetensors(convert.to_torch(source.parts, family_of(source)))}
+    elif form == "safetensors":
+        settings, parts = settings_of(net), {"backbone": source.parts["backbone"]}
+        files = layouts.Weights(settings, encoder.mean, encoder.std, parts, [f"an encoder of {path}"], source.head).files
     else:
         write = layouts_out.timm if form == "timm" else layouts_out.transformers
         given = layouts_out.Encoded(net, source.parts["backbone"], encoder.mean, encoder.std, source.head)
         arrays, config = write(given)
-        files = {"model.safetensors": safetensors(arrays), "config.json": json.dumps(config, indent=2).encode()}
-    if form == "transformers":
+        files = {"model.safetensors": weight_files.safetensors(arrays), "config.json": json.dumps(config, indent=2).encode()}
+    if form == "hf":
         side = net.img_size
         processor = {"image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"height": side, "width": side}}
         processor |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3}
         processor |= {"do_center_crop": False, "image_mean": list(encoder.mean), "image_std": list(encoder.std)}
         files["preprocessor_config.json"] = json.dumps(processor, indent=2).encode()
-    files["README.md"] = card(path, config, form if form != "official" else "pytorch", bool(source.head.linear)).encode()
+    library = {"hf": "transformers", "official": "pytorch", "safetensors": "mim_jax"}.get(form, form)
+    files["README.md"] = card(path, config, library, bool(source.head.linear)).encode()
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         journal.write_whole(out / name, content)
+
+
+def settings_of(net: ViT | Swin) -> Config:
+    """The fields that a file can say and that are not the default; initializers are of no use in it."""
+    plain = str | int | float | tuple
+    return {
+        field.name: value
+        for field in dataclasses.fields(net)
+        if field.name not in ("parent", "name")
+        and isinstance(value := getattr(net, field.name), plain)
+        and value != field.default
+    }
 
 
 def family_of(source: Source) -> str:

@@ -161,15 +161,19 @@ class Weights(NamedTuple):
         """`network.features(parts, images)` for images [B, H, W, C] in 0..1, of as many channels as `mean` has."""
         return Encoder(backbone(self.settings), self.mean, self.std)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes it to a folder that `read` reads."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    @property
+    def files(self) -> dict[str, bytes]:
+        """Name and content of the files of a folder that `read` reads."""
         head = {"pool": self.head.pool, "eps": self.head.eps, "labels": self.head.labels}
         kept = {"settings": self.settings, "mean": self.mean, "std": self.std, "lines": self.lines, "head": head}
         flat: Any = flatten_dict(self.parts["backbone"] | {"head": self.head.params}, sep=".")
-        np.savez(folder / "encoder.npz", **flat)
-        journal.write_whole(folder / "config.json", json.dumps({"mim_jax_encoder": kept}, indent=1).encode())
+        config = json.dumps({"mim_jax_encoder": kept}, indent=1).encode()
+        return {"model.safetensors": weight_files.safetensors(flat), "config.json": config}
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the `files`."""
+        for name, content in self.files.items():
+            journal.write_whole(Path(folder) / name, content)
 
 
 class Told(NamedTuple):

@@ -13,6 +13,7 @@ import re
 import sys
 import zipfile
 import zlib
+from collections.abc import Mapping
 from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -727,3 +728,17 @@ def flat(tensors: Tensors) -> Tensors:
     for name, value in tensors.items():
         named |= {f"{name}.{inner}": x for inner, x in flat(value).items()} if isinstance(value, dict) else {name: value}
     return named
+
+
+def safetensors(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """A .safetensors file of the arrays, in float32."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    blobs, start = [], 0
+    for name, array in sorted(arrays.items()):
+        blob = np.ascontiguousarray(array, "<f4").tobytes()
+        header[name] = {"dtype": "F32", "shape": list(array.shape), "data_offsets": [start, start + len(blob)]}
+        start += len(blob)
+        blobs.append(blob)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *blobs])

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mim_jax import export, layouts, pretrained
+from mim_jax import export, layouts, pretrained, weight_files
 from mim_jax.data import sources
 from mim_jax.evaluators import knn
 
@@ -81,7 +81,7 @@ def of_timm(state, meta):
 
 def of_transformers(state, meta):
     with tempfile.TemporaryDirectory() as folder:
-        export.write_safetensors(Path(folder) / "model.safetensors", state)
+        (Path(folder) / "model.safetensors").write_bytes(weight_files.safetensors(state))
         config = meta["config"] | ({"mask_ratio": 0.0} if "mask_ratio" in meta["config"] else {})
         (Path(folder) / "config.json").write_text(json.dumps(config))
         model = from_pretrained(folder)
@@ -145,7 +145,7 @@ def theirs(form, folder, images):
 
     given = torch.tensor(images.transpose(0, 3, 1, 2))
     with torch.no_grad():
-        if form == "transformers":
+        if form == "hf":
             return {"tokens": hidden_state(from_pretrained(folder), given).flatten(1, -2).numpy()}
         import timm
 

@@ -19,25 +19,25 @@ from mim_jax.models.heads import LinearHead
 from mim_jax.state import abstract_state
 
 WRITTEN = {  # a golden model: the layouts that have a place for it
-    "timm/vit_dinov2_reg_swiglu": "timm transformers",
-    "timm/dinov3": "timm transformers",
-    "timm/dinov3_plus": "timm transformers",
+    "timm/vit_dinov2_reg_swiglu": "timm hf",
+    "timm/dinov3": "timm hf",
+    "timm/dinov3_plus": "timm hf",
     "timm/eva02_clip": "timm",
-    "timm/vit_clip_quick_gelu": "timm transformers",
+    "timm/vit_clip_quick_gelu": "timm hf",
     "timm/vit_no_qkv_bias_clsless": "timm",
-    "timm/beit_shared": "timm transformers",
-    "timm/vit_avg_fcnorm": "timm transformers",
+    "timm/beit_shared": "timm hf",
+    "timm/vit_avg_fcnorm": "timm hf",
     "timm/eva02_split_subln": "timm",
-    "hf/beit": "transformers",
-    "hf/swin": "timm transformers",
-    "hf/vit": "transformers",
-    "official/dino_full": "timm transformers",
-    "official/eva_mim": "timm transformers",
-    "official/ibot_backbone": "timm transformers",
-    "official/dinov2_reg_backbone": "timm transformers",
-    "official/simmim_vit": "timm transformers",
+    "hf/beit": "hf",
+    "hf/swin": "timm hf",
+    "hf/vit": "hf",
+    "official/dino_full": "timm hf",
+    "official/eva_mim": "timm hf",
+    "official/ibot_backbone": "timm hf",
+    "official/dinov2_reg_backbone": "timm hf",
+    "official/simmim_vit": "timm hf",
     "official/eva02_mim": "timm",
-    "official/beit_finetuned": "timm transformers",
+    "official/beit_finetuned": "timm hf",
 }
 SETTINGS = "patch_size img_size dim depth depths heads norm_eps act rotary rotary_period cls pre_norm window final_norm"
 
@@ -53,7 +53,7 @@ def source(weights):
     return export.Source(weights.network, weights.parts, weights.head._replace(linear={}), None)
 
 
-@pytest.mark.parametrize("name, form", [(name, form) for name in WRITTEN for form in ("timm", "transformers")])
+@pytest.mark.parametrize("name, form", [(name, form) for name in WRITTEN for form in ("timm", "hf")])
 def test_the_same_encoder_comes_back(golden, tmp_path, name, form):
     """All settings that change what is computed, and every tensor but the mask token and what has no effect."""
     weights = read(golden, name)
@@ -91,11 +91,11 @@ def query_and_value_bias(blocks):
 
 
 CLASSIFIERS = {  # of what; the layouts that have a place for it
-    "timm/vit_avg_fcnorm": ("mean", "timm transformers"),
-    "timm/vit_augreg_head": ("cls", "timm transformers"),
-    "timm/swin": ("mean", "timm transformers"),
-    "official/beit_finetuned": ("mean", "timm transformers"),
-    "hf/vit_classifier": ("cls", "transformers"),
+    "timm/vit_avg_fcnorm": ("mean", "timm hf"),
+    "timm/vit_augreg_head": ("cls", "timm hf"),
+    "timm/swin": ("mean", "timm hf"),
+    "official/beit_finetuned": ("mean", "timm hf"),
+    "hf/vit_classifier": ("cls", "hf"),
 }
 
 
@@ -142,7 +142,7 @@ def test_features_of_a_folder(golden, tmp_path):
     assert found < 1e-6 and what == "features of 1 images (the images given)"
     arrays = dict(weight_files.read(tmp_path / "theirs/model.safetensors"))
     arrays["blocks.1.mlp.fc2.bias"] = 2 * arrays["blocks.1.mlp.fc2.bias"]
-    export.write_safetensors(tmp_path / "theirs/model.safetensors", arrays)
+    (tmp_path / "theirs/model.safetensors").write_bytes(weight_files.safetensors(arrays))
     images = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
     assert export.compared(source(weights), images, tmp_path / "theirs") > 1e-3
     config = json.loads((tmp_path / "theirs/config.json").read_text())
@@ -179,9 +179,9 @@ def made_run(folder, variant, **changes):
 @pytest.mark.parametrize(
     "variant, changes, form",
     [
-        ("supervised", {}, "transformers"),
+        ("supervised", {}, "hf"),
         pytest.param("supervised", {"model.pool": "cls"}, "timm", marks=pytest.mark.slow),
-        ("linear", {"probe.blocks": (1,), "probe.batch_norm": True, "probe.mean_patch": (True,)}, "transformers"),
+        ("linear", {"probe.blocks": (1,), "probe.batch_norm": True, "probe.mean_patch": (True,)}, "hf"),
     ],
 )
 def test_the_classifier_of_a_run(tmp_path, capsys, variant, changes, form):
@@ -229,10 +229,19 @@ def test_official_names_of_a_run(tmp_path):
         export.export(str(GOLDEN / "weights/backbone.npz"), "official", tmp_path / "x")
 
 
+@pytest.mark.parametrize("name", WRITTEN)
+def test_our_own_layout_holds_every_encoder(golden, tmp_path, name):
+    weights = read(golden, name)
+    export.written("", "safetensors", tmp_path, source=source(weights))
+    again = layouts.read(tmp_path)
+    assert again.network == weights.network
+    jax.tree.map(np.testing.assert_array_equal, again.parts, weights.parts)
+
+
 def test_files_whose_header_begins_as_a_pickle_does(tmp_path):
     """The length of a header may have 0x80 as its first byte."""
     for extra in range(0, 256, 8):
         arrays = {"x" * (1 + extra): np.arange(6, dtype=np.float32).reshape(2, 3)}
-        export.write_safetensors(tmp_path / "a.safetensors", arrays)
+        (tmp_path / "a.safetensors").write_bytes(weight_files.safetensors(arrays))
         read = weight_files.read(tmp_path / "a.safetensors")
         np.testing.assert_array_equal(read[next(iter(arrays))], next(iter(arrays.values())))

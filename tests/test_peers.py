@@ -35,7 +35,7 @@ def test_in(golden, name):
     assert len(found) >= sum(key.startswith("in/") for key in made) and max(found.values()) < 2e-5, found
 
 
-@pytest.mark.parametrize("form", ["timm", "transformers", "onnx"])
+@pytest.mark.parametrize("form", ["timm", "hf", "onnx"])
 @pytest.mark.parametrize("name", NAMES)
 def test_out(golden, tmp_path, name, form):
     """What the library computes of an export, at the native size and at another one."""
