@@ -18,7 +18,7 @@ from mim_jax.models.vit import ViT, intermediate_layers, last_attention
 SIZES = ("16x16", "24x24", "8x8", "12x20", "28x16")
 
 
-@pytest.mark.parametrize("size", ("16x16", "28x16"))
+@pytest.mark.parametrize("size", ("28x16",))
 def test_vit_float32(golden, size):
     arrays, _ = golden("dino_vit")
     params = convert.from_torch(prefixed(arrays, "params/"), "dino")["backbone"]

@@ -336,7 +336,7 @@ def test_report_and_pictures_of_a_run(finished):
     bad = int(journal.history(workdir).latest["data/bad_images"])
     for text in ("27 image files, 2 classes", "6 of 6", "out_dim: 32", f"jax {jax.__version__}"):
         assert text in page
-    assert page.count("data:image/png;base64") == 3
+    assert page.count("data:image/png;base64") == 3 + 8  # pictures, and images whose patches are compared
     assert bad and f">{bad}<" in page
     for name in ("crops", "attention", "neighbors"):
         with Image.open(workdir / f"pictures/{name}.png") as picture:

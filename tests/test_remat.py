@@ -52,7 +52,7 @@ def test_microbatches_change_nothing(x64, name):
     assert_equal(gradient(config, microbatches=4), gradient(config))
 
 
-@pytest.mark.parametrize("centering", ["sinkhorn_knopp", "centering"])
+@pytest.mark.parametrize("centering", ["sinkhorn_knopp", pytest.param("centering", marks=pytest.mark.slow)])
 def test_the_patch_loss_in_pieces(x64, monkeypatch, centering):
     config = mim_jax.load_config("tests/tiny.py:dinov2").unlock()
     config.loss.centering = centering

@@ -302,7 +302,7 @@ class StubEvaluation:
     def few_labels(self, state):
         return {}
 
-    mistakes = few_labels
+    mistakes = similarity = few_labels
 
     def crop_picture(self):
         return Image.new("RGB", (8, 8))

@@ -14,10 +14,9 @@ from arrays import prefixed
 from PIL import Image
 
 import mim_jax
-from mim_jax import checkpoint, convert, sharding, train
+from mim_jax import checkpoint, convert, sharding, train, weight_files
 from mim_jax.checkpoint import Checkpoints, newest
 from mim_jax.config import resolve_target
-from mim_jax.export import safetensors
 from mim_jax.learned import abstract_target, load_target
 from mim_jax.methods import base
 from mim_jax.state import TrainState, first_state
@@ -177,7 +176,7 @@ def test_dalles_tokenizer_from_its_published_weights(golden, tmp_path):
     arrays, _ = golden("dvae_dalle")
     encoder, decoder = (prefixed(arrays, f"w_{part}/") for part in ("enc", "dec"))
     weights = {f"encoder.{key}": a for key, a in encoder.items()} | {f"decoder.{key}": a for key, a in decoder.items()}
-    (tmp_path / "dalle.safetensors").write_bytes(safetensors({f"model.{key}": array for key, array in weights.items()}))
+    (tmp_path / "dalle.safetensors").write_bytes(weight_files.safetensors({f"model.{key}": array for key, array in weights.items()}))
     tokenizer = mim_jax.load_config("configs/dvae.py:dalle")
     tokenizer.model.update(img_size=32, hidden=8, codes=32, codebook_dim=16, dtype="float32")
     (tmp_path / "tokenizer").mkdir()
