@@ -176,7 +176,8 @@ def test_dalles_tokenizer_from_its_published_weights(golden, tmp_path):
     arrays, _ = golden("dvae_dalle")
     encoder, decoder = (prefixed(arrays, f"w_{part}/") for part in ("enc", "dec"))
     weights = {f"encoder.{key}": a for key, a in encoder.items()} | {f"decoder.{key}": a for key, a in decoder.items()}
-    (tmp_path / "dalle.safetensors").write_bytes(weight_files.safetensors({f"model.{key}": array for key, array in weights.items()}))
+    named = {f"model.{key}": array for key, array in weights.items()}
+    (tmp_path / "dalle.safetensors").write_bytes(weight_files.safetensors(named))
     tokenizer = mim_jax.load_config("configs/dvae.py:dalle")
     tokenizer.model.update(img_size=32, hidden=8, codes=32, codebook_dim=16, dtype="float32")
     (tmp_path / "tokenizer").mkdir()
