@@ -1,16 +1,16 @@
 """Trains a vision transformer without labels.
 
-  mim_jax --config=dino:demo --workdir=runs/dino
-  mim_jax --config=dino:demo --config.total="20 epochs" --config.data.name=folder --config.data.dir=~/images --workdir=runs/mine
-  mim_jax --config=mae:vitb16 --config.mesh.fsdp=8 --config.model.remat=auto --plan=v5e-8
+mim_jax --config=dino:demo --workdir=runs/dino
+mim_jax --config=dino:demo --config.total="20 epochs" --config.data.name=folder --config.data.dir=~/images --workdir=runs/mine
+mim_jax --config=mae:vitb16 --config.mesh.fsdp=8 --config.model.remat=auto --plan=v5e-8
 
-  --config=NAME:VARIANT    a recipe, or a file of one: my/recipe.py:variant
-  --config.KEY=VALUE       changes a value of it
-  --workdir=FOLDER         for metrics, checkpoints, pictures and the report; a run that is there is continued; may be at
-                           gs://BUCKET/FOLDER
-  --dry_run, --plan=v5e-8  prints the plan (parameters, sharding, memory), of the devices here or of others, and stops
-  --compiled=FOLDER        for compiled programs, so that the next start is fast; "": none; default: ~/.cache/mim_jax/compiled
-  --coordinator=HOST:PORT --processes=N --process=I   one run on several hosts, where no cluster tells them to jax
+--config=NAME:VARIANT    a recipe, or a file of one: my/recipe.py:variant
+--config.KEY=VALUE       changes a value of it
+--workdir=FOLDER         for metrics, checkpoints, pictures and the report; a run that is there is continued; may be at
+                         gs://BUCKET/FOLDER
+--dry_run, --plan=v5e-8  prints the plan (parameters, sharding, memory), of the devices here or of others, and stops
+--compiled=FOLDER        for compiled programs, so that the next start is fast; "": none; default: ~/.cache/mim_jax/compiled
+--coordinator=HOST:PORT --processes=N --process=I   one run on several hosts, where no cluster tells them to jax
 """
 
 import difflib
@@ -52,6 +52,7 @@ RENAMED = (
     (r"loss\.temperature_(steps|epochs)", "loss.temperature_decay"),
     (r"loss\.kl_(steps|epochs)", "loss.kl_warmup"),
 )
+FROZEN = "config.target.config"
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple, '(0.2, 1.0)'"}
 
 
@@ -66,8 +67,9 @@ def parse(argv: list[str]) -> list[str]:
         print(__doc__, "Recipes:", sep="\n")
         for path in sorted(PACKAGED.glob("*.py")):
             module = runpy.run_path(str(path))
-            frozen = "" if "method" in module["get_config"]() else " (for config.target.config)"
-            variants = ", ".join(module["VARIANTS"]) + frozen
+            config = module["get_config"]()
+            other = "" if "method" in config else f" (for {FROZEN if 'model' in config else 'python -m mim_jax.curate'})"
+            variants = ", ".join(module["VARIANTS"]) + other
             print(textwrap.fill(variants, 128, initial_indent=f"  {path.stem:14}", subsequent_indent=" " * 16))
         sys.exit()
     spec, rest, arguments = "", list[str](), iter(argv)
@@ -82,7 +84,9 @@ def parse(argv: list[str]) -> list[str]:
     try:
         config = load_config(spec)
         if "method" not in config:
-            raise ValueError(f"{spec} is no method but a frozen network that others learn from: --config.target.config={spec}")
+            other = f"a frozen network that others learn from: --{FROZEN}={spec}"
+            other = other if "model" in config else "for python -m mim_jax.curate, which makes data sets"
+            raise ValueError(f"{spec} is no method but {other}")
         refuse_unknown_keys(rest, config)
         config_flags.DEFINE_config_dict("config", config, sys_argv=rest)
         return flags.FLAGS(rest)
