@@ -1,16 +1,16 @@
 """Trains a vision transformer without labels.
 
-mim_jax --config=dino:demo --workdir=runs/dino
-mim_jax --config=dino:demo --config.total="20 epochs" --config.data.name=folder --config.data.dir=~/images --workdir=runs/mine
-mim_jax --config=mae:vitb16 --config.mesh.fsdp=8 --config.model.remat=auto --plan=v5e-8
+  mim_jax --config=dino:demo --workdir=runs/dino
+  mim_jax --config=dino:demo --config.total="20 epochs" --config.data.name=folder --config.data.dir=~/images --workdir=runs/mine
+  mim_jax --config=mae:vitb16 --config.mesh.fsdp=8 --config.model.remat=auto --plan=v5e-8
 
---config=NAME:VARIANT    a recipe, or a file of one: my/recipe.py:variant
---config.KEY=VALUE       changes a value of it
---workdir=FOLDER         for metrics, checkpoints, pictures and the report; a run that is there is continued; may be at
-                         gs://BUCKET/FOLDER
---dry_run, --plan=v5e-8  prints the plan (parameters, sharding, memory), of the devices here or of others, and stops
---compiled=FOLDER        for compiled programs, so that the next start is fast; "": none; default: ~/.cache/mim_jax/compiled
---coordinator=HOST:PORT --processes=N --process=I   one run on several hosts, where no cluster tells them to jax
+  --config=NAME:VARIANT    a recipe, or a file of one: my/recipe.py:variant
+  --config.KEY=VALUE       changes a value of it
+  --workdir=FOLDER         for metrics, checkpoints, pictures and the report; a run that is there is continued; may be at
+                           gs://BUCKET/FOLDER
+  --dry_run, --plan=v5e-8  prints the plan (parameters, sharding, memory), of the devices here or of others, and stops
+  --compiled=FOLDER        for compiled programs, so that the next start is fast; "": none; default: ~/.cache/mim_jax/compiled
+  --coordinator=HOST:PORT --processes=N --process=I   one run on several hosts, where no cluster tells them to jax
 """
 
 import difflib

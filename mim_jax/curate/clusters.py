@@ -201,8 +201,8 @@ def allotted(target: int, sizes: np.ndarray) -> np.ndarray:
 
 
 def balanced(levels: Sequence[Clusters], target: int, keys: np.ndarray, seed: int) -> np.ndarray:
-    """`target` rows, int64, ascending: from the top level down, each cluster's share is allotted evenly among the clusters below
-    it, and in the lowest level rows are drawn at random. `keys`, uint64 [N]: see `order`."""
+    """`target` rows, int64, ascending: from the top level down, the share of a cluster is allotted evenly among the clusters
+    below it, and in the lowest level rows are drawn at random. `keys`, uint64 [N]: see `order`."""
     # How many rows each cluster of each level has below it.
     sizes = [levels[0].sizes]
     for upper in levels[1:]:

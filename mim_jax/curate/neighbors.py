@@ -1,7 +1,7 @@
 """Nearest rows by cosine, as products of blocks on all devices: exact, or within the cells of a k-means.
 
-All similarities are exact, see `quantized`; equal ones are ordered by the number of the row. So results do not depend on blocks,
-shards or devices.
+All similarities are exact, see `quantized`; equal ones are ordered by the number of the row. So results do not depend on
+blocks, shards or devices.
 """
 
 import functools

@@ -72,11 +72,7 @@ def sizes(state: Any) -> list[tuple[str, int]]:
 def duplicates_told(state: Any) -> str:
     text = f"Cosine of at least {state.threshold:g} among the {state.found.rows('ids').shape[1]} nearest."
     for each in state.giants[:3]:
-        text += (
-            f" A giant component had {each.size:,} images, edge density {each.density:.3f}"
-            + ", and was cut." * state.cut
-            + "." * (not state.cut)
-        )
+        text += f" A giant component had {each.size:,} images, edge density {each.density:.3f}{', and was cut' * state.cut}."
     return text
 
 
@@ -100,8 +96,8 @@ def truth(state: Any) -> str:
     rows = [(name, f"{value:.4f}") for name, value in found.items()]
     return table(
         "Planted", ("", ""), rows,
-        "Recall: planted copies in one component with their image. Precision: images dropped as duplicates whose representative "
-        "comes from the same image. Duplicates that the data set has by itself count as wrong.",
+        "Recall: planted copies in one component with their image. Precision: images dropped as duplicates whose "
+        "representative comes from the same image. Duplicates that the data set has by itself count as wrong.",
     )  # fmt: skip
 
 
@@ -150,8 +146,8 @@ def calibration(state: Any) -> str:
     colors = "#3b6fd4 #d9792b #1f8a5b #c93c37 #8a55c7 #8c6d3f #d05fa2 #5d6b7a".split()
     style = "".join(f"line.c{i}, polyline.c{i} {{ --c: {color}; }}" for i, color in enumerate(colors))
     caption = (
-        "Copies were made of images that are supposed to differ. Precision: of the pairs above a threshold, those of an image and its copy, as it "
-        f"would be in the whole pool. Numbers are those at the threshold, {state.threshold:g}."
+        "Copies were made of images that are supposed to differ. Precision: of the pairs above a threshold, those of an image and "
+        f"its copy, as it would be in the whole pool. Numbers are those at the threshold, {state.threshold:g}."
     )
     return (
         f'<style>{style}</style><h2>Calibration</h2><figure class="chart"><ul class="legend">{legend}</ul>'
@@ -210,7 +206,7 @@ def table(heading: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], c
     lines = [[f"<th>{escape(text)}</th>" for text in columns]]
     lines += [[f"<td>{escape(f'{cell:,}' if isinstance(cell, int) else str(cell))}</td>" for cell in row] for row in rows]
     body = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
-    return f'<h2>{escape(heading)}</h2><figure class="table"><table>{body}</table><figcaption>{escape(caption)}</figcaption></figure>'
+    return f'<h2>{escape(heading)}</h2><figure class="table"><table>{body}</table>{told(caption)}</figure>'
 
 
 def picture(heading: str, made: Image.Image | None, caption: str) -> str:
@@ -219,10 +215,12 @@ def picture(heading: str, made: Image.Image | None, caption: str) -> str:
     file = io.BytesIO()
     made.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
-    return (
-        f'<h2>{escape(heading)}</h2><figure class="picture"><div><img alt="{escape(heading)}" src="data:image/png;base64,{data}">'
-        f"</div><figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    img = f'<img alt="{escape(heading)}" src="data:image/png;base64,{data}">'
+    return f'<h2>{escape(heading)}</h2><figure class="picture"><div>{img}</div>{told(caption)}</figure>'
+
+
+def told(caption: str) -> str:
+    return f"<figcaption>{escape(caption)}</figcaption>"
 
 
 PAGE = """<!doctype html>

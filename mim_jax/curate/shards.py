@@ -1,8 +1,8 @@
 """What a stage has made: files of rows in a folder, whose name follows from what went into it.
 
-A stage works in a folder NAME-ADDRESS.parts-LAYOUT, one shard after the other, each of whose files is there whole or not at all.
-At the end it writes the manifest and renames the folder to NAME-ADDRESS. So what is half done is never taken for a result, the
-same command goes on after a kill, and a result that is there is used again.
+A stage works in a folder NAME-ADDRESS.parts-LAYOUT, shard by shard; each file there is whole or absent. At the end it writes
+the manifest and renames the folder to NAME-ADDRESS. So what is half done is never taken for a result, the same command goes on
+after a kill, and a result that is there is used again.
 
 ADDRESS has the digests of the inputs, the version of the stage and its settings, but not the division into shards. The digest
 of a result is that of its rows, so the next stage does not see the division either.

@@ -35,6 +35,7 @@ from mim_jax.lock import locked
 from mim_jax.pretrained import load
 
 LEAST = 0.001  # share of the pool that must be left after deduplication
+SMALL = 10  # images; a component of fewer is no giant
 LARGE = 1_000_000  # curated images from which on a set is large
 DHASH = 6  # bits; images whose hashes differ by fewer are copies without our doing
 A_CELL = 64  # images for each cell that the cells are learned of
@@ -67,8 +68,8 @@ class Images:
 class Curation:
     """All that a run knows; what the report and the provenance are made of.
 
-    The pool are the different images of all uncurated sets: exact copies are one, and the number of an image is its place in the
-    order of the hashes. `where` is the place of a row in all uncurated sets, one after the other.
+    The pool are the different images of all uncurated sets: exact copies are one, and the number of an image is its place in
+    the order of the hashes. `where` is the place of a row in all uncurated sets, one after the other.
     """
 
     config: ml_collections.ConfigDict
@@ -222,9 +223,9 @@ class Stages:
         now = {"dimensions": made.dims, "description": made.description, "identity": made.identity}
         if file.exists() and (before := json.loads(file.read_text())) != json.loads(json.dumps(now)):
             raise ValueError(
-                f"{self.workdir} has vectors of another embedder, {before['description']}, of {before['dimensions']} dimensions; "
-                f"now it is {made.description}, of {made.dims}. Thresholds and vectors of two cannot be mixed: give another "
-                "--workdir"
+                f"{self.workdir} has vectors of another embedder, {before['description']}, of {before['dimensions']} "
+                f"dimensions; now it is {made.description}, of {made.dims}. Thresholds and vectors of two cannot be mixed: "
+                "give another --workdir"
             )
         with named_errors(file):
             write_whole(file, json.dumps(now, indent=1).encode())
@@ -337,9 +338,8 @@ class Stages:
             return Made({}, about={"recall": recall, "products": products, "of": count * count})
 
         measured = self.stage("recall", 1, [result.digest, pool.digest], {"sample": config.sample}, [0], measure).abouts[0]
-        tell(
-            f"recall@{k} of the cells: {measured['recall']:.4f}, with {measured['of'] / measured['products']:.1f} times fewer products"
-        )
+        fewer = measured["of"] / measured["products"]
+        tell(f"recall@{k} of the cells: {measured['recall']:.4f}, with {fewer:.1f} times fewer products")
         return result
 
     def cells(self, pool: Result) -> tuple[np.ndarray, int]:
@@ -389,7 +389,7 @@ class Stages:
 
     def components(self, found: Result, count: int, threshold: float) -> Result:
         dedup, k = self.config.dedup, found.rows("ids").shape[1]
-        least = max(3, round(dedup.giant * count))
+        least = max(SMALL, round(dedup.giant * count))
 
         def make(_: int) -> Made:
             labels = components.components(count, components.above(edges_of(found), threshold))
@@ -575,17 +575,20 @@ def edges_of(found: Result) -> Iterator[components.Edges]:
 
 def listed(state: Curation) -> np.ndarray:
     """The rows of the list, `curated.ROW`, by source and row."""
-    rows = []
-    for where, number in sorted((int(state.origin[i]), int(i)) for i in state.chosen):
-        rows.append((*state.row(where), 1.0, 0.0))
+    def rows(source: np.ndarray | int, row: np.ndarray, weight: float) -> np.ndarray:
+        made = np.zeros(len(row), curated.ROW)
+        made["source"], made["row"], made["weight"] = source, row, weight
+        made["draw"] = (clusters.mixed(row.astype(np.uint64), state.config.seed) >> np.uint64(40)) / 2.0**24
+        return made
+
+    starts = np.cumsum([0] + [len(images.source) for images in state.uncurated])
+    where = np.sort(state.origin[state.chosen])
+    at = np.searchsorted(starts, where, "right") - 1
+    found = [rows(at, where - starts[at], 1.0)]
     weight = state.config.write.curated
     for i, images in enumerate(state.curated if weight else []):
-        draws = clusters.mixed(images.good.astype(np.uint64), state.config.seed) >> np.uint64(40)
-        rows += [
-            (len(state.uncurated) + i, int(row), weight, draw / 2.0**24)
-            for row, draw in zip(images.good.tolist(), draws.tolist())
-        ]
-    return np.array(rows, curated.ROW)
+        found.append(rows(len(state.uncurated) + i, images.good, weight))
+    return np.concatenate(found)
 
 
 def asked_by(state: Curation) -> dict[int, str]:
