@@ -146,8 +146,8 @@ def calibration(state: Any) -> str:
     colors = "#3b6fd4 #d9792b #1f8a5b #c93c37 #8a55c7 #8c6d3f #d05fa2 #5d6b7a".split()
     style = "".join(f"line.c{i}, polyline.c{i} {{ --c: {color}; }}" for i, color in enumerate(colors))
     caption = (
-        "Copies were made of images that are supposed to differ. Precision: of the pairs above a threshold, those of an image and "
-        f"its copy, as it would be in the whole pool. Numbers are those at the threshold, {state.threshold:g}."
+        "Copies were made of images that are supposed to differ. Precision: of the pairs above a threshold, those of an image "
+        f"and its copy, as it would be in the whole pool. Numbers are those at the threshold, {state.threshold:g}."
     )
     return (
         f'<style>{style}</style><h2>Calibration</h2><figure class="chart"><ul class="legend">{legend}</ul>'
