@@ -18,7 +18,7 @@ from mim_jax import load_config
 from mim_jax.curate import __main__ as command
 from mim_jax.curate import clusters, components, neighbors, plants, shards, stages
 from mim_jax.curate.clusters import kmeans
-from mim_jax.curate.embedders import dhash
+from mim_jax.curate.embedders import dhash, dhash_distance
 from mim_jax.curate.neighbors import nearest, quantized
 from mim_jax.curate.shards import Made, Memory, Subset, stage
 from mim_jax.data.sources import open_source
@@ -277,6 +277,9 @@ def test_the_threshold_is_the_lowest_that_is_precise_from_there_on():
 def test_dhash_tells_where_it_gets_darker():
     rising = np.arange(72, dtype=np.uint8).repeat(3).reshape(8, 9, 3)
     assert dhash(rising) == 2**64 - 1 and dhash(rising[:, ::-1]) == 0
+    image = np.random.default_rng(0).permutation(216).astype(np.uint8).reshape(8, 9, 3)
+    hashes = np.array([dhash(image), dhash(image[:, ::-1]), dhash(image[::-1])], np.uint64)
+    assert np.array_equal(dhash_distance(hashes, hashes) < 6, [[1, 1, 0], [1, 1, 0], [0, 0, 1]])  # a few are equally dark
 
 
 # The command
@@ -353,13 +356,16 @@ def test_what_becomes_of_each_image(images, tmp_path, capsys):
         open_source("curated", tmp_path)
 
 
-@pytest.mark.parametrize("select", ["retrieve", "balance", "cluster"])
+SELECT = ["retrieve", "balance", pytest.param("cluster", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("select", SELECT)
 def test_any_division_of_the_work_gives_the_same_bytes(images, tmp_path, monkeypatch, select):
     more = {"select": select}
     if select == "cluster":
         more = {"select": "retrieve", "retrieve.by": "cluster", "retrieve.clusters": 9, "retrieve.hits": 0}
     found = []
-    for case, (rows, workers, block, chunk) in enumerate([(1000, 1, 8192, 2**14), (1, 3, 16, 7)]):
+    for case, (rows, workers, block, chunk) in enumerate([(1000, 1, 8192, 2**14), (50, 3, 64, 37)]):
         monkeypatch.setattr("mim_jax.curate.embedders.Pixels.batch_size", 8)
         monkeypatch.setattr(neighbors, "BLOCK", block)
         monkeypatch.setattr(clusters, "CHUNK", chunk)
@@ -369,6 +375,22 @@ def test_any_division_of_the_work_gives_the_same_bytes(images, tmp_path, monkeyp
     for each in found:
         each.pop("report.html")  # it has the config
     assert found[0] == found[1] and len(found[0]) == 3
+
+
+@pytest.mark.slow
+def test_two_hundred_random_divisions(images, tmp_path, monkeypatch):
+    rng, want = np.random.default_rng(0), {}
+    monkeypatch.setattr("mim_jax.curate.embedders.Pixels.batch_size", 8)
+    for case in range(200):
+        select = ("retrieve", "balance", "all")[case % 3]
+        rows, workers = (1000, 1) if select not in want else (int(rng.integers(10, 170)), int(rng.integers(1, 5)))
+        monkeypatch.setattr(neighbors, "BLOCK", int(2 ** rng.integers(6, 9)))
+        monkeypatch.setattr(clusters, "CHUNK", int(rng.integers(20, 200)))
+        cells = {"neighbors.exact": 10, "neighbors.cells": 8, "neighbors.assignments": 3} if case % 3 == 1 else {}
+        stages.run(config_of(images, shard_rows=rows, workers=workers, select=select, **cells), tmp_path / f"{case}")
+        found = outputs(tmp_path / f"{case}")
+        found.pop("report.html")
+        assert found == want.setdefault(select, found), (case, rows, workers)
 
 
 class Killed(BaseException):

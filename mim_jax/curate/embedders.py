@@ -16,7 +16,7 @@ from mim_jax.data.sources import Example
 from mim_jax.evaluators.knn import pixel_features, whitening
 from mim_jax.pretrained import Model, Readable
 
-CANVAS, SIDE, DIMS, FITTED = 64, 12, 128, 4096  # of pixels: decoded to fit, then scaled to; components; images they are of
+CANVAS, SIDE, DIMS, FITTED = 64, 12, 64, 4096  # of pixels: decoded to fit, then scaled to; components; images they are of
 
 
 class Batch(NamedTuple):
@@ -38,7 +38,8 @@ class Hashed(Readable):
 
     def __getitem__(self, row: int) -> Example:
         example = super().__getitem__(row)
-        self.hashes[row] = pixel_hash(example.image), dhash(example.image)
+        image = np.asarray(example.image)
+        self.hashes[row] = pixel_hash(image), dhash(image)
         return example
 
     def batch(self, rows: range, features: np.ndarray, labels: np.ndarray) -> Batch:
@@ -60,6 +61,13 @@ def dhash(image: np.ndarray) -> int:
     """64 bits: whether each of 8 x 8 places of the image is darker than its right neighbor, row by row (N. Krawetz)."""
     small = np.asarray(Image.fromarray(image).convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     return int.from_bytes(np.packbits(small[:, :-1] < small[:, 1:]).tobytes())
+
+
+def dhash_distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Bits that differ, uint8 [N, M], of hashes uint64 [N] and [M]; of one image as it is, or mirrored if that is nearer."""
+    bits = np.unpackbits(other.astype(">u8")[:, None].view(np.uint8), axis=1).reshape(-1, 8, 8)
+    mirrored = np.packbits(1 - bits[:, :, ::-1], axis=2).reshape(-1, 8).view(">u8")[:, 0].astype(np.uint64)
+    return np.minimum(*(np.bitwise_count(one[:, None] ^ each) for each in (other, mirrored)))
 
 
 class Network:
@@ -128,7 +136,7 @@ class Pixels:
         for first in range(start, stop, self.batch_size):
             rows = range(first, min(first + self.batch_size, stop))
             examples = [readable[row] for row in rows]
-            raw = np.concatenate([self.raw(example.image) for example in examples])
+            raw = np.concatenate([self.raw(np.asarray(example.image)) for example in examples])
             padded = np.concatenate([raw, np.zeros((self.batch_size - len(raw), raw.shape[1]), np.float32)])
             labels = np.array([example.label for example in examples], np.int32)
             yield readable.batch(rows, (padded - self.mean) @ self.basis, labels)

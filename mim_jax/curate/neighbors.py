@@ -62,8 +62,8 @@ def nearest(queries: np.ndarray, base: Rows, k: int, own: np.ndarray | None = No
     for start in range(0, count, rows):
         stop = min(start + rows, count)
         best: Any = (np.full((rows, k), -np.inf, np.float32), np.full((rows, k), NONE, np.int32))
-        these = {"query": _padded(queries[start:stop], rows, 0), "own": _padded(own[start:stop], rows, NONE - 1)}
-        these = sharding.global_batch(these)
+        padded = {"query": _padded(queries[start:stop], rows, 0), "own": _padded(own[start:stop], rows, NONE - 1)}
+        these = sharding.global_batch(padded)
         for first in range(0, base.shape[0], block):
             last = min(first + block, base.shape[0])
             numbers = np.arange(first, last, dtype=np.int32) if ids is None else ids[first:last].astype(np.int32)
@@ -86,7 +86,7 @@ def _padded(array: np.ndarray, rows: int, value: int) -> np.ndarray:
 def _merge(mesh: Any, k: int) -> Any:
     """The k best of those so far and of a block, compiled; each device has its part of the queries and the whole block."""
 
-    def run(similarity: jax.Array, ids: jax.Array, queries: jax.Array, own: jax.Array, block: jax.Array, numbers: jax.Array):
+    def run(similarity: Any, ids: Any, queries: Any, own: Any, block: Any, numbers: Any) -> tuple[jax.Array, jax.Array]:
         def unit(x: jax.Array) -> jax.Array:
             return x.astype(jnp.float32) / UNIT
 

@@ -123,8 +123,9 @@ def planted_found(state: Any) -> dict[str, float]:
         found["precision"] = float(right.mean())
     if foreign.any():
         foreign = foreign & (member >= 0)
-        gone = leaked[member[foreign]]
-        found["evaluation images that survive"] = float((~gone).sum())
+        survive = ~leaked[member[foreign]]
+        for what, of_these in (("unchanged", kinds[foreign] == ""), ("changed", kinds[foreign] != "")):
+            found[f"evaluation images that survive, {what}"] = float(survive[of_these].mean()) if of_these.any() else 0.0
         with_foreign = np.unique(state.labels[member[foreign]])
         innocent = leaked[: len(state.labels)] & ~np.isin(state.labels, with_foreign)
         found["false drops, of the pool"] = float(innocent.sum() / max(1, len(places)))
@@ -147,7 +148,8 @@ def calibration(state: Any) -> str:
     style = "".join(f"line.c{i}, polyline.c{i} {{ --c: {color}; }}" for i, color in enumerate(colors))
     caption = (
         "Copies were made of images that are supposed to differ. Precision: of the pairs above a threshold, those of an image "
-        f"and its copy, as it would be in the whole pool. Numbers are those at the threshold, {state.threshold:g}."
+        f"and its copy, as it would be in the whole pool. Pairs whose dHashes nearly agree are left out: they may be copies "
+        f"by themselves. Numbers are those at the threshold, {state.threshold:g}."
     )
     return (
         f'<style>{style}</style><h2>Calibration</h2><figure class="chart"><ul class="legend">{legend}</ul>'

@@ -25,7 +25,7 @@ import numpy as np
 from mim_jax import sharding, storage
 from mim_jax.config import leaves
 from mim_jax.curate import clusters, components, neighbors, plants, report
-from mim_jax.curate.embedders import Network, Pixels
+from mim_jax.curate.embedders import Network, Pixels, dhash_distance
 from mim_jax.curate.neighbors import nearest
 from mim_jax.curate.shards import Files, Made, Memory, Result, Rows, Subset, digest_of, spans, stage, write_parquet
 from mim_jax.data import curated
@@ -37,7 +37,7 @@ from mim_jax.pretrained import load
 LEAST = 0.001  # share of the pool that must be left after deduplication
 SMALL = 10  # images; a component of fewer is no giant
 LARGE = 1_000_000  # curated images from which on a set is large
-DHASH = 6  # bits; images whose hashes differ by fewer are copies without our doing
+DHASH = 12  # bits of 64; images whose hashes differ by no more may be copies without our doing
 A_CELL = 64  # images for each cell that the cells are learned of
 
 
@@ -325,7 +325,7 @@ class Stages:
         settings = {"k": k, "cells": cells, "assignments": assigned.shape[1]}
         groups = list(zip(bounds[:-1], bounds[1:]))
         result = self.stage(
-            "neighbors", 1, [pool.digest, digest_of(hashlib.sha256(assigned).hexdigest())], settings, groups, within
+            "neighbors", 1, [pool.digest, digest_of(hashlib.sha256(assigned.tobytes()).hexdigest())], settings, groups, within
         )
 
         def measure(_: int) -> Made:
@@ -375,12 +375,12 @@ class Stages:
         source = plants.Copies(images.source, rows, config.seed, levels)
         fingerprint = digest_of(images.source.fingerprint, config.seed, rows.tolist(), "copies", 1)
         embedded = self.embedded(source, fingerprint, levels)
-        good = embedded.array("good").reshape(-1, 2).all(axis=1)
-        kinds = [source.kind(pair) for pair in np.flatnonzero(good)]
+        good = np.logical_and(*embedded.array("good").reshape(-1, 2).T)
+        kinds = [source.kind(pair) for pair in np.flatnonzero(good).tolist()]
         vectors = embedded.array("vectors").reshape(len(good), 2, -1)[good].astype(np.float32) / neighbors.UNIT
         dhash = np.array(embedded.column("dhash"), np.uint64).reshape(-1, 2)[good, 0]
         products = vectors[:, 1] @ vectors[:, 0].T  # exact, in any order
-        same = np.bitwise_count(dhash[:, None] ^ dhash) <= DHASH  # also an image and itself
+        same = dhash_distance(dhash, dhash) <= DHASH  # also an image and itself
         curve = plants.curve(np.diagonal(products), kinds, products[~same], count / max(1, len(vectors)))
         place = curve.lowest(config.calibrate.precision)
         threshold = float(curve.thresholds[place])
@@ -523,17 +523,18 @@ class Stages:
             content = io.BytesIO()
             np.save(content, rows)
             digest = hashlib.sha256(content.getvalue()).hexdigest()
+            file = f"rows-{digest[:16]}.npy"
             everything = state.uncurated + (state.curated if self.config.write.curated else [])
             about = {
                 "sources": [images.how | {"fingerprint": images.source.fingerprint} for images in everything],
-                "file": f"rows-{digest[:16]}.npy",
+                "file": file,
                 "sha256": digest,
                 "held_out": state.evaluation[0].how if state.evaluation else None,
             }
-            write_whole(self.workdir / about["file"], content.getvalue())
+            write_whole(self.workdir / file, content.getvalue())
             write_whole(self.workdir / curated.LIST, json.dumps(about, indent=1).encode())
             for old in self.workdir.glob("rows-*.npy"):
-                if old.name != about["file"]:
+                if old.name != file:
                     old.unlink()
         tell(f"{len(state.chosen):,} of {len(state.member):,} images, and {len(rows) - len(state.chosen):,} curated ones")
         tell(f"train on them: mim_jax --config=NAME --config.data.name=curated --config.data.dir={self.workdir}")
