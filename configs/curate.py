@@ -35,7 +35,7 @@ def get_config(variant: str = "web") -> ml_collections.ConfigDict:
     config.neighbors.k = 64
     config.neighbors.exact = 2_000_000  # images up to which all pairs are compared; above within cells of a k-means
     config.neighbors.cells = 4096
-    config.neighbors.assignments = 8  # cells that an image is in
+    config.neighbors.probes = 256  # cells, the nearest, in which the neighbors of an image are looked for
     config.neighbors.sample = 1000  # images of which the recall of the cells is measured
 
     config.dedup = ml_collections.ConfigDict()

@@ -83,21 +83,21 @@ def test_fewer_rows_than_neighbors():
 
 
 def test_cells_find_what_is_near():
-    x, k = vectors(400, 8, centers=[100] * 4), 5
+    x, k, count = vectors(400, 8, centers=[100] * 4), 5, np.arange(400, dtype=np.int32)
     found = kmeans(Memory(x), 16, 10, seed=0)
-    assigned, _ = clusters.assign(Memory(x), found.centroids, 6)
-    cells = neighbors.cells(assigned, 16)
-    ids = np.empty((400, k), np.int32)
-    for query, each in neighbors.within_cells(Memory(x), cells, 0, 16, k):
-        members = np.flatnonzero((assigned == assigned[query[0], 0]).any(axis=1))
-        want = members[brute(x[query], x[members], k, np.searchsorted(members, query))[0]]
-        assert np.array_equal(each.ids, want)
-        ids[query] = each.ids
-    recall = neighbors.recall(Memory(x), np.arange(400), ids, k)
-    exact = brute(x, x, k, np.arange(400))[0]
-    assert recall == np.mean([len(set(a) & set(b)) / k for a, b in zip(exact.tolist(), ids.tolist())])
-    assert recall > 0.95 and cells.distances < 400 * 400 * 0.6
-    assert sorted(cells.queries.tolist()) == list(range(400))
+    probed, _ = clusters.assign(Memory(x), found.centroids, 6)
+    cells = neighbors.cells(found.nearest, 16)
+    near, products = neighbors.within_cells(Memory(x), cells, count, probed, k)
+    for query in range(0, 400, 7):
+        there = np.flatnonzero(np.isin(found.nearest, probed[query]) & (count != query))
+        assert np.array_equal(near.ids[query], there[brute(x[[query]], x[there], k)[0][0]])
+    some = np.array([3, 399, 17], np.int32)
+    part, _ = neighbors.within_cells(Memory(x), cells, some, probed[some], k)
+    assert np.array_equal(part.ids, near.ids[some])
+    recall = neighbors.recall(Memory(x), count, near.ids, k)
+    exact = brute(x, x, k, count)[0]
+    assert recall == np.mean([len(set(a) & set(b)) / k for a, b in zip(exact.tolist(), near.ids.tolist())])
+    assert recall > 0.95 and products == found.sizes[probed].sum() < 400 * 400 * 0.6
 
 
 # Components
@@ -386,7 +386,7 @@ def test_two_hundred_random_divisions(images, tmp_path, monkeypatch):
         rows, workers = (1000, 1) if select not in want else (int(rng.integers(10, 170)), int(rng.integers(1, 5)))
         monkeypatch.setattr(neighbors, "BLOCK", int(2 ** rng.integers(6, 9)))
         monkeypatch.setattr(clusters, "CHUNK", int(rng.integers(20, 200)))
-        cells = {"neighbors.exact": 10, "neighbors.cells": 8, "neighbors.assignments": 3} if case % 3 == 1 else {}
+        cells = {"neighbors.exact": 10, "neighbors.cells": 8, "neighbors.probes": 3} if case % 3 == 1 else {}
         stages.run(config_of(images, shard_rows=rows, workers=workers, select=select, **cells), tmp_path / f"{case}")
         found = outputs(tmp_path / f"{case}")
         found.pop("report.html")
@@ -434,7 +434,6 @@ BAD = [
     ({"select": "best"}, "select is 'best', but must be retrieve or balance or all"),
     ({"dedup.threshold": 1.5}, r"dedup.threshold is 1.5, but must be in \[0, 1\]"),
     ({"neighbors.k": 0}, "neighbors.k is 0, but must be 1 or more"),
-    ({"neighbors.cells": 2}, "neighbors.assignments is 8, but must be at most neighbors.cells=2"),
     ({"dedup.threshold": 0.0, "leakage.threshold": 0.0}, r"only \d+ of 156 images .*: at dedup.threshold=0 .* the embedder"),
     (
         {"select": "balance", "balance.clusters": (200, 3)},

@@ -5,7 +5,6 @@ blocks, shards or devices.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -43,12 +42,20 @@ def quantized(features: np.ndarray) -> np.ndarray:
     return np.rint(scaled).astype(np.int16)
 
 
-def nearest(queries: np.ndarray, base: Rows, k: int, own: np.ndarray | None = None, ids: np.ndarray | None = None) -> Nearest:
+def nearest(
+    queries: np.ndarray,
+    base: Rows,
+    k: int,
+    own: np.ndarray | None = None,
+    ids: np.ndarray | None = None,
+    begin: Nearest | None = None,
+) -> Nearest:
     """The k nearest rows of `base` for each of `queries`, both int16 as `quantized` makes them.
 
     Args:
       own: int32 [n], the numbers of the queries in the base, which are not their own neighbors.
       ids: int32, the numbers of the rows of `base`, ascending; by default they count from 0.
+      begin: the nearest of other rows, which are ahead of equal ones.
 
     Memory holds the products of two blocks for each device of the mesh, on a CPU 32 MB, besides queries and result.
     """
@@ -57,11 +64,13 @@ def nearest(queries: np.ndarray, base: Rows, k: int, own: np.ndarray | None = No
     found = Nearest(np.empty((count, k), np.int32), np.empty((count, k), np.float32))
     merge = _merge(sharding.current_mesh(), k)
     # Powers of two, so that few programs are compiled; small ones for small data.
-    rows = devices * _power(-(-count // devices), QUERIES.get(sharding.platform(), 8192))
-    block = _power(base.shape[0], BLOCK)
+    rows = devices * _power(-(-count // devices), 32, QUERIES.get(sharding.platform(), 8192))
+    block = _power(base.shape[0], 256, BLOCK)
     for start in range(0, count, rows):
         stop = min(start + rows, count)
         best: Any = (np.full((rows, k), -np.inf, np.float32), np.full((rows, k), NONE, np.int32))
+        if begin:
+            best = _padded(begin.similarity[start:stop], rows, 0), _padded(begin.ids[start:stop], rows, NONE)
         padded = {"query": _padded(queries[start:stop], rows, 0), "own": _padded(own[start:stop], rows, NONE - 1)}
         these = sharding.global_batch(padded)
         for first in range(0, base.shape[0], block):
@@ -74,8 +83,8 @@ def nearest(queries: np.ndarray, base: Rows, k: int, own: np.ndarray | None = No
     return found
 
 
-def _power(count: int, most: int) -> int:
-    return min(most, 1 << max(count - 1, 0).bit_length())
+def _power(count: int, least: int, most: int) -> int:
+    return min(most, max(least, 1 << max(count - 1, 0).bit_length()))
 
 
 def _padded(array: np.ndarray, rows: int, value: int) -> np.ndarray:
@@ -93,10 +102,10 @@ def _merge(mesh: Any, k: int) -> Any:
         new = jax.lax.dot_general(unit(queries), unit(block), (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
         new = jnp.where((numbers == NONE) | (numbers == own[:, None]), -jnp.inf, new)
         # Of equal values top_k takes the first, and the blocks come in ascending order.
-        new, at = jax.lax.top_k(new, min(k, len(numbers)))
-        ids = jnp.concatenate([ids, jnp.where(new > -jnp.inf, numbers[at], NONE)], axis=1)
-        similarity, at = jax.lax.top_k(jnp.concatenate([similarity, new], axis=1), k)
-        return similarity, jnp.take_along_axis(ids, at, axis=1)
+        best, at = jax.lax.top_k(jnp.concatenate([similarity, new], axis=1), k)
+        before = jnp.take_along_axis(ids, jnp.minimum(at, k - 1), axis=1)
+        ids = jnp.where(at < k, before, numbers[jnp.maximum(at - k, 0)])
+        return best, jnp.where(best > -jnp.inf, ids, NONE)
 
     if mesh is None:
         return jax.jit(run)
@@ -105,36 +114,38 @@ def _merge(mesh: Any, k: int) -> Any:
 
 
 class Cells(NamedTuple):
-    """Rows by the cell that they are nearest to, and by all cells that they are assigned to."""
+    """Rows by the cell that they are in."""
 
-    queries: np.ndarray  # int32 [N], rows ordered by their nearest cell
-    queries_at: np.ndarray  # int64 [cells + 1], where each cell begins in it
-    members: np.ndarray  # int32 [N * assignments], rows ordered by cell, then number
-    members_at: np.ndarray  # int64 [cells + 1]
-
-    @property
-    def distances(self) -> int:
-        """How many products the search makes."""
-        return int((np.diff(self.queries_at) * np.diff(self.members_at)).sum())
+    members: np.ndarray  # int32 [N], ordered by cell, then number
+    at: np.ndarray  # int64 [cells + 1], where each cell begins in it
 
 
-def cells(assigned: np.ndarray, count: int) -> Cells:
-    """From the nearest cells of each row, int32 [N, assignments]; there are `count` cells."""
-    own = assigned[:, 0]
-    queries = np.argsort(own, kind="stable").astype(np.int32)
-    members = np.argsort(assigned.reshape(-1), kind="stable") // assigned.shape[1]
-    ends = [np.concatenate([[0], np.cumsum(np.bincount(of, minlength=count))]) for of in (own, assigned.reshape(-1))]
-    return Cells(queries, ends[0], members.astype(np.int32), ends[1])
+def cells(nearest_cell: np.ndarray, count: int) -> Cells:
+    """From the cell of each row, int32 [N]; there are `count` cells."""
+    members = np.argsort(nearest_cell, kind="stable").astype(np.int32)
+    return Cells(members, np.concatenate([[0], np.cumsum(np.bincount(nearest_cell, minlength=count))]))
 
 
-def within_cells(rows: Rows, found: Cells, first: int, last: int, k: int) -> Iterator[tuple[np.ndarray, Nearest]]:
-    """For the cells first..last-1: (the rows that are nearest to it, their k nearest among those assigned to it)."""
-    for cell in range(first, last):
-        queries = found.queries[found.queries_at[cell] : found.queries_at[cell + 1]]
-        members = found.members[found.members_at[cell] : found.members_at[cell + 1]]
-        if len(queries):
-            base = Memory(rows.take(members))
-            yield queries, nearest(rows.take(queries), base, k, own=queries, ids=members)
+def within_cells(rows: Rows, found: Cells, own: np.ndarray, probed: np.ndarray, k: int) -> tuple[Nearest, int]:
+    """The k nearest of the rows `own`, int32 [n], among those in the cells that are `probed` for each, int32 [n, probes]; and
+    how many products that took.
+
+    A function of each row and the cells, not of which rows are asked for at a time.
+    """
+    queries = rows.take(own)
+    best = Nearest(np.full((len(own), k), NONE, np.int32), np.full((len(own), k), -np.inf, np.float32))
+    by = np.argsort(probed.reshape(-1), kind="stable") // probed.shape[1]
+    ends = np.concatenate([[0], np.cumsum(np.bincount(probed.reshape(-1), minlength=len(found.at) - 1))])
+    sizes = np.diff(found.at)
+    for cell in np.flatnonzero((sizes > 0) & (np.diff(ends) > 0)):
+        members, who = found.members[found.at[cell] : found.at[cell + 1]], by[ends[cell] : ends[cell + 1]]
+        begin = Nearest(best.ids[who], best.similarity[who])
+        best.ids[who], best.similarity[who] = nearest(
+            queries[who], Memory(rows.take(members)), k, own=own[who], ids=members, begin=begin
+        )
+    order = np.lexsort((best.ids, -best.similarity))  # cells are not in the order of the rows
+    products = int((np.diff(ends) * sizes).sum())
+    return Nearest(*(np.take_along_axis(each, order, axis=1) for each in best)), products
 
 
 def recall(rows: Rows, queries: np.ndarray, found: np.ndarray, k: int) -> float:

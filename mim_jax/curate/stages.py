@@ -139,7 +139,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise wrong(key, " or ".join(allowed))
     if config.select == "retrieve" and not config.curated:
         raise ValueError('curated is missing: --config.curated=FOLDER, or --config.select="balance" or "all" without')
-    counts = {"shard_rows", "neighbors.k", "neighbors.cells", "neighbors.assignments", "neighbors.sample"}
+    counts = {"shard_rows", "neighbors.k", "neighbors.cells", "neighbors.probes", "neighbors.sample"}
     counts |= {"retrieve.k", "retrieve.clusters", "balance.images", "calibrate.images", "workers"}
     for key, value in values.items():
         for each in value if isinstance(value, (tuple, list)) else [value]:
@@ -150,8 +150,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     for key in ("dedup.threshold", "leakage.threshold", "dedup.giant", "calibrate.precision", "dedup.cut"):
         if values[key] is not None and not 0 <= values[key] <= 1:
             raise wrong(key, "in [0, 1]")
-    if config.neighbors.assignments > config.neighbors.cells:
-        raise wrong("neighbors.assignments", f"at most neighbors.cells={config.neighbors.cells}")
     if len(config.balance.clusters) != len(config.balance.points):
         raise wrong("balance.points", f"one number for each of balance.clusters={tuple(config.balance.clusters)}")
 
@@ -307,34 +305,25 @@ class Stages:
                 return Made({"query": query, "ids": found.ids, "similarity": found.similarity})
 
             return self.stage("neighbors", 1, [pool.digest], {"k": k}, spans(count, self.config.shard_rows), exact)
-        assigned, cells = self.cells(pool)
-        found = neighbors.cells(assigned, cells)
-        # Cells with about as many queries together as a shard has.
-        at = np.searchsorted(found.queries_at, np.arange(0, count, self.config.shard_rows), "right") - 1
-        bounds = [*dict.fromkeys(at.tolist()), cells]
+        centroids, own = self.cells(pool)
+        cells, probes = len(centroids), min(config.probes, len(centroids))
+        found = neighbors.cells(own.array("cell"), cells)
 
         def within(span: tuple[int, int]) -> Made:
-            parts = list(neighbors.within_cells(rows, found, *span, k))
-            query = np.concatenate([query for query, _ in parts] or [np.zeros(0, np.int32)])
-            ids, similarity = (
-                np.concatenate([part[i] for _, part in parts] or [np.zeros((0, k), dtype)])
-                for i, dtype in enumerate((np.int32, np.float32))
-            )
-            return Made({"query": query, "ids": ids, "similarity": similarity})
+            query = np.arange(*span, dtype=np.int32)
+            probed, _ = clusters.assign(Memory(rows.read(*span)), centroids, probes)
+            near, products = neighbors.within_cells(rows, found, query, probed, k)
+            about = {"products": products}
+            return Made({"query": query, "ids": near.ids, "similarity": near.similarity}, about=about)
 
-        settings = {"k": k, "cells": cells, "assignments": assigned.shape[1]}
-        groups = list(zip(bounds[:-1], bounds[1:]))
-        result = self.stage(
-            "neighbors", 1, [pool.digest, digest_of(hashlib.sha256(assigned.tobytes()).hexdigest())], settings, groups, within
-        )
+        settings = {"k": k, "probes": probes}
+        shards = spans(count, self.config.shard_rows)
+        result = self.stage("neighbors", 1, [pool.digest, own.digest], settings, shards, within)
 
         def measure(_: int) -> Made:
             sample = np.unique(np.linspace(0, count - 1, config.sample).astype(np.int64))
-            query = result.array("query")
-            place = np.empty(count, np.int64)
-            place[query] = np.arange(count)
-            recall = neighbors.recall(rows, sample, result.rows("ids").take(place[sample]), k)
-            products = found.distances + count * cells
+            recall = neighbors.recall(rows, sample, result.rows("ids").take(sample), k)
+            products = sum(about["products"] for about in result.abouts) + count * cells
             return Made({}, about={"recall": recall, "products": products, "of": count * count})
 
         measured = self.stage("recall", 1, [result.digest, pool.digest], {"sample": config.sample}, [0], measure).abouts[0]
@@ -342,10 +331,10 @@ class Stages:
         tell(f"recall@{k} of the cells: {measured['recall']:.4f}, with {fewer:.1f} times fewer products")
         return result
 
-    def cells(self, pool: Result) -> tuple[np.ndarray, int]:
-        """The nearest cells of each image, int32 [pool, assignments], and how many cells there are."""
+    def cells(self, pool: Result) -> tuple[np.ndarray, Result]:
+        """The centroids of the cells, and the nearest of each image as an array cell."""
         config, rows = self.config, pool.rows("vectors")
-        count, each = min(config.neighbors.cells, rows.shape[0]), config.neighbors.assignments
+        count = min(config.neighbors.cells, rows.shape[0])
         learned = np.sort(clusters.order(np.arange(rows.shape[0], dtype=np.uint64), config.seed)[: A_CELL * count])
         settings = {"cells": count, "seed": config.seed, "a_cell": A_CELL}
 
@@ -355,12 +344,13 @@ class Stages:
 
         centroids = self.stage("cells", 1, [pool.digest], settings, [0], learn)
 
+        learned_cells = centroids.array("centroids")
+
         def make(span: tuple[int, int]) -> Made:
-            return Made({"cells": clusters.assign(Memory(rows.read(*span)), centroids.array("centroids"), each)[0]})
+            return Made({"cell": clusters.assign(Memory(rows.read(*span)), learned_cells)[0][:, 0]})
 
         shards = spans(rows.shape[0], config.shard_rows)
-        assigned = self.stage("assigned", 1, [pool.digest, centroids.digest], {"each": each}, shards, make)
-        return assigned.array("cells"), count
+        return learned_cells, self.stage("assigned", 1, [pool.digest, centroids.digest], {}, shards, make)
 
     def resumed(self, *of: Any) -> "Kept":
         return Kept(self.workdir / f"kmeans-{digest_of(*of)}")
@@ -576,6 +566,7 @@ def edges_of(found: Result) -> Iterator[components.Edges]:
 
 def listed(state: Curation) -> np.ndarray:
     """The rows of the list, `curated.ROW`, by source and row."""
+
     def rows(source: np.ndarray | int, row: np.ndarray, weight: float) -> np.ndarray:
         made = np.zeros(len(row), curated.ROW)
         made["source"], made["row"], made["weight"] = source, row, weight
