@@ -2,9 +2,9 @@
 
     python benchmarks/curate.py --rows=200000 [--width=384] [--cells=4096] [--probes=256] [--sample=500]
 
-Rows lie near a mixture of curved sheets of 16 dimensions in `width`, with groups of very different sizes. They are kept on the
-disk, as in a run. What is measured: the search in cells (recall@64 against the exact neighbors of a sample, products of two rows
-as a share of all pairs, rows a second), the exact search (rows a second on the sample), and the k-means.
+Rows lie near a mixture of curved sheets of 16 dimensions in `width`, with groups of very different sizes, and are on the disk
+as in a run. What is measured: the search in cells (recall@64 against the exact neighbors of a sample, products of two rows as a
+share of all pairs, rows a second), the exact search (rows a second on the sample), and the k-means.
 """
 
 import resource

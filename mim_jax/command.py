@@ -68,8 +68,10 @@ def parse(argv: list[str]) -> list[str]:
         for path in sorted(PACKAGED.glob("*.py")):
             module = runpy.run_path(str(path))
             config = module["get_config"]()
-            other = "" if "method" in config else f" (for {FROZEN if 'model' in config else 'python -m mim_jax.curate'})"
-            variants = ", ".join(module["VARIANTS"]) + other
+            if "model" not in config:  # of another command
+                continue
+            frozen = "" if "method" in config else f" (for {FROZEN})"
+            variants = ", ".join(module["VARIANTS"]) + frozen
             print(textwrap.fill(variants, 128, initial_indent=f"  {path.stem:14}", subsequent_indent=" " * 16))
         sys.exit()
     spec, rest, arguments = "", list[str](), iter(argv)

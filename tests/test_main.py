@@ -137,7 +137,7 @@ def test_help_is_one_screen_with_examples(command, capsys):
     lines = told.splitlines()
     assert len(lines) <= 33 and max(map(len, lines)) <= 128
     assert sum(line.lstrip().startswith("mim_jax --config=") or "mim_jax --config=mae" in line for line in lines) == 3
-    assert all(f"  {path.stem} " in told for path in (ROOT / "configs").glob("*.py"))
+    assert all(f"  {path.stem} " in told for path in (ROOT / "configs").glob("*.py") if path.stem != "curate")
 
 
 def test_paths_begin_in_the_home_folder_or_where_the_user_stands(tmp_path, monkeypatch, command):
