@@ -356,6 +356,16 @@ def test_what_becomes_of_each_image(images, tmp_path, capsys):
         open_source("curated", tmp_path)
 
 
+def test_whole_components_go_with_evaluation_images():
+    """0 and 3 are one component, of which only 3 resembles an evaluation image."""
+    state = object.__new__(stages.Curation)
+    state.labels, state.leakage_threshold = np.array([0, 1, 2, 0], np.int32), 0.8
+    state.leaks = [np.array([0.1, 0.7, 0.2, 0.3]), np.array([0.1, 0.1, 0.1, 0.8])]
+    assert state.leaked.tolist() == [True, False, False, True]
+    state.leaks = []
+    assert not state.leaked.any()
+
+
 SELECT = ["retrieve", "balance", pytest.param("cluster", marks=pytest.mark.slow)]
 
 
