@@ -52,6 +52,7 @@ RENAMED = (
     (r"loss\.temperature_(steps|epochs)", "loss.temperature_decay"),
     (r"loss\.kl_(steps|epochs)", "loss.kl_warmup"),
 )
+FROZEN = "config.target.config"
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", tuple: "a tuple, '(0.2, 1.0)'"}
 
 
@@ -66,7 +67,10 @@ def parse(argv: list[str]) -> list[str]:
         print(__doc__, "Recipes:", sep="\n")
         for path in sorted(PACKAGED.glob("*.py")):
             module = runpy.run_path(str(path))
-            frozen = "" if "method" in module["get_config"]() else " (for config.target.config)"
+            config = module["get_config"]()
+            if "model" not in config:  # of another command
+                continue
+            frozen = "" if "method" in config else f" (for {FROZEN})"
             variants = ", ".join(module["VARIANTS"]) + frozen
             print(textwrap.fill(variants, 128, initial_indent=f"  {path.stem:14}", subsequent_indent=" " * 16))
         sys.exit()
@@ -82,7 +86,9 @@ def parse(argv: list[str]) -> list[str]:
     try:
         config = load_config(spec)
         if "method" not in config:
-            raise ValueError(f"{spec} is no method but a frozen network that others learn from: --config.target.config={spec}")
+            other = f"a frozen network that others learn from: --{FROZEN}={spec}"
+            other = other if "model" in config else "for python -m mim_jax.curate, which makes data sets"
+            raise ValueError(f"{spec} is no method but {other}")
         refuse_unknown_keys(rest, config)
         config_flags.DEFINE_config_dict("config", config, sys_argv=rest)
         return flags.FLAGS(rest)

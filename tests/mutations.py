@@ -624,6 +624,22 @@ MUTATIONS = (
       "test_launch.py::test_slurm_queues_the_job_again_when_its_time_is_up"),
     M("a pod that was told to stop has finished", "../launch/gke.yaml", "wait $!; exit 1' TERM", "wait $!; exit 0' TERM",
       "test_launch.py::test_gke_runs_what_local_does"),
+    # Curation
+    M("copies of the image itself are its neighbors", "curate/neighbors.py", "(numbers == NONE) | (numbers == own[:, None])",
+      "numbers[None] == NONE", "test_curate.py::test_neighbors_are_those_of_brute_force_in_any_blocks"),
+    M("vectors are finer than float32 can sum", "curate/neighbors.py", "UNIT = 2048", "UNIT = 8192",
+      "test_curate.py::test_vectors_have_unit_length_and_exact_products"),
+    M("all edges join", "curate/components.py", "good = similarity >= threshold", "good = similarity >= 0",
+      "test_curate.py::test_a_chain_is_cut_and_copies_are_not"),
+    M("the division is part of the address", "curate/shards.py",
+      "address = digest_of(name, version, list(inputs), dict(settings))",
+      "address = digest_of(name, version, list(inputs), dict(settings), list(shards))",
+      "test_curate.py::test_a_result_does_not_know_its_shards_and_is_not_made_twice"),
+    M("a shard is done before its files are", "curate/shards.py",
+      "    made = make(shard)\n", "    write_whole(work / f\"{i:06}.json\", b\"{}\")\n    made = make(shard)\n",
+      "test_curate.py::test_a_half_written_set_is_not_visible_and_its_shards_are_used"),
+    M("an evaluation image's component stays", "curate/stages.py", "dropped[self.labels[hit]] = True", "dropped[hit] = True",
+      "test_curate.py::test_whole_components_go_with_evaluation_images"),
 )  # fmt: skip
 
 

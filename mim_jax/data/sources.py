@@ -56,10 +56,11 @@ def open_source(name: str, data_dir: str | os.PathLike | None = None, split: str
     """Opens a source by name.
 
     Args:
-      name: "cifar10" (fetched on first use), "folder", or a prepared TFDS data set such as "imagenet2012", "name/config" or
-        "name:1.0.0".
-      data_dir: for "folder" the folder of images; for "cifar10" the cache, by default $MIM_JAX_CACHE or mim_jax in the user's
-        cache; for TFDS the folder of all data sets, by default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+      name: "cifar10" (fetched on first use), "folder", "curated" (a list that `mim_jax.curate` has made), or a prepared TFDS
+        data set such as "imagenet2012", "name/config" or "name:1.0.0".
+      data_dir: for "folder" the folder of images; for "curated" that of the list; for "cifar10" the cache, by default
+        $MIM_JAX_CACHE or mim_jax in the user's cache; for TFDS the folder of all data sets, by default $TFDS_DATA_DIR or
+        ~/tensorflow_datasets.
       split: "train", "test", ..., or a slice of one in the syntax of TFDS: "train[:90%]", "train[-5000:]". The rules of a
         folder: `folder.open_folder`.
 
@@ -146,6 +147,10 @@ def _open_whole(name: str, data_dir: str | os.PathLike | None, split: str) -> An
         from mim_jax.data.folder import open_folder
 
         return open_folder(data_dir, split)
+    if name == "curated":
+        from mim_jax.data.curated import open_curated
+
+        return open_curated(data_dir, split)
     return _open_tfds(name, data_dir, split)
 
 

@@ -60,7 +60,14 @@ def pixel_features(images: np.ndarray) -> np.ndarray:
 
 
 def whitened_features(bank: np.ndarray, test: np.ndarray, dims: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """PCA-whitened bank [N, F] and test [M, F], float32, by the statistics of the bank: [N, dims] and [M, dims].
+    """PCA-whitened bank [N, F] and test [M, F], float32, by the statistics of the bank: [N, dims] and [M, dims]."""
+    mean, basis = whitening(bank, dims)
+    white = [np.concatenate([(rows - mean) @ basis for (rows,) in blocks(features)]) for features in (bank, test)]
+    return white[0].astype(np.float32), white[1].astype(np.float32)
+
+
+def whitening(bank: np.ndarray, dims: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mean [F] of a bank [N, F], and a basis [F, dims] in which its rows less the mean are white.
 
     There are fewer components if the bank has fewer, N - 1 or F.
     """
@@ -71,5 +78,4 @@ def whitened_features(bank: np.ndarray, test: np.ndarray, dims: int = 128) -> tu
     variance, basis = scipy.linalg.eigh(covariance, subset_by_index=(width - dims, width - 1))
     # directions in which the bank does not vary (black borders) must not be amplified
     basis *= np.where(variance > 1e-6 * variance.max(), variance, np.inf) ** -0.5
-    white = [np.concatenate([(rows - mean) @ basis for (rows,) in blocks(features)]) for features in (bank, test)]
-    return white[0].astype(np.float32), white[1].astype(np.float32)
+    return mean, basis

@@ -1,0 +1,244 @@
+"""report.html of a curation: one self-contained page, a function of what was found (no date, no time)."""
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mim_jax.curate import clusters
+from mim_jax.curate.neighbors import NONE
+from mim_jax.curate.plants import Planted
+from mim_jax.data.decode import decode
+from mim_jax.data.sources import shown
+from mim_jax.evaluators.pictures import enlarge
+from mim_jax.evaluators.pictures import table as sheet
+from mim_jax.report import STYLE, Chart, legend_item, number, plot
+
+GROUPS, ACROSS, CANVAS = 12, 8, 96  # pictures: rows, columns, pixels
+LEFT = "th:first-child, td:first-child { text-align: left; } td { padding-left: .7rem; }"
+
+
+def page(state: Any) -> str:
+    """`state`: a `stages.Curation`."""
+    sections = [
+        table("Counts", ("stage", "images"), counts(state), "What each stage leaves of the uncurated sets."),
+        table("Duplicates", ("images of a component", "components"), sizes(state), duplicates_told(state)),
+        leakage(state),
+        truth(state),
+        calibration(state),
+        picture("Duplicate groups", duplicate_groups(state), "Components, largest first; the first of each is kept."),
+        picture(
+            "Retrieved", retrievals(state), "Images of the curated sets, and their nearest of the pool after deduplication."
+        ),
+        balance(state),
+    ]
+    facts = {
+        "uncurated": "; ".join(images.source.description for images in state.uncurated),
+        "curated": "; ".join(images.source.description for images in state.curated) or "none",
+        "evaluation": "; ".join(images.source.description for images in state.evaluation) or "none",
+        "embedder": state.embedder.description,
+        "threshold": f"{state.threshold:g}" + (" (calibrated)" if state.curve else " (given)"),
+        "threshold of leakage": f"{state.leakage_threshold:g}",
+    }
+    return PAGE.format(
+        style=STYLE + LEFT,
+        sections="".join(sections),
+        facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(shown(text))}</dd>" for name, text in facts.items()),
+        config=escape(state.config.to_json_best_effort(indent=2)),
+    )
+
+
+def counts(state: Any) -> list[tuple[str, int]]:
+    total, bad = len(state.member), int((state.member < 0).sum())
+    parts = len(np.unique(state.labels))
+    found = [("all", total), ("readable", total - bad), ("without exact copies", len(state.labels))]
+    found += [("one of each component", parts), ("without copies of evaluation images", len(state.candidates))]
+    return [*found, ({"retrieve": "retrieved", "balance": "balanced", "all": "chosen"}[state.config.select], len(state.chosen))]
+
+
+def sizes(state: Any) -> list[tuple[str, int]]:
+    members = np.bincount(state.labels)
+    bounds = [1, 2, 3, 5, 9, 17, 65, 257, 1025, len(members) + 1]
+    found = [
+        (low, high - 1, int(((members >= low) & (members < high)).sum())) for low, high in zip(bounds, bounds[1:]) if low < high
+    ]
+    return [(f"{low:,}" if low == high else f"{low:,} to {high:,}", count) for low, high, count in found if count]
+
+
+def duplicates_told(state: Any) -> str:
+    text = f"Cosine of at least {state.threshold:g} among the {state.found.rows('ids').shape[1]} nearest."
+    for each in state.giants[:3]:
+        text += f" A giant component had {each.size:,} images, edge density {each.density:.3f}{', and was cut' * state.cut}."
+    return text
+
+
+def leakage(state: Any) -> str:
+    rows = []
+    for images, leak in zip(state.evaluation, state.leaks):
+        hit = leak >= state.leakage_threshold
+        groups = np.unique(state.labels[hit])
+        dropped = int(np.isin(state.labels, groups).sum())
+        rows.append((shown(images.source.description), len(images.good), int(hit.sum()), len(groups), dropped))
+    columns = ("evaluation set", "images", "copies in the pool", "components", "images dropped")
+    return table("Leakage", columns, rows, f"Cosine of at least {state.leakage_threshold:g}; whole components are dropped.")
+
+
+def truth(state: Any) -> str:
+    """What was found of what was planted."""
+    source = state.uncurated[0].source
+    if not isinstance(source, Planted):
+        return ""
+    found = planted_found(state)
+    rows = [(name, f"{value:.4f}") for name, value in found.items()]
+    return table(
+        "Planted", ("", ""), rows,
+        "Recall: planted copies in one component with their image. Precision: images dropped as duplicates whose "
+        "representative comes from the same image. Duplicates that the data set has by itself count as wrong.",
+    )  # fmt: skip
+
+
+def planted_found(state: Any) -> dict[str, float]:
+    """Figures of a planted pool; shares."""
+    source = state.uncurated[0].source
+    member = state.member[: len(source)]
+    kinds, foreign = np.array(source.kinds), source.foreign
+    first = {int(row): i for i, row in enumerate(source.rows) if not kinds[i] and not foreign[i]}
+    copies = np.array([i for i in np.flatnonzero(member >= 0) if kinds[i] and not foreign[i]], np.int64)
+    origins = np.array([first[int(source.rows[i])] for i in copies], np.int64)
+    together = state.labels[member[copies]] == state.labels[member[origins]]
+    found = {f"recall, {kind}": float(together[kinds[copies] == kind].mean()) for kind in dict.fromkeys(kinds[copies].tolist())}
+    if len(copies):
+        found = {"recall": float(together.mean())} | found
+    of = np.where(foreign, -1 - source.rows, source.rows)  # the image that each comes from
+    leaked = state.leaked
+    places = state.origin[state.origin < len(source)]
+    dropped = np.flatnonzero((state.labels != np.arange(len(state.labels))) & ~leaked & (state.origin < len(source)))
+    kept = state.origin[state.labels[dropped]]
+    right = np.array([k < len(source) and of[state.origin[d]] == of[k] for d, k in zip(dropped, kept)])
+    if len(right):
+        found["precision"] = float(right.mean())
+    if foreign.any():
+        foreign = foreign & (member >= 0)
+        survive = ~leaked[member[foreign]]
+        for what, of_these in (("unchanged", kinds[foreign] == ""), ("changed", kinds[foreign] != "")):
+            found[f"evaluation images that survive, {what}"] = float(survive[of_these].mean()) if of_these.any() else 0.0
+        with_foreign = np.unique(state.labels[member[foreign]])
+        innocent = leaked[: len(state.labels)] & ~np.isin(state.labels, with_foreign)
+        found["false drops, of the pool"] = float(innocent.sum() / max(1, len(places)))
+    return found
+
+
+def calibration(state: Any) -> str:
+    curve = state.curve
+    if curve is None:
+        return ""
+    at = int(np.searchsorted(curve.thresholds, state.threshold))
+    series = {"precision": curve.precision, "recall": curve.recall} | {
+        f"recall, {kind}": v for kind, v in curve.by_kind.items()
+    }
+    legend = "".join(
+        legend_item(f"c{i}", name, f" <b>{number(float(v[at]))}</b>") for i, (name, v) in enumerate(series.items())
+    )
+    points = [list(zip(curve.thresholds.tolist(), values.tolist())) for values in series.values()]
+    colors = "#3b6fd4 #d9792b #1f8a5b #c93c37 #8a55c7 #8c6d3f #d05fa2 #5d6b7a".split()
+    style = "".join(f"line.c{i}, polyline.c{i} {{ --c: {color}; }}" for i, color in enumerate(colors))
+    caption = (
+        "Copies were made of images that are supposed to differ. Precision: of the pairs above a threshold, those of an image "
+        f"and its copy, as it would be in the whole pool. Pairs whose dHashes nearly agree are left out: they may be copies "
+        f"by themselves. Numbers are those at the threshold, {state.threshold:g}."
+    )
+    return (
+        f'<style>{style}</style><h2>Calibration</h2><figure class="chart"><ul class="legend">{legend}</ul>'
+        f"{plot(Chart('Calibration', '', {}, zero=True), points, [], 1.0)}<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def duplicate_groups(state: Any) -> Image.Image | None:
+    members = np.bincount(state.labels, minlength=len(state.labels))
+    labels = [int(i) for i in np.lexsort((np.arange(len(members)), -members))[:GROUPS] if members[i] > 1]
+    rows = [[of_pool(state, i) for i in np.flatnonzero(state.labels == label)[:ACROSS]] for label in labels]
+    return sheet(rows) if rows else None
+
+
+def retrievals(state: Any) -> Image.Image | None:
+    rows: list[list[Image.Image | None]] = []
+    captions = []
+    for images, ids, similarity in state.why.get("retrieved", ()):
+        for i in np.unique(np.linspace(0, len(ids) - 1, GROUPS).astype(int)):
+            near = [int(j) for j in ids[i][: ACROSS - 1] if j != NONE]
+            rows.append([of(images, int(images.good[i])), None, *(of_pool(state, j) for j in near)])
+            captions.append(["", "", *(f"{each:.3f}" for each in similarity[i][: len(near)])])
+    return sheet(rows, captions) if rows else None
+
+
+def of_pool(state: Any, i: int) -> Image.Image:
+    at, row = state.row(int(state.origin[i]))
+    return of(state.uncurated[at], row)
+
+
+def of(images: Any, row: int) -> Image.Image:
+    return enlarge(decode(images.source[row].image, CANVAS, (0, 65535)))
+
+
+def balance(state: Any) -> str:
+    """Sizes of the clusters before and after."""
+    if "sizes" not in state.why:
+        return ""
+    before = state.why["sizes"]
+    rows = [spread("before", before)]
+    if "after" in state.why:
+        rows.append(spread("after", state.why["after"]))
+    for images, hits in zip(state.curated, state.why.get("hits", ())):
+        rows.append(spread(f"curated images: {shown(images.source.description)}", hits))
+    columns = ("", "clusters", "empty", "median", "largest", "entropy")
+    return table("Clusters", columns, rows, "Images of a cluster. Entropy: as a share of that of equal sizes.")
+
+
+def spread(name: str, each: np.ndarray) -> tuple[Any, ...]:
+    return name, len(each), int((each == 0).sum()), f"{np.median(each):g}", int(each.max()), f"{clusters.entropy(each):.4f}"
+
+
+def table(heading: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], caption: str) -> str:
+    if not rows:
+        return ""
+    lines = [[f"<th>{escape(text)}</th>" for text in columns]]
+    lines += [[f"<td>{escape(f'{cell:,}' if isinstance(cell, int) else str(cell))}</td>" for cell in row] for row in rows]
+    body = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
+    return f'<h2>{escape(heading)}</h2><figure class="table"><table>{body}</table>{told(caption)}</figure>'
+
+
+def picture(heading: str, made: Image.Image | None, caption: str) -> str:
+    if made is None:
+        return ""
+    file = io.BytesIO()
+    made.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    img = f'<img alt="{escape(heading)}" src="data:image/png;base64,{data}">'
+    return f'<h2>{escape(heading)}</h2><figure class="picture"><div>{img}</div>{told(caption)}</figure>'
+
+
+def told(caption: str) -> str:
+    return f"<figcaption>{escape(caption)}</figcaption>"
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Curation</title>
+<style>{style}</style>
+</head>
+<body>
+<header><h1>Curation</h1></header>
+{sections}
+<h2>The run</h2>
+<dl>{facts}</dl>
+<details><summary>Config</summary><pre>{config}</pre></details>
+</body>
+</html>
+"""

@@ -1,0 +1,641 @@
+"""The stages of curation, from sources to a list of images.
+
+    embed -> order -> pool -> [cells ->] neighbors -> components -+-> retrieve or balance -> list, provenance, report
+      calibrate ----------------------------------------^         |
+      leakage ----------------------------------------------------+
+
+Each is a function of the results of others and of its settings, see `shards.stage`.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from mim_jax import sharding, storage
+from mim_jax.config import leaves
+from mim_jax.curate import clusters, components, neighbors, plants, report
+from mim_jax.curate.embedders import Network, Pixels, dhash_distance
+from mim_jax.curate.neighbors import nearest
+from mim_jax.curate.shards import Files, Made, Memory, Result, Rows, Subset, digest_of, spans, stage, write_parquet
+from mim_jax.data import curated
+from mim_jax.data.sources import shown
+from mim_jax.journal import named_errors, write_whole
+from mim_jax.lock import locked
+from mim_jax.pretrained import load
+
+LEAST = 0.001  # share of the pool that must be left after deduplication
+SMALL = 10  # images; a component of fewer is no giant
+LARGE = 1_000_000  # curated images from which on a set is large
+DHASH = 12  # bits of 64; images whose hashes differ by no more may be copies without our doing
+A_CELL = 64  # images for each cell that the cells are learned of
+
+
+def tell(line: str) -> None:
+    print(shown(line), file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A set of images, embedded. Rows are those of the source."""
+
+    how: dict[str, Any]  # see `curated.open_any`
+    source: Any
+    result: Result
+
+    @functools.cached_property
+    def good(self) -> np.ndarray:
+        """int64, the rows of the images that could be read."""
+        return np.flatnonzero(self.result.array("good"))
+
+    @property
+    def vectors(self) -> Subset:
+        """Of the good ones."""
+        return Subset(self.result.rows("vectors"), self.good)
+
+
+@dataclasses.dataclass
+class Curation:
+    """All that a run knows; what the report and the provenance are made of.
+
+    The pool are the different images of all uncurated sets: exact copies are one, and the number of an image is its place in
+    the order of the hashes. `where` is the place of a row in all uncurated sets, one after the other.
+    """
+
+    config: ml_collections.ConfigDict
+    embedder: Any
+    uncurated: list[Images]
+    curated: list[Images]
+    evaluation: list[Images]
+    member: np.ndarray  # int32 [all rows], the number of each in the pool; -1: bad
+    origin: np.ndarray  # int64 [pool], where the first of each is
+    keys: np.ndarray  # uint64 [pool], the first 8 bytes of the hash
+    pool: Rows  # int16 [pool, D]
+    found: Result  # neighbors
+    threshold: float
+    leakage_threshold: float
+    curve: plants.Curve | None
+    labels: np.ndarray  # int32 [pool], component
+    giants: list[components.Component]
+    cut: bool
+    leaks: list[np.ndarray]  # similarity to the nearest image of each evaluation set, float32 [pool]
+    candidates: np.ndarray  # int64, representatives that are no copies of evaluation images
+    chosen: np.ndarray  # int64, numbers in the pool
+    why: dict[str, Any]  # how they were chosen: for the report
+
+    @property
+    def leaked(self) -> np.ndarray:
+        """bool [pool], whether the component of an image has a copy of an evaluation image."""
+        hit = leak_hits(self.leaks, self.leakage_threshold, len(self.labels))
+        dropped = np.zeros(len(self.labels), bool)
+        dropped[self.labels[hit]] = True
+        return dropped[self.labels]
+
+    def row(self, where: int) -> tuple[int, int]:
+        """(uncurated set, row in it)."""
+        starts = np.cumsum([0] + [len(images.source) for images in self.uncurated])
+        at = int(np.searchsorted(starts, where, "right")) - 1
+        return at, int(where - starts[at])
+
+
+def leak_hits(leaks: Sequence[np.ndarray], threshold: float, count: int) -> np.ndarray:
+    return np.any([leak >= threshold for leak in leaks], axis=0) if leaks else np.zeros(count, bool)
+
+
+def run(config: ml_collections.ConfigDict, workdir: Path) -> Curation:
+    """The whole pipeline; what is finished in the workdir is used again.
+
+    Raises ValueError and OSError, with one line for the user, for bad settings, sources without a readable image, an embedder
+    that is not that of the workdir, and thresholds that leave nothing. Finished stages stay.
+    """
+    check(config)
+    with locked(workdir), jax.set_mesh(sharding.make_mesh(devices=jax.local_devices())):
+        return Stages(config, workdir).run()
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises ValueError for the first value that cannot be."""
+    values = dict(leaves(config))
+
+    def wrong(key: str, must: str) -> ValueError:
+        return ValueError(f"{key} is {values[key]!r}, but must be {must}")
+
+    if not config.uncurated:
+        raise ValueError("uncurated is missing: --config.uncurated=FOLDER, or a data set such as cifar10")
+    words = {"select": ("retrieve", "balance", "all"), "retrieve.by": ("image", "cluster")}
+    words["kind"] = ("cls", "mean", "cls+mean")
+    for key, allowed in words.items():
+        if values[key] not in allowed:
+            raise wrong(key, " or ".join(allowed))
+    if config.select == "retrieve" and not config.curated:
+        raise ValueError('curated is missing: --config.curated=FOLDER, or --config.select="balance" or "all" without')
+    counts = {"shard_rows", "neighbors.k", "neighbors.cells", "neighbors.probes", "neighbors.sample"}
+    counts |= {"retrieve.k", "retrieve.clusters", "balance.images", "calibrate.images", "workers"}
+    for key, value in values.items():
+        for each in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(each, (int, float)) and not isinstance(each, bool) and not 0 <= each < float("inf"):
+                raise wrong(key, "in [0, inf)")
+            if key in counts and each is not None and each < 1:
+                raise wrong(key, "1 or more")
+    for key in ("dedup.threshold", "leakage.threshold", "dedup.giant", "calibrate.precision", "dedup.cut"):
+        if values[key] is not None and not 0 <= values[key] <= 1:
+            raise wrong(key, "in [0, 1]")
+    if len(config.balance.clusters) != len(config.balance.points):
+        raise wrong("balance.points", f"one number for each of balance.clusters={tuple(config.balance.clusters)}")
+
+
+def sets(text: str, data_dir: str | None) -> list[dict[str, Any]]:
+    """How the sets in "~/heap, cifar10@test" are opened, see `curated.open_any`."""
+    found = []
+    for each in filter(None, (part.strip() for part in text.split(","))):
+        name, at, split = each.rpartition("@")
+        name, split = (name, split) if at else (each, "train")
+        folder = name[0] in "./~" or "://" in name or storage.absolute(name).is_dir()
+        place = str(storage.absolute(name)) if folder else data_dir
+        found.append({"name": "folder" if folder else name, "dir": place, "split": split, "plant": None})
+    return found
+
+
+class Stages:
+    """The stages, in a workdir."""
+
+    def __init__(self, config: ml_collections.ConfigDict, workdir: Path):
+        self.config, self.workdir = config, workdir
+        self.stage = functools.partial(stage, workdir, workers=config.workers, tell=tell)
+
+    def run(self) -> Curation:
+        config = self.config
+        plain = [sets(config[name], config.data_dir) for name in ("uncurated", "curated", "evaluation")]
+        if any(config.plant[key] for key in ("copies", "evaluation")) or config.plant.imbalance > 1:
+            plant = config.plant.to_dict() | {"seed": config.seed, "held_out": plain[2][0] if plain[2] else None}
+            plain[0][0] |= {"plant": plant}
+        opened = [[(how, curated.open_any(how)) for how in hows] for hows in plain]
+        self.embedder = self.opened_embedder(opened[0][0][1])
+        uncurated, wanted, evaluation = ([self.embed(how, source) for how, source in each] for each in opened)
+
+        order = self.order(uncurated)
+        member, origin, keys = (order.array(name) for name in ("member", "origin", "keys"))
+        pool = self.pool(uncurated, order, origin)
+        found = self.neighbors(pool)
+        # Curated images are supposed to differ from each other; of a heap nobody knows.
+        clean = max([*evaluation, *wanted], key=lambda images: len(images.good), default=uncurated[0])
+        curve, threshold = self.threshold(clean, len(origin))
+        joined = self.components(found, len(origin), threshold)
+        labels, about = joined.array("label"), joined.abouts[0]
+        leaks = [self.leakage(pool, images) for images in evaluation]
+        leak_threshold = threshold if config.leakage.threshold is None else config.leakage.threshold
+        giants = [components.Component(*each) for each in about["giants"]]
+        state = Curation(
+            config, self.embedder, uncurated, wanted, evaluation, member, origin, keys, pool.rows("vectors"), found, threshold,
+            leak_threshold, curve, labels, giants, about["cut"], [each.array("similarity") for each in leaks],
+            np.zeros(0, np.int64), np.zeros(0, np.int64), {},
+        )  # fmt: skip
+        state.candidates = np.flatnonzero((labels == np.arange(len(labels))) & ~state.leaked)
+        self.refuse_nothing(state)
+        inputs = [joined.digest, pool.digest, *(each.digest for each in leaks), digest_of(leak_threshold)]
+        choose = {"retrieve": self.retrieve, "balance": self.balance, "all": self.all}[config.select]
+        state.chosen, state.why = choose(state, inputs)
+        self.write(state)
+        return state
+
+    # Embed
+
+    def opened_embedder(self, source: Any) -> Any:
+        """Raises ValueError if the workdir has vectors of another one."""
+        config, file = self.config, self.workdir / "embedder.json"
+        if config.embedder:
+            model = load(storage.absolute(config.embedder), heads=config.heads, act=config.act)
+            made: Any = Network(model, config.kind, config.size)
+        else:
+            made = Pixels(source)
+        now = {"dimensions": made.dims, "description": made.description, "identity": made.identity}
+        if file.exists() and (before := json.loads(file.read_text())) != json.loads(json.dumps(now)):
+            raise ValueError(
+                f"{self.workdir} has vectors of another embedder, {before['description']}, of {before['dimensions']} "
+                f"dimensions; now it is {made.description}, of {made.dims}. Thresholds and vectors of two cannot be mixed: "
+                "give another --workdir"
+            )
+        with named_errors(file):
+            write_whole(file, json.dumps(now, indent=1).encode())
+        return made
+
+    def embed(self, how: dict[str, Any], source: Any) -> Images:
+        levels, lines = self.embedder.levels(source)
+        for line in (*source.notes, *lines):
+            tell(line)
+        result = self.embedded(source, source.fingerprint, levels)
+        images = Images(how, source, result)
+        if not len(images.good):
+            why = next(filter(None, result.column("bad")))
+            raise ValueError(f"none of the {len(source):,} images of {source.description} can be read: {why}")
+        if bad := len(source) - len(images.good):
+            tell(f"{bad:,} of {len(source):,} images are bad, such as {next(filter(None, result.column('bad')))}")
+        return images
+
+    def embedded(self, source: Any, fingerprint: str, levels: Any) -> Result:
+        embedder = self.embedder
+        rows = max(1, self.config.shard_rows // embedder.batch_size) * embedder.batch_size
+
+        def make(span: tuple[int, int]) -> Made:
+            parts = list(embedder.batches(source, levels, *span))
+            vectors, labels, sha256, dhash = (np.concatenate([part[i] for part in parts]) for i in range(4))
+            bad = [why for part in parts for why in part.bad]
+            good = np.array([not why for why in bad])
+            records = {
+                "row": np.arange(*span),
+                "name": [source.name(row).encode(errors="backslashreplace").decode() for row in range(*span)],
+                "label": labels,
+                "dhash": dhash,
+                "bad": bad,
+            }
+            return Made({"vectors": vectors, "sha256": sha256, "good": good}, records)
+
+        settings = {"levels": levels, "embedder": embedder.identity}
+        return self.stage("embed", 1, [fingerprint], settings, spans(len(source), rows), make)
+
+    # Deduplicate
+
+    def order(self, uncurated: Sequence[Images]) -> Result:
+        """The different images in the order of their hashes."""
+
+        def make(_: int) -> Made:
+            sha256 = np.concatenate([images.result.array("sha256") for images in uncurated])
+            good = np.flatnonzero(np.concatenate([images.result.array("good") for images in uncurated]))
+            words = sha256.view(">u8")[good]
+            by = np.lexsort(words.T[::-1])  # of exact copies the first comes first
+            words, rows = words[by], good[by]
+            new = np.concatenate([[True], (words[1:] != words[:-1]).any(axis=1)])
+            member = np.full(len(sha256), -1, np.int32)
+            member[rows] = np.cumsum(new) - 1
+            return Made({"member": member, "origin": rows[new], "keys": words[new, 0].astype(np.uint64)})
+
+        return self.stage("order", 1, [images.result.digest for images in uncurated], {}, [0], make)
+
+    def pool(self, uncurated: Sequence[Images], order: Result, origin: np.ndarray) -> Result:
+        """The vectors of the different images, in their order."""
+        everything = Files([file for images in uncurated for file in images.result.rows("vectors").files])
+
+        def make(span: tuple[int, int]) -> Made:
+            return Made({"vectors": everything.take(origin[slice(*span)])})
+
+        inputs = [order.digest, *(images.result.digest for images in uncurated)]
+        return self.stage("pool", 1, inputs, {}, spans(len(origin), self.config.shard_rows), make)
+
+    def neighbors(self, pool: Result) -> Result:
+        """Arrays query, ids and similarity: of the image `query` the k nearest others."""
+        config, rows = self.config.neighbors, pool.rows("vectors")
+        count, k = rows.shape[0], min(config.k, rows.shape[0] - 1)
+        if count < 2:
+            raise ValueError(f"the pool has {count} different image: there is nothing to curate")
+        if count <= config.exact:
+
+            def exact(span: tuple[int, int]) -> Made:
+                query = np.arange(*span, dtype=np.int32)
+                found = nearest(rows.read(*span), rows, k, own=query)
+                return Made({"query": query, "ids": found.ids, "similarity": found.similarity})
+
+            return self.stage("neighbors", 1, [pool.digest], {"k": k}, spans(count, self.config.shard_rows), exact)
+        centroids, own = self.cells(pool)
+        cells, probes = len(centroids), min(config.probes, len(centroids))
+        found = neighbors.cells(own.array("cell"), cells)
+
+        def within(span: tuple[int, int]) -> Made:
+            query = np.arange(*span, dtype=np.int32)
+            probed, _ = clusters.assign(Memory(rows.read(*span)), centroids, probes)
+            near, products = neighbors.within_cells(rows, found, query, probed, k)
+            about = {"products": products}
+            return Made({"query": query, "ids": near.ids, "similarity": near.similarity}, about=about)
+
+        settings = {"k": k, "probes": probes}
+        shards = spans(count, self.config.shard_rows)
+        result = self.stage("neighbors", 1, [pool.digest, own.digest], settings, shards, within)
+
+        def measure(_: int) -> Made:
+            sample = np.unique(np.linspace(0, count - 1, config.sample).astype(np.int64))
+            recall = neighbors.recall(rows, sample, result.rows("ids").take(sample), k)
+            products = sum(about["products"] for about in result.abouts) + count * cells
+            return Made({}, about={"recall": recall, "products": products, "of": count * count})
+
+        measured = self.stage("recall", 1, [result.digest, pool.digest], {"sample": config.sample}, [0], measure).abouts[0]
+        fewer = measured["of"] / measured["products"]
+        tell(f"recall@{k} of the cells: {measured['recall']:.4f}, with {fewer:.1f} times fewer products")
+        return result
+
+    def cells(self, pool: Result) -> tuple[np.ndarray, Result]:
+        """The centroids of the cells, and the nearest of each image as an array cell."""
+        config, rows = self.config, pool.rows("vectors")
+        count = min(config.neighbors.cells, rows.shape[0])
+        learned = np.sort(clusters.order(np.arange(rows.shape[0], dtype=np.uint64), config.seed)[: A_CELL * count])
+        settings = {"cells": count, "seed": config.seed, "a_cell": A_CELL}
+
+        def learn(_: int) -> Made:
+            with self.resumed("cells", pool.digest, settings) as kept:
+                return Made({"centroids": clusters.kmeans(Subset(rows, learned), count, 10, config.seed, **kept).centroids})
+
+        centroids = self.stage("cells", 1, [pool.digest], settings, [0], learn)
+
+        learned_cells = centroids.array("centroids")
+
+        def make(span: tuple[int, int]) -> Made:
+            return Made({"cell": clusters.assign(Memory(rows.read(*span)), learned_cells)[0][:, 0]})
+
+        shards = spans(rows.shape[0], config.shard_rows)
+        return learned_cells, self.stage("assigned", 1, [pool.digest, centroids.digest], {}, shards, make)
+
+    def resumed(self, *of: Any) -> "Kept":
+        return Kept(self.workdir / f"kmeans-{digest_of(*of)}")
+
+    def threshold(self, images: Images, count: int) -> tuple[plants.Curve | None, float]:
+        """The given one, or the one that copies of some of these images lead to, in a pool of `count`."""
+        config = self.config
+        if config.dedup.threshold is not None:
+            return None, config.dedup.threshold
+        rows = images.good[np.unique(np.linspace(0, len(images.good) - 1, config.calibrate.images).astype(int))]
+        levels, _ = self.embedder.levels(images.source)
+        source = plants.Copies(images.source, rows, config.seed, levels)
+        fingerprint = digest_of(images.source.fingerprint, config.seed, rows.tolist(), "copies", 1)
+        embedded = self.embedded(source, fingerprint, levels)
+        good = np.logical_and(*embedded.array("good").reshape(-1, 2).T)
+        kinds = [source.kind(pair) for pair in np.flatnonzero(good).tolist()]
+        vectors = embedded.array("vectors").reshape(len(good), 2, -1)[good].astype(np.float32) / neighbors.UNIT
+        dhash = np.array(embedded.column("dhash"), np.uint64).reshape(-1, 2)[good, 0]
+        products = vectors[:, 1] @ vectors[:, 0].T  # exact, in any order
+        same = dhash_distance(dhash, dhash) <= DHASH  # also an image and itself
+        curve = plants.curve(np.diagonal(products), kinds, products[~same], count / max(1, len(vectors)))
+        place = curve.lowest(config.calibrate.precision)
+        threshold = float(curve.thresholds[place])
+        tell(f"calibrated threshold {threshold:g}: precision {curve.precision[place]:.4f}, recall {curve.recall[place]:.4f}")
+        return curve, threshold
+
+    def components(self, found: Result, count: int, threshold: float) -> Result:
+        dedup, k = self.config.dedup, found.rows("ids").shape[1]
+        least = max(SMALL, round(dedup.giant * count))
+
+        def make(_: int) -> Made:
+            labels = components.components(count, components.above(edges_of(found), threshold))
+            giants = components.largest(labels, components.above(edges_of(found), threshold), k, least)
+            is_cut = bool(dedup.cut and any(each.density < dedup.cut for each in giants))
+            if is_cut:
+                labels = components.cut(labels, lambda: edges_of(found), threshold, k, least, dedup.cut)
+            return Made({"label": labels}, about={"giants": [list(each) for each in giants], "cut": is_cut})
+
+        settings = {"threshold": threshold, "giant": dedup.giant, "cut": dedup.cut}
+        result = self.stage("components", 1, [found.digest], settings, [0], make)
+        for label, size, density in result.abouts[0]["giants"]:
+            hint = "it was cut" if result.abouts[0]["cut"] else "see dedup.cut, or raise dedup.threshold"
+            tell(f"a giant component: {size:,} of {count:,} images, edge density {density:.3f}, around image {label}; {hint}")
+        return result
+
+    def leakage(self, pool: Result, images: Images) -> Result:
+        """Array similarity, float32 [pool]: to the nearest image of an evaluation set; row: which one that is."""
+        rows, good = pool.rows("vectors"), images.good
+        base = Memory(images.vectors.read(0, len(good)))
+
+        def make(span: tuple[int, int]) -> Made:
+            found = nearest(rows.read(*span), base, 1)
+            return Made({"row": good[found.ids[:, 0]], "similarity": found.similarity[:, 0]})
+
+        return self.stage(
+            "leakage", 1, [pool.digest, images.result.digest], {}, spans(rows.shape[0], self.config.shard_rows), make
+        )
+
+    def refuse_nothing(self, state: Curation) -> None:
+        count, left = len(state.labels), len(state.candidates)
+        if left >= max(1, LEAST * count):
+            return
+        parts = len(np.unique(state.labels))
+        raise ValueError(
+            f"only {left:,} of {count:,} images would be left: at dedup.threshold={state.threshold:g} they are {parts:,} "
+            f"components, and {int(state.leaked.sum()):,} images go with evaluation images at "
+            f"leakage.threshold={state.leakage_threshold:g}. Raise the thresholds: they belong to the embedder"
+        )
+
+    # Choose
+
+    def all(self, state: Curation, inputs: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
+        return state.candidates, {}
+
+    def retrieve(self, state: Curation, inputs: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
+        """What the curated sets ask for."""
+        candidates, config = Subset(state.pool, state.candidates), self.config.retrieve
+        found: list[Any] = []
+        for images in state.curated:
+            k = config.k or (4 if len(images.good) >= LARGE else 32)
+            if config.by == "image":
+                result = self.by_image(images, candidates, inputs, min(k, len(state.candidates)))
+                found.append((images, state.candidates[result.array("ids")], result.array("similarity")))
+        if config.by == "image":
+            return np.unique(np.concatenate([ids.reshape(-1) for _, ids, _ in found])), {"retrieved": found}
+        made = self.clustered(state, inputs, min(config.clusters, len(state.candidates)))
+        near, sizes = made.array("nearest"), np.bincount(made.array("nearest"), minlength=made.rows("centroids").shape[0])
+        keys = state.keys[state.candidates]
+        hits = []
+        for images in state.curated:
+            hit, _ = clusters.assign(images.vectors, made.array("centroids"))
+            hits.append(np.bincount(hit[:, 0], minlength=len(sizes)))
+            take = np.where(hits[-1] > config.hits, np.minimum(sizes, config.per_cluster), 0)
+            rows = clusters.drawn(near, take, keys, self.config.seed)
+            found.append(np.sort(rows[clusters.order(keys[rows], self.config.seed + 1)][: config.cap]))
+        chosen = state.candidates[np.unique(np.concatenate(found))]
+        if not len(chosen):
+            raise ValueError(
+                f"no cluster has more than retrieve.hits={config.hits} curated images: lower it, or retrieve.clusters"
+            )
+        return chosen, {"sizes": sizes, "hits": hits}
+
+    def by_image(self, images: Images, candidates: Rows, inputs: list[str], k: int) -> Result:
+        vectors = images.vectors
+
+        def make(span: tuple[int, int]) -> Made:
+            found = nearest(vectors.read(*span), candidates, k)
+            return Made({"ids": found.ids, "similarity": found.similarity})
+
+        shards = spans(len(images.good), self.config.shard_rows)
+        return self.stage("retrieve", 1, [*inputs, images.result.digest], {"k": k}, shards, make)
+
+    def clustered(self, state: Curation, inputs: list[str], count: int) -> Result:
+        """Arrays centroids, and nearest of each candidate."""
+        settings = {"clusters": count, "iterations": self.config.retrieve.iterations, "seed": self.config.seed}
+
+        def make(_: int) -> Made:
+            with self.resumed("clusters", inputs, settings) as kept:
+                rows = Subset(state.pool, state.candidates)
+                made = clusters.kmeans(rows, count, settings["iterations"], settings["seed"], **kept)
+            return Made({"centroids": made.centroids, "nearest": made.nearest})
+
+        return self.stage("clusters", 1, inputs, settings, [0], make)
+
+    def balance(self, state: Curation, inputs: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
+        """As many images as asked for, evenly from the branches of a tree of clusters."""
+        config, rows = self.config.balance, Subset(state.pool, state.candidates)
+        settings = {key: config[key] for key in ("clusters", "points", "rounds", "iterations")} | {"seed": self.config.seed}
+        settings = json.loads(json.dumps(settings))
+        if config.clusters[0] > len(state.candidates):
+            left = f"balance.clusters[0] is {config.clusters[0]:,}, but {len(state.candidates):,} images are left"
+            raise ValueError(f"{left}: ask for fewer clusters")
+
+        def step(level: int, number: int, make: clusters.Make) -> clusters.Clusters:
+            def shard(_: int) -> Made:
+                with self.resumed(inputs, settings, level, number) as kept:
+                    made = make(kept)
+                return Made({"centroids": made.centroids, "nearest": made.nearest, "similarity": made.similarity})
+
+            at = {"level": level, "round": number}
+            found = self.stage("balance", 1, inputs, settings | at, [0], shard)
+            return clusters.Clusters(*(found.array(name) for name in ("centroids", "nearest", "similarity")))
+
+        found = clusters.hierarchy(
+            rows, config.clusters, config.iterations, config.rounds, config.points, self.config.seed, step
+        )
+        keys = state.keys[state.candidates]
+        chosen = clusters.balanced(found, config.images, keys, self.config.seed)
+        after = np.bincount(found[0].nearest[chosen], minlength=len(found[0].centroids))
+        return state.candidates[chosen], {"sizes": found[0].sizes, "after": after}
+
+    # Write
+
+    def write(self, state: Curation) -> None:
+        """list.json and its rows, provenance.parquet, report.html: each is replaced at once, the list last."""
+        with named_errors(self.workdir):
+            provenance(state, self.workdir / "provenance.parquet")
+            write_whole(self.workdir / "report.html", report.page(state).encode(errors="backslashreplace"))
+            rows = listed(state)
+            content = io.BytesIO()
+            np.save(content, rows)
+            digest = hashlib.sha256(content.getvalue()).hexdigest()
+            file = f"rows-{digest[:16]}.npy"
+            everything = state.uncurated + (state.curated if self.config.write.curated else [])
+            about = {
+                "sources": [images.how | {"fingerprint": images.source.fingerprint} for images in everything],
+                "file": file,
+                "sha256": digest,
+                "held_out": state.evaluation[0].how if state.evaluation else None,
+            }
+            write_whole(self.workdir / file, content.getvalue())
+            write_whole(self.workdir / curated.LIST, json.dumps(about, indent=1).encode())
+            for old in self.workdir.glob("rows-*.npy"):
+                if old.name != file:
+                    old.unlink()
+        tell(f"{len(state.chosen):,} of {len(state.member):,} images, and {len(rows) - len(state.chosen):,} curated ones")
+        tell(f"train on them: mim_jax --config=NAME --config.data.name=curated --config.data.dir={self.workdir}")
+        tell(f"report: {self.workdir / 'report.html'}")
+
+
+class Kept:
+    """The centroids of a k-means after its last iteration, in a folder that is removed when the k-means is done."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __enter__(self) -> dict[str, Any]:
+        """`begin` and `keep` of `clusters.kmeans`."""
+        files = sorted(self.folder.glob("*.npy"))
+        begin = (int(files[-1].stem), np.load(files[-1])) if files else None
+        return {"begin": begin, "keep": self.keep}
+
+    def keep(self, iteration: int, centroids: np.ndarray) -> None:
+        content = io.BytesIO()
+        np.save(content, centroids)
+        with named_errors(self.folder):
+            write_whole(self.folder / f"{iteration:06}.npy", content.getvalue())
+            for file in sorted(self.folder.glob("*.npy"))[:-1]:
+                file.unlink()
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def edges_of(found: Result) -> Iterator[components.Edges]:
+    """Of a result of `Stages.neighbors`, shard by shard."""
+    for i in range(found.manifest["shards"]):
+        query, ids, similarity = (np.load(found.folder / f"{i:06}.{name}.npy") for name in ("query", "ids", "similarity"))
+        there = ids != neighbors.NONE
+        yield np.broadcast_to(query[:, None], ids.shape)[there], ids[there], similarity[there]
+
+
+def listed(state: Curation) -> np.ndarray:
+    """The rows of the list, `curated.ROW`, by source and row."""
+
+    def rows(source: np.ndarray | int, row: np.ndarray, weight: float) -> np.ndarray:
+        made = np.zeros(len(row), curated.ROW)
+        made["source"], made["row"], made["weight"] = source, row, weight
+        made["draw"] = (clusters.mixed(row.astype(np.uint64), state.config.seed) >> np.uint64(40)) / 2.0**24
+        return made
+
+    starts = np.cumsum([0] + [len(images.source) for images in state.uncurated])
+    where = np.sort(state.origin[state.chosen])
+    at = np.searchsorted(starts, where, "right") - 1
+    found = [rows(at, where - starts[at], 1.0)]
+    weight = state.config.write.curated
+    for i, images in enumerate(state.curated if weight else []):
+        found.append(rows(len(state.uncurated) + i, images.good, weight))
+    return np.concatenate(found)
+
+
+def asked_by(state: Curation) -> dict[int, str]:
+    """Of images that were retrieved: a curated image to which they are nearest."""
+    best: dict[int, tuple[float, str]] = {}
+    for images, ids, similarity in state.why.get("retrieved", ()):
+        for row, near, alike in zip(images.good.tolist(), ids.tolist(), similarity.tolist()):
+            for number, each in zip(near, alike):
+                if number not in best or each > best[number][0]:
+                    best[number] = each, images.source.name(row)
+    return {number: name for number, (_, name) in best.items()}
+
+
+def provenance(state: Curation, path: Path) -> None:
+    """A row for each image of the uncurated sets: which it is, and what has become of it and why."""
+    sizes = np.bincount(state.labels, minlength=len(state.labels))
+    candidate, chosen, leaked = (np.zeros(len(state.labels), bool) for _ in range(3))
+    candidate[state.candidates], chosen[state.chosen], leaked[:] = True, True, state.leaked
+    hit = leak_hits(state.leaks, state.leakage_threshold, len(state.labels))
+    reasons = np.array(
+        ["bad image", "exact copy of another image", "copy of an evaluation image", "in one component with such a copy"]
+        + ["near-duplicate of another image", "not chosen", "chosen"]
+    )
+    sha256 = np.concatenate([images.result.array("sha256") for images in state.uncurated])
+    asked = asked_by(state)
+    columns: dict[str, list[Any]] = {}
+    start = 0
+    for images in state.uncurated:
+        count = len(images.source)
+        member, where = state.member[start : start + count], np.arange(start, start + count)
+        there = np.maximum(member, 0)
+        code = np.select(
+            [member < 0, hit[there], leaked[there], state.origin[there] != where, ~candidate[there], ~chosen[there]],
+            [0, 2, 3, 1, 4, 5],
+            6,
+        )
+        label = state.labels[there]
+        first = state.origin[label]
+        made = {
+            "set": [shown(images.source.description)] * count,
+            "row": list(range(count)),
+            "name": images.result.column("name"),
+            "label": images.result.column("label"),
+            "sha256": [each.tobytes().hex() for each in sha256[where]],
+            "dhash": [f"{each:016x}" for each in images.result.column("dhash")],
+            "why_bad": images.result.column("bad"),
+            "component": [sha256[i].tobytes().hex() if m >= 0 else "" for i, m in zip(first.tolist(), member.tolist())],
+            "component_size": np.where(member < 0, 0, sizes[label]).tolist(),
+            "evaluation_similarity": np.max([leak[there] for leak in state.leaks], axis=0).tolist()
+            if state.leaks
+            else [None] * count,
+            "fate": reasons[code].tolist(),
+            "asked_by": [asked.get(i, "") if c == 6 else "" for i, c in zip(member.tolist(), code.tolist())],
+        }
+        for name, values in made.items():
+            columns.setdefault(name, []).extend(values)
+        start += count
+    write_parquet(path, columns)

@@ -1,0 +1,540 @@
+"""Curation: its algorithms against brute force, and the whole command: any division of the work, kills, bad input."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import scipy.sparse
+from pictures import encode
+
+from mim_jax import load_config
+from mim_jax.curate import __main__ as command
+from mim_jax.curate import clusters, components, neighbors, plants, shards, stages
+from mim_jax.curate.clusters import kmeans
+from mim_jax.curate.embedders import dhash, dhash_distance
+from mim_jax.curate.neighbors import nearest, quantized
+from mim_jax.curate.shards import Made, Memory, Subset, stage
+from mim_jax.data.sources import open_source
+from mim_jax.sharding import make_mesh
+
+pytest.importorskip("pyarrow")
+ROOT = Path(__file__).parent.parent
+
+
+def vectors(count, dims=12, seed=0, centers=None):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(count, dims))
+    if centers is not None:
+        x = 0.3 * x + rng.normal(size=(len(centers), dims)).repeat(centers, axis=0) * 2
+    return quantized(x)
+
+
+def brute(queries, base, k, own=None):
+    """Numbers and similarities in whole units of 2**-22, by (similarity, number)."""
+    products = queries.astype(np.int64) @ base.T.astype(np.int64)
+    if own is not None:
+        products[np.arange(len(queries)), own] = -(2**40)
+    by = np.lexsort((np.broadcast_to(np.arange(len(base)), products.shape), -products))[:, :k]
+    return by, np.take_along_axis(products, by, axis=1)
+
+
+# Neighbors
+
+
+def test_vectors_have_unit_length_and_exact_products():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 384))
+    rounded = quantized(np.concatenate([x, [np.zeros(384)], [np.full(384, np.nan)]]))
+    assert rounded.dtype == np.int16 and not rounded[50:].any()
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    np.testing.assert_allclose(rounded[:50] / 2048, unit, atol=0.51 / 2048)
+    floats = rounded.astype(np.float32) / 2048
+    want = rounded.astype(np.int64) @ rounded.T.astype(np.int64) / 2**22
+    for _ in range(3):
+        order = rng.permutation(384)
+        assert np.array_equal(floats[:, order] @ floats[:, order].T, want)
+    np.testing.assert_allclose(want[:50, :50], unit @ unit.T, atol=2e-3)
+
+
+@pytest.mark.parametrize(("devices", "block", "queries"), [(1, 8192, 1024), (8, 16, 4), (2, 64, 8)])
+def test_neighbors_are_those_of_brute_force_in_any_blocks(monkeypatch, devices, block, queries):
+    x = vectors(100, 5)  # of few dimensions, so that some are equally near
+    x[60:70] = x[3]
+    monkeypatch.setattr(neighbors, "BLOCK", block)
+    monkeypatch.setattr(neighbors, "QUERIES", {"cpu": queries})
+    ids, products = brute(x, x, 7, np.arange(100))
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:devices])):
+        found = nearest(x, Memory(x), 7, own=np.arange(100))
+    assert np.array_equal(found.ids, ids) and np.array_equal(found.similarity, products / 2**22)
+
+
+def test_fewer_rows_than_neighbors():
+    x = vectors(3)
+    found = nearest(x, Memory(x), 4, own=np.arange(3))
+    assert (found.ids[:, 2:] == neighbors.NONE).all() and np.isinf(found.similarity[:, 2:]).all()
+    assert sorted(found.ids[0, :2].tolist()) == [1, 2]
+
+
+def test_cells_find_what_is_near():
+    x, k, count = vectors(400, 8, centers=[100] * 4), 5, np.arange(400, dtype=np.int32)
+    found = kmeans(Memory(x), 16, 10, seed=0)
+    probed, _ = clusters.assign(Memory(x), found.centroids, 6)
+    cells = neighbors.cells(found.nearest, 16)
+    near, products = neighbors.within_cells(Memory(x), cells, count, probed, k)
+    for query in range(0, 400, 7):
+        there = np.flatnonzero(np.isin(found.nearest, probed[query]) & (count != query))
+        assert np.array_equal(near.ids[query], there[brute(x[[query]], x[there], k)[0][0]])
+    some = np.array([3, 399, 17], np.int32)
+    part, _ = neighbors.within_cells(Memory(x), cells, some, probed[some], k)
+    assert np.array_equal(part.ids, near.ids[some])
+    recall = neighbors.recall(Memory(x), count, near.ids, k)
+    exact = brute(x, x, k, count)[0]
+    assert recall == np.mean([len(set(a) & set(b)) / k for a, b in zip(exact.tolist(), near.ids.tolist())])
+    assert recall > 0.95 and products == found.sizes[probed].sum() < 400 * 400 * 0.6
+
+
+# Components
+
+
+def test_components_are_those_of_scipy_for_any_order_and_division():
+    rng = np.random.default_rng(0)
+    for case in range(20):
+        count, many = int(rng.integers(2, 200)), int(rng.integers(0, 200))
+        first, second = rng.integers(0, count, (2, many)).astype(np.int32)
+        graph = scipy.sparse.coo_matrix((np.ones(many), (first, second)), (count, count))
+        _, label = scipy.sparse.csgraph.connected_components(graph, directed=False)
+        want = np.array([np.flatnonzero(label == each).min() for each in label])
+        parts = np.array_split(rng.permutation(many), int(rng.integers(1, 5)))
+        edges = [(first[part], second[part], np.ones(len(part), np.float32)) for part in parts]
+        assert np.array_equal(components.components(count, edges), want), case
+
+
+def test_a_chain_is_cut_and_copies_are_not():
+    """Two groups of copies, joined by a chain of pairs that are less alike."""
+    clique = [(a, b, 0.98) for base in (0, 10) for a, b in itertools.permutations(range(base, base + 6), 2)]
+    chain = [(a, b, 0.8) for a, b in zip([5, *range(20, 60)], [*range(20, 60), 10])]
+    first, second, alike = (np.array(column) for column in zip(*clique, *chain))
+    edges = [(first.astype(np.int32), second.astype(np.int32), alike.astype(np.float32))]
+    labels = components.components(60, components.above(edges, 0.7))
+    giant, *rest = components.largest(labels, components.above(edges, 0.7), 10, 10)
+    assert (giant.label, giant.size) == (0, 52) and giant.density < 0.3 and not rest
+    cut = components.cut(labels, lambda: edges, 0.7, 10, 10, 0.3)
+    assert (cut[:6] == 0).all() and (cut[10:16] == 10).all() and len(np.unique(cut)) == 60 - 10
+
+
+# Clusters
+
+
+def test_kmeans_is_that_of_brute_force():
+    x = vectors(300, 6, centers=[100, 100, 100])
+    found = kmeans(Memory(x), 3, 20, seed=1)
+    want = clusters.first_centroids(Memory(x), 3, 1)
+    for _ in range(20):
+        near, _ = (each[:, 0] for each in brute(x, want, 1))
+        want = quantized(np.stack([x[near == i].astype(np.int64).sum(0) for i in range(3)]))
+    assert np.array_equal(found.centroids, want) and found.sizes.tolist() == [100, 100, 100]
+
+
+def test_kmeans_has_the_same_bits_in_any_chunks_and_after_a_kill(monkeypatch):
+    x, kept = vectors(500, 6), []
+    whole = kmeans(Memory(x), 20, 9, seed=3, keep=lambda *now: kept.append(now))
+    assert [number for number, _ in kept] == list(range(1, len(kept) + 1)) and len(kept) > 4
+    again = kmeans(Memory(x), 20, 9, seed=3, begin=kept[2])
+    monkeypatch.setattr(clusters, "CHUNK", 37)
+    chunks = kmeans(Subset(Memory(x[::-1]), np.arange(499, -1, -1)), 20, 9, seed=3)
+    for other in (again, chunks):
+        assert np.array_equal(whole.centroids, other.centroids) and np.array_equal(whole.nearest, other.nearest)
+    with pytest.raises(ValueError, match="501 clusters are asked for, but there are 500 images"):
+        kmeans(Memory(x), 501, 1, seed=0)
+
+
+def test_no_cluster_stays_empty():
+    x = np.concatenate([vectors(1).repeat(50, 0), vectors(6, seed=1)])
+    found = kmeans(Memory(x), 7, 20, seed=0)
+    assert (found.sizes > 0).all()
+
+
+def test_resampling_evens_out_a_long_tail():
+    x = vectors(1440, 8, centers=[1000, 300, 100, 20, 10, 10])
+    plain, fine = (clusters.hierarchy(Memory(x), (60, 6), 10, rounds, (4, 3), seed=0) for rounds in (0, 4))
+    share = [np.mean([len(np.unique(found[0].nearest[1400:]))]) for found in (plain, fine)]
+    assert share[1] >= share[0] and len(fine[1].nearest) == 60
+    assert clusters.entropy(np.bincount(fine[1].nearest, minlength=6)) > 0.5
+    keys = np.arange(1440, dtype=np.uint64)
+    chosen = clusters.balanced(fine, 60, keys, seed=0)
+    top = fine[1].nearest[fine[0].nearest]
+    assert len(chosen) == len(set(chosen.tolist())) == 60
+    before, after = (clusters.entropy(np.bincount(each, minlength=6)) for each in (top, top[chosen]))
+    assert after > max(before, 0.95)
+
+
+def test_allotted_is_as_even_as_sizes_allow():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        sizes = rng.integers(0, 9, int(rng.integers(1, 7)))
+        target = int(rng.integers(0, 30))
+        take, want = clusters.allotted(target, sizes), np.zeros_like(sizes)
+        for _ in range(min(target, sizes.sum())):  # one after the other to the one that has least
+            want[min((i for i in range(len(sizes)) if want[i] < sizes[i]), key=lambda i: (want[i], i))] += 1
+        assert np.array_equal(take, want)
+
+
+def test_draws_follow_from_the_images_and_not_from_their_places():
+    keys = np.random.default_rng(0).integers(0, 2**63, 40).astype(np.uint64)
+    labels, take = np.arange(40) % 3, np.array([2, 0, 5])
+    chosen = keys[clusters.drawn(labels, take, keys, 7)]
+    by = np.random.default_rng(1).permutation(40)
+    assert set(chosen) == set(keys[by][clusters.drawn(labels[by], take, keys[by], 7)]) and len(chosen) == 7
+    assert clusters.entropy(np.array([5, 5, 5])) == pytest.approx(1) and clusters.entropy(np.array([9, 0])) == 0
+
+
+# Shards
+
+
+def test_a_result_does_not_know_its_shards_and_is_not_made_twice(tmp_path):
+    data, calls = np.arange(10, dtype=np.int16)[:, None], []
+
+    def make(span):
+        calls.append(span)
+        return Made({"x": data[slice(*span)]}, {"name": [f"{i}" for i in range(*span)]}, {"first": span[0]})
+
+    found = [
+        stage(tmp_path / f"{rows}", "a", 1, ["in"], {"k": 2}, shards.spans(10, rows), make, workers=rows) for rows in (3, 10)
+    ]
+    assert found[0].digest == found[1].digest and found[0].folder.name == found[1].folder.name
+    assert found[0].column("name") == [f"{i}" for i in range(10)] and len(found[0].abouts) == 4
+    assert np.array_equal(found[0].rows("x").take(np.array([9, 0, 4, 5])), data[[9, 0, 4, 5]])
+    assert np.array_equal(found[0].rows("x").read(2, 8), data[2:8])
+    before = len(calls)
+    stage(tmp_path / "3", "a", 1, ["in"], {"k": 2}, shards.spans(10, 5), make)
+    assert len(calls) == before
+    others = [("b", 1, ["in"], {"k": 2}), ("a", 2, ["in"], {"k": 2}), ("a", 1, ["on"], {"k": 2}), ("a", 1, ["in"], {"k": 3})]
+    names = {stage(tmp_path / "3", *other, [(0, 10)], make).folder.name for other in others}
+    assert len(names) == 4 and found[0].folder.name not in names
+
+
+def test_a_half_written_set_is_not_visible_and_its_shards_are_used(tmp_path):
+    made = []
+
+    def make(i, last):
+        if i == last:
+            raise MemoryError
+        made.append(i)
+        return Made({"x": np.full(2, i)})
+
+    with pytest.raises(MemoryError):
+        stage(tmp_path, "a", 1, [], {}, [0, 1, 2], lambda i: make(i, 2))
+    (folder,) = tmp_path.iterdir()
+    assert ".parts-" in folder.name and made == [0, 1]
+    found = stage(tmp_path, "a", 1, [], {}, [0, 1, 2], lambda i: make(i, -1))
+    assert made == [0, 1, 2] and [path.name for path in tmp_path.iterdir()] == [found.folder.name]
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OSError, match="cannot write: No space left on device.*a-"):
+        stage(tmp_path, "a", 1, [], {}, [0], lambda _: Made({"x": np.zeros(3)}))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+# Copies
+
+
+def test_copies_are_of_their_kinds():
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
+    for kind in plants.KINDS:
+        one, two, other = (plants.copied(image, kind, seed) for seed in ((1, 2), (1, 2), (1, 3)))
+        assert np.array_equal(one, two) and one.dtype == np.uint8
+        assert kind == "flip" or one.shape != other.shape or not np.array_equal(one, other)
+    assert np.array_equal(plants.copied(image, "flip", (0,)), image[:, ::-1])
+    for seed in range(20):
+        height, width, _ = plants.copied(image, "crop", (seed,)).shape
+        assert 0.47 < height * width / (32 * 48) < 1
+
+
+def test_the_threshold_is_the_lowest_that_is_precise_from_there_on():
+    copies, others = np.array([0.9, 0.8, 0.6, 0.2]), np.array([0.5, 0.3, 0.1])
+    curve = plants.curve(copies, ["jpeg", "jpeg", "crop", "crop"], others, factor=2)
+    place = curve.lowest(0.99)
+    assert curve.thresholds[place] == 0.505 and curve.recall[place] == 0.75
+    assert curve.by_kind["jpeg"][place] == 1 and curve.by_kind["crop"][place] == 0.5
+    at = np.searchsorted(curve.thresholds, 0.25)
+    assert curve.precision[at] == 3 / (3 + 2 * 2)
+    with pytest.raises(ValueError, match="no threshold has a precision of 0.99: other images are as similar"):
+        plants.curve(copies, [""] * 4, np.ones(3), 1).lowest(0.99)
+
+
+def test_dhash_tells_where_it_gets_darker():
+    rising = np.arange(72, dtype=np.uint8).repeat(3).reshape(8, 9, 3)
+    assert dhash(rising) == 2**64 - 1 and dhash(rising[:, ::-1]) == 0
+    image = np.random.default_rng(0).permutation(216).astype(np.uint8).reshape(8, 9, 3)
+    hashes = np.array([dhash(image), dhash(image[:, ::-1]), dhash(image[::-1])], np.uint64)
+    assert np.array_equal(dhash_distance(hashes, hashes) < 6, [[1, 1, 0], [1, 1, 0], [0, 0, 1]])  # a few are equally dark
+
+
+# The command
+
+
+def smooth(seed):
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (4, 4, 3), np.uint8)
+    return plants.copied(small.repeat(8, 0).repeat(8, 1), "resize", (seed,))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A heap of 150 images with three exact and four other copies, two copies of images to test on, and a bad file."""
+    root = tmp_path_factory.mktemp("images")
+    for name, seeds in (("heap", range(150)), ("good", range(300, 330)), ("test", range(400, 406))):
+        (root / name).mkdir()
+        for seed in seeds:
+            (root / name / f"{seed:03}.png").write_bytes(encode(smooth(seed)))
+    for i in range(3):
+        (root / "heap" / f"same{i}.png").write_bytes(encode(smooth(i)))
+    for i, kind in enumerate(("jpeg", "flip", "jpeg", "color")):
+        (root / "heap" / f"like{i}.png").write_bytes(encode(plants.copied(smooth(10 + i), kind, (i,))))
+    (root / "heap" / "leak0.png").write_bytes(encode(smooth(400)))
+    (root / "heap" / "leak1.png").write_bytes(encode(smooth(401)[:, ::-1]))
+    (root / "heap" / "bad.png").write_bytes(b"no image")
+    return root
+
+
+def config_of(images, **changes):
+    config = load_config("curate").unlock()
+    config.update(uncurated=f"{images}/heap", curated=f"{images}/good", evaluation=f"{images}/test", shard_rows=16)
+    config.dedup.threshold, config.retrieve.k = 0.9, 2
+    config.balance.update(clusters=(8, 3), points=(2, 2), rounds=2, iterations=4, images=12)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+OUTPUTS = ("list.json", "provenance.parquet", "report.html")
+
+
+def outputs(workdir):
+    return {path.name: path.read_bytes() for path in workdir.iterdir() if path.name in OUTPUTS or path.name.startswith("rows-")}
+
+
+def test_what_becomes_of_each_image(images, tmp_path, capsys):
+    from pyarrow import parquet
+
+    state = stages.run(config_of(images), tmp_path)
+    rows = {Path(row["name"]).name: row for row in parquet.read_table(tmp_path / "provenance.parquet").to_pylist()}
+    fate = {name: row["fate"] for name, row in rows.items()}
+    assert len(rows) == 160 and fate["bad.png"] == "bad image" and "no image of the formats" in rows["bad.png"]["why_bad"]
+    assert all(fate[f"same{i}.png"] == "exact copy of another image" for i in range(3))
+    assert fate["leak0.png"] == fate["leak1.png"] == "copy of an evaluation image"
+    for i in range(4):
+        pair = [rows[name] for name in (f"{10 + i:03}.png", f"like{i}.png")]
+        assert sorted(row["fate"] == "near-duplicate of another image" for row in pair) == [False, True]
+        assert pair[0]["component"] == pair[1]["component"] == min(row["sha256"] for row in pair)
+    chosen = {name for name in fate if fate[name] == "chosen"}
+    assert chosen == {Path(rows[name]["name"]).name for name in chosen} and 2 <= len(chosen) <= 60
+    assert all(Path(rows[name]["asked_by"]).parent.name == "good" for name in chosen)
+    assert len(state.candidates) == 150
+    told = capsys.readouterr().err
+    assert "1 of 160 images are bad, such as" in told and "train on them" in told
+    page = (tmp_path / "report.html").read_text()
+    assert "without copies of evaluation images</td><td>150" in page and "<h2>Leakage" in page and "Duplicate groups" in page
+
+    train, held_out = open_source("curated", tmp_path), open_source("curated", tmp_path, "test")
+    assert len(held_out) == 6 and len(train) == len(chosen) + 30
+    assert {Path(train.name(row)).name for row in range(len(train))} == chosen | {f"{i}.png" for i in range(300, 330)}
+    assert len(open_source("curated", tmp_path, "train[:50%]")) == len(train) // 2
+    (tmp_path / next(name for name in outputs(tmp_path) if name.startswith("rows-"))).write_bytes(b"")
+    with pytest.raises(ValueError, match="is not what was written"):
+        open_source("curated", tmp_path)
+
+
+def test_whole_components_go_with_evaluation_images():
+    """0 and 3 are one component, of which only 3 resembles an evaluation image."""
+    state = object.__new__(stages.Curation)
+    state.labels, state.leakage_threshold = np.array([0, 1, 2, 0], np.int32), 0.8
+    state.leaks = [np.array([0.1, 0.7, 0.2, 0.3]), np.array([0.1, 0.1, 0.1, 0.8])]
+    assert state.leaked.tolist() == [True, False, False, True]
+    state.leaks = []
+    assert not state.leaked.any()
+
+
+SELECT = ["retrieve", "balance", pytest.param("cluster", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("select", SELECT)
+def test_any_division_of_the_work_gives_the_same_bytes(images, tmp_path, monkeypatch, select):
+    more = {"select": select}
+    if select == "cluster":
+        more = {"select": "retrieve", "retrieve.by": "cluster", "retrieve.clusters": 9, "retrieve.hits": 0}
+    found = []
+    for case, (rows, workers, block, chunk) in enumerate([(1000, 1, 8192, 2**14), (50, 3, 64, 37)]):
+        monkeypatch.setattr("mim_jax.curate.embedders.Pixels.batch_size", 8)
+        monkeypatch.setattr(neighbors, "BLOCK", block)
+        monkeypatch.setattr(clusters, "CHUNK", chunk)
+        config = config_of(images, shard_rows=rows, workers=workers, **more)
+        stages.run(config, tmp_path / f"{case}")
+        found.append(outputs(tmp_path / f"{case}"))
+    for each in found:
+        each.pop("report.html")  # it has the config
+    assert found[0] == found[1] and len(found[0]) == 3
+
+
+@pytest.mark.slow
+def test_two_hundred_random_divisions(images, tmp_path, monkeypatch):
+    rng, want = np.random.default_rng(0), {}
+    monkeypatch.setattr("mim_jax.curate.embedders.Pixels.batch_size", 8)
+    for case in range(200):
+        select = ("retrieve", "balance", "all")[case % 3]
+        rows, workers = (1000, 1) if select not in want else (int(rng.integers(10, 170)), int(rng.integers(1, 5)))
+        monkeypatch.setattr(neighbors, "BLOCK", int(2 ** rng.integers(6, 9)))
+        monkeypatch.setattr(clusters, "CHUNK", int(rng.integers(20, 200)))
+        cells = {"neighbors.exact": 10, "neighbors.cells": 8, "neighbors.probes": 3} if case % 3 == 1 else {}
+        stages.run(config_of(images, shard_rows=rows, workers=workers, select=select, **cells), tmp_path / f"{case}")
+        found = outputs(tmp_path / f"{case}")
+        found.pop("report.html")
+        assert found == want.setdefault(select, found), (case, rows, workers)
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_death_at_any_file_leaves_the_same_bytes(images, tmp_path, monkeypatch):
+    """The process "dies" at its n-th file, before or after it is put in its place; then it goes on."""
+    config = config_of(images, uncurated=f"{images}/good", curated=f"{images}/test", evaluation="", select="balance")
+    stages.run(config, tmp_path / "whole")
+    replace, rename, left, rng = Path.replace, Path.rename, [10**9], np.random.default_rng(0)
+
+    def dying(move):
+        def moved(self, target):
+            left[0] -= 1
+            if left[0] == 0:
+                if rng.random() < 0.5:
+                    move(self, target)
+                raise Killed
+            return move(self, target)
+
+        return moved
+
+    monkeypatch.setattr(Path, "replace", dying(replace))
+    monkeypatch.setattr(Path, "rename", dying(rename))
+    deaths = 0
+    while True:
+        left[0] = int(rng.integers(1, 25))
+        try:
+            stages.run(config, tmp_path / "killed")
+            break
+        except Killed:
+            deaths += 1
+    assert deaths > 5 and outputs(tmp_path / "killed") == outputs(tmp_path / "whole")
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+BAD = [
+    ({"uncurated": ""}, "uncurated is missing: --config.uncurated=FOLDER"),
+    ({"curated": ""}, 'curated is missing: .* "all" without'),
+    ({"select": "best"}, "select is 'best', but must be retrieve or balance or all"),
+    ({"dedup.threshold": 1.5}, r"dedup.threshold is 1.5, but must be in \[0, 1\]"),
+    ({"neighbors.k": 0}, "neighbors.k is 0, but must be 1 or more"),
+    ({"dedup.threshold": 0.0, "leakage.threshold": 0.0}, r"only \d+ of 156 images .*: at dedup.threshold=0 .* the embedder"),
+    (
+        {"select": "balance", "balance.clusters": (200, 3)},
+        r"balance.clusters\[0\] is 200, but 150 images are left: ask for fewer",
+    ),
+    ({"plant.evaluation": 7}, "plant.evaluation is 7, but there are 6 evaluation images"),
+    ({"retrieve.by": "cluster", "retrieve.clusters": 4, "retrieve.hits": 99}, "no cluster has more than retrieve.hits=99"),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), BAD, ids=range(len(BAD)))
+def test_bad_settings(images, tmp_path_factory, monkeypatch, changes, told):
+    monkeypatch.setattr(stages, "LEAST", 0.5)
+    workdir = tmp_path_factory.getbasetemp() / "bad_settings"  # one for all: what is made is used again
+    with pytest.raises(ValueError, match=told):
+        config = config_of(images)
+        config.update_from_flattened_dict(changes)
+        stages.run(config, workdir)
+    assert not (workdir / "list.json").exists()
+
+
+def test_bad_sources_and_another_embedder(images, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="No images below"):
+        stages.run(config_of(images, uncurated=f"{tmp_path}/empty"), tmp_path / "run")
+    (tmp_path / "broken").mkdir()
+    for i in range(3):
+        (tmp_path / "broken" / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="fewer than two of 3 sampled images can be read"):
+        stages.run(config_of(images, uncurated=f"{tmp_path}/broken"), tmp_path / "run")
+    with pytest.raises(ValueError, match="none of the 3 images of .*broken.* can be read: .*0.png: no image of the formats"):
+        stages.run(config_of(images, curated=f"{tmp_path}/broken"), tmp_path / "run")
+    with pytest.raises(ValueError, match="has vectors of another embedder, .* of 19 dimensions; now it is .* of 3. Thresholds"):
+        stages.run(config_of(images, uncurated=f"{images}/good"), tmp_path / "run")
+
+
+def test_words_of_the_command(images, tmp_path, capsys):
+    for words, told in [
+        ("--config=curate:demo", "error: --workdir is missing"),
+        ("--config=curate:dem --workdir=x", "error: .*has no variant"),
+        ("--config.neighbours.k=3 --workdir=x", "error: the config has no key neighbours.k; did you mean neighbors.k"),
+        ("--workdir=x more", "error: not understood: more"),
+        ("--workdir=gs://b/x", "error: --workdir is gs://b/x, but must be a folder of this machine"),
+        (f"--config.uncurated={tmp_path}/none/ --config.select=all --workdir={tmp_path}/run", "error: There is no folder"),
+    ]:
+        with pytest.raises(SystemExit, match=told) as stop:
+            command.main(["curate", *words.split()])
+        assert "\n" not in str(stop.value)
+
+
+def test_a_small_demo(images, tmp_path, monkeypatch):
+    """Copies and evaluation images are planted, the threshold is calibrated, and what was planted is found."""
+    config = config_of(images, **{"plant.copies": 18, "plant.evaluation": 4, "calibrate.images": 30})
+    config.dedup.threshold = None
+    config.calibrate.precision = 0.9
+    state = stages.run(config, tmp_path)
+    found = stages.report.planted_found(state)
+    assert state.curve is not None and 0 < state.threshold < 1
+    assert found["recall"] > 0.5 and found["recall, flip"] == 1 and found["precision"] > 0.65  # the heap has copies of its own
+    page = (tmp_path / "report.html").read_text()
+    assert "<h2>Calibration" in page and "<h2>Planted" in page
+    assert len(open_source("curated", tmp_path)) == len(state.chosen) + 30
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(images, tmp_path):
+    """kill -9 of the command, until it ends by itself."""
+    rng, killed = np.random.default_rng(0), 0
+    flags = [
+        f"--config.{key}={images}/{name}" for key, name in (("uncurated", "heap"), ("curated", "good"), ("evaluation", "test"))
+    ]
+    flags += ["--config.dedup.threshold=0.9", "--config.retrieve.k=2", "--config.shard_rows=16"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def start(workdir):
+        line = [sys.executable, "-m", "mim_jax.curate", *flags, f"--workdir={workdir}"]
+        return subprocess.Popen(line, env=environment, stderr=subprocess.DEVNULL)
+
+    begin = time.monotonic()
+    assert start(tmp_path / "whole").wait(300) == 0
+    took = time.monotonic() - begin
+    for case in range(100):
+        process = start(tmp_path / "killed")
+        time.sleep(rng.uniform(0.3, 1.1) * took)
+        process.send_signal(signal.SIGKILL)
+        code = process.wait()
+        killed += code != 0
+        if code == 0:
+            assert outputs(tmp_path / "killed") == outputs(tmp_path / "whole"), case
+            subprocess.run(["rm", "-r", tmp_path / "killed"], check=True)
+        if killed == 20:
+            break
+    assert start(tmp_path / "killed").wait(300) == 0
+    assert outputs(tmp_path / "killed") == outputs(tmp_path / "whole") and killed == 20
