@@ -35,7 +35,7 @@ LIBRARIES = ("jax", "torch", "timm", "transformers", "onnxruntime")
 SIZES, BANK = (224, 112, 98), 2000
 TEXT = """# Weights of other libraries
 
-`python benchmarks/peers.py`, in the environment that `bash launch/test.sh -m peers` makes, with
+`python benchmarks/peers.py`, in an environment such as `bash launch/test.sh -m peers` makes, with
 {versions}.
 
 ## Encoders

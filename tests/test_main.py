@@ -52,7 +52,7 @@ DEMO = "--config=dino:demo"
 WRONG = [
     ([], "error: --config is missing, for example mim_jax --config=dino:demo --workdir=runs/dino"),
     ([DEMO], "error: --workdir is missing, for example mim_jax --config=dino:demo --workdir=runs/dino"),
-    (["--config=none:demo"], "error: there is no config file {cwd}/none; mim_jax comes with beit, beit2, clip, dino, "),
+    (["--config=none:demo"], "error: there is no config file {cwd}/none; mim_jax comes with beit, beit2, clip, curate, "),
     (["--config", "configs/dino.py:dem"], "configs/dino.py has no variant 'dem', only vits16, "),
     ([DEMO, "--config.method=dinoo", "--dry_run"], "no mim_jax/methods/dinoo.py"),
     (["--config=clip:b16", "--dry_run"], "clip:b16 is no method but a frozen network that others learn from: --config.target"),

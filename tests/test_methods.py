@@ -48,7 +48,7 @@ METHODS: dict[str, tuple[float, dict[str, Any]]] = {
 }
 STEPS = 20
 # Variants of others, or long to compile. Each has golden tests that are not slow.
-SLOW = {"simmim_swin", "distillation", "dvae", "vqkd", "beit2", "eva", "mocov3", "supervised"}
+SLOW = {"simmim_swin", "distillation", "dvae", "vqkd", "beit2", "eva", "mocov3", "supervised", "ibot", "simmim", "beit"}
 
 
 def of(names):

@@ -121,7 +121,7 @@ def begun(workdir, variant, **changes):
     ("beit", "supervised", {"model.img_size": 24},
      "; interpolated: backbone/relative_position_bias_table; copied to each block: backbone/relative_position_bias_table; "
      "dropped: head, backbone/mask_token, backbone/norm; new: head"),
-    ("simmim_swin", "supervised", {}, "; dropped: decoder, backbone/mask_token; new: head"),
+    pytest.param("simmim_swin", "supervised", {}, "; dropped: decoder, backbone/mask_token; new: head", marks=pytest.mark.slow),
     ("beit", "linear", {"probe.blocks": (1, 2)}, "; dropped: head, backbone/mask_token; new: head, extra"),
 ])  # fmt: skip
 def test_a_backbone_of_a_run(variant, method, changes, said, tmp_path, capsys):
