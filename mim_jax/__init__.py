@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mim_jax.state import TrainState, init_state
     from mim_jax.step import make_train_step
 
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 
 __all__ = ["TrainState", "convert", "init_state", "load", "load_config", "load_run", "make_method", "make_train_step"]
 

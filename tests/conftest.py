@@ -30,7 +30,7 @@ from mim_jax import storage
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-# Grain's workers read absl flags, which only `app.run` parses.
+# Only `app.run` parses absl's flags, and what reads them before is an error.
 flags.FLAGS.mark_as_parsed()
 
 GOLDEN = Path(__file__).parent / "golden"
