@@ -245,7 +245,10 @@ def test_initial_distributions(golden):
             assert 0.7 < np.abs(got).max() / want["absmax"] < 1.4, key
 
 
-@pytest.mark.parametrize("name", ["dino_train_steps", "dino_train_steps_unfrozen_g"])
+UNFROZEN = pytest.param("dino_train_steps_unfrozen_g", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["dino_train_steps", UNFROZEN])
 def test_four_training_steps(golden, name, x64):
     """The trajectory of main_dino.py through the real train_step: losses, gradients' norms, student, teacher, centre."""
     arrays, meta = golden(name)

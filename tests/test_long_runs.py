@@ -16,6 +16,7 @@ from mim_jax.data import pipeline
 from mim_jax.journal import Journal
 
 
+@pytest.mark.slow
 def test_saves_do_not_add_up_in_memory(tmp_path):
     state = {str(number): jnp.zeros(1) for number in range(50)}
     with checkpoint.Checkpoints(tmp_path, get_config("mae")) as checkpoints:
