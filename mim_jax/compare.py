@@ -366,7 +366,7 @@ def write_page(out: Path, rows: Sequence[Row]) -> None:
     journal.write_whole(out / "comparison.md", text.encode() + b"\n")
 
     head = "".join(f"<th>{escape(heading)}</th>" for heading in HEADINGS)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+    lines_of_table = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
     charts = ""
     for tag, title in ((KNN, "k-NN accuracy"), (RETRIEVAL, "View retrieval")):
         drawn = [(row.title, row.curves[tag]) for row in rows if tag in row.curves]
@@ -379,39 +379,26 @@ def write_page(out: Path, rows: Sequence[Row]) -> None:
                 f'<figure class="chart"><h3>{title}</h3><ul class="legend">{legend}</ul>{svg}'
                 f"<figcaption>{caption}</figcaption></figure>"
             )
-    page = PAGE.format(
-        style=report.STYLE + STYLE,
+    body = BODY.format(
         head=head,
-        body=body,
+        rows=lines_of_table,
         notes="".join(f"<p>{escape(note)}</p>" for note in NOTES),
         charts=charts and f'<h2>Curves</h2><section class="charts">{charts}</section>',
         commands=escape("\n".join(commands)),
     )
-    journal.write_whole(out / "comparison.html", page.encode())
+    journal.write_whole(out / "comparison.html", report.document("Comparison", report.STYLE + STYLE, body).encode())
 
 
-COLORS = "#3b6fd4 #d9792b #1f8a5b #c93c37 #8a55c7 #8c6d3f #d05fa2 #5d6b7a #a5a02a #2aa5b8 #6f9b2f #b04a4a".split()
 STYLE = ".wide { overflow-x: auto; } .wide table { font-size: .85rem; white-space: nowrap; }\n"
 STYLE += ".wide th, .wide td { padding: .35rem .7rem; } th:nth-child(2), td:nth-child(2) { text-align: left; }\n"
-STYLE += "\n".join(f"line.c{i}, polyline.c{i} {{ stroke: {c}; }} circle.c{i} {{ fill: {c}; }}" for i, c in enumerate(COLORS))
+STYLE += report.COLORED
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Comparison</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>Comparison</h1></header>
-<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>
+BODY = """<header><h1>Comparison</h1></header>
+<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>
 {notes}
 {charts}
 <h2>The runs</h2>
 <details><summary>Commands</summary><pre>{commands}</pre></details>
-</body>
-</html>
 """
 
 

@@ -186,10 +186,9 @@ def write_report(
     tables = _few_labels(latest) + _mistakes(workdir / MISTAKES)
     files = {path.stem: path for path in sorted((workdir / "pictures").glob("*.png"))}
     pictures = "".join(_picture(files[name]) for name in {**CAPTIONS, **files} if name in files)
-    page = PAGE.format(
+    body = BODY.format(
         title=escape(title),
         step=f"{latest.get('step', 0):,}",
-        style=STYLE,
         similarity=_similarity(workdir / SIMILARITY),
         status=escape(verdict.status),
         mood={"healthy": "good", "too early": "calm", "too few images": "calm"}.get(verdict.status, "bad"),
@@ -199,13 +198,29 @@ def write_report(
         tables=tables and f'<section class="tables">{tables}</section>',
         more=more and f'<details><summary>All other metrics</summary><section class="charts">{more}</section></details>',
         pictures=pictures and f"<h2>Pictures</h2>{pictures}",
-        facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items()),
+        facts=described(facts),
         config=escape(config),
     )
+    page = document(title, STYLE, body)
     path = workdir / FILE
     with journal.named_errors(path):
         journal.write_whole(path, page.encode(errors="backslashreplace"))
     return path
+
+
+def document(title: str, style: str, body: str) -> str:
+    """A page of its own; `title` is a plain text, `body` ends with a line."""
+    return DOCUMENT.format(title=escape(title), style=style, body=body)
+
+
+def described(facts: Mapping[str, str]) -> str:
+    """The items of a <dl>: name and text."""
+    return "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
+
+
+def embedded(png: bytes, alt: str) -> str:
+    """A picture that the page holds."""
+    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
 
 
 def number(value: float) -> str:
@@ -341,10 +356,9 @@ def _table(heading: str, columns: Sequence[str], rows: Sequence[Sequence[str]], 
 
 def _picture(path: Path) -> str:
     heading, caption = CAPTIONS.get(path.stem, (path.stem, ""))
-    data = base64.b64encode(path.read_bytes()).decode()
     return (
-        f'<figure class="picture"><h3>{escape(heading)}</h3><div><img alt="{escape(heading)}" '
-        f'src="data:image/png;base64,{data}"></div><figcaption>{escape(caption)}</figcaption></figure>'
+        f'<figure class="picture"><h3>{escape(heading)}</h3><div>{embedded(path.read_bytes(), heading)}</div>'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
@@ -366,7 +380,7 @@ def _similarity(path: Path) -> str:
     )
 
 
-PAGE = """<!doctype html>
+DOCUMENT = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -375,7 +389,11 @@ PAGE = """<!doctype html>
 <style>{style}</style>
 </head>
 <body>
-<header><h1>{title}</h1><p class="step">step {step}</p></header>
+{body}</body>
+</html>
+"""
+
+BODY = """<header><h1>{title}</h1><p class="step">step {step}</p></header>
 <p class="verdict {mood}"><strong>{status}</strong><span>{sentence}</span></p>
 <section class="scores">{scores}</section>
 {tables}
@@ -386,9 +404,11 @@ PAGE = """<!doctype html>
 <h2>The run</h2>
 <dl>{facts}</dl>
 <details><summary>Config</summary><pre>{config}</pre></details>
-</body>
-</html>
 """
+
+COLORS = "#3b6fd4 #d9792b #1f8a5b #c93c37 #8a55c7 #8c6d3f #d05fa2 #5d6b7a #a5a02a #2aa5b8 #6f9b2f #b04a4a".split()
+# of a page whose charts have more curves than those of a run
+COLORED = "\n".join(f"line.c{i}, polyline.c{i} {{ stroke: {c}; }} circle.c{i} {{ fill: {c}; }}" for i, c in enumerate(COLORS))
 
 FIELDS = """
 .fields { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); }

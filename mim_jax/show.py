@@ -43,7 +43,7 @@ from mim_jax.evaluators import IN_0_TO_1, pictures
 from mim_jax.learned import Run, load_run
 from mim_jax.models import vit
 from mim_jax.pretrained import Given, Model, Readable
-from mim_jax.report import STYLE
+from mim_jax.report import STYLE, described, document
 from mim_jax.stopping import leave
 
 EXAMPLE = "python -m mim_jax.show --run=runs/dino --images=~/images --out=page.html"
@@ -159,16 +159,16 @@ def page(found: Mapping[str, Any], names: Sequence[str], grid: int, facts: Mappi
     explained += [EXPLAINED["columns"]] * bool(columns)
 
     def written(features: str, facts: Mapping[str, str]) -> str:
-        return PAGE.format(
-            style=STYLE + OWN_STYLE + similarity.style(pictures.MAGMA),
+        body = BODY.format(
             panel=similarity.PANEL,
             network=escape(shown(facts["Network"].split("; ")[0])),
             explained=" ".join(explained),
             blocks="".join(blocks),
-            facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(shown(text))}</dd>" for name, text in facts.items()),
+            facts=described({name: shown(text) for name, text in facts.items()}),
             data=features,
             script=similarity.SCRIPT,
         )
+        return document("What a network sees", STYLE + OWN_STYLE + similarity.style(pictures.MAGMA), body)
 
     room = LIMIT - len(written("", facts).encode(errors="backslashreplace")) - 4096
     data, share = similarity.data(patch, grid, room, pictures.MAGMA)
@@ -209,16 +209,7 @@ EXPLAINED = {
     "left. If the targets are normalized, the mean and contrast of each target are taken from the image.",
 }
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>What a network sees</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>What a network sees</h1></header>
+BODY = """<header><h1>What a network sees</h1></header>
 <p class="step">{network}</p>
 {panel}
 <main class="blocks">{blocks}</main>
@@ -227,8 +218,6 @@ PAGE = """<!doctype html>
 <dl>{facts}</dl>
 <script type="application/json" id="data">{data}</script>
 <script>{script}</script>
-</body>
-</html>
 """
 
 OWN_STYLE = """

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mim_jax.curate.neighbors import UNIT, nearest, quantized
+from mim_jax.curate.neighbors import UNIT, cells, nearest, quantized
 from mim_jax.curate.shards import Memory, Rows, Subset
 
 CHUNK = 2**14  # rows that are read and summed at a time
@@ -210,9 +210,9 @@ def balanced(levels: Sequence[Clusters], target: int, keys: np.ndarray, seed: in
     take = allotted(target, sizes[-1])
     for number in range(len(levels) - 1, 0, -1):
         below = np.zeros(len(sizes[number - 1]), np.int64)
-        by, ends = grouped(levels[number].nearest, len(take))
+        inside = cells(levels[number].nearest, len(take))
         for cluster in np.flatnonzero(take):
-            children = by[ends[cluster] : ends[cluster + 1]]
+            children = inside[cluster]
             below[children] = allotted(int(take[cluster]), sizes[number - 1][children])
         take = below
     return np.sort(drawn(levels[0].nearest, take, keys, seed))
@@ -224,8 +224,3 @@ def drawn(labels: np.ndarray, take: np.ndarray, keys: np.ndarray, seed: int) -> 
     sizes = np.bincount(labels, minlength=len(take))
     place = np.arange(len(by)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     return by[place < take[labels[by]]]
-
-
-def grouped(labels: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows ordered by label, and where each label begins in them."""
-    return np.argsort(labels, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(labels, minlength=count))])

@@ -4,6 +4,7 @@ All similarities are exact, see `quantized`; equal ones are ordered by the numbe
 blocks, shards or devices.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from mim_jax import sharding
-from mim_jax.curate.shards import Memory, Rows, Subset
+from mim_jax.curate.shards import Memory, Rows
 
 UNIT = 2048
 QUERIES = {"cpu": 1024}  # of a product on a device; others than CPUs have 8192
@@ -113,11 +114,16 @@ def _merge(mesh: Any, k: int) -> Any:
     return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=batch * 2 + (P(), P()), out_specs=batch, check_vma=False))
 
 
-class Cells(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Cells:
     """Rows by the cell that they are in."""
 
     members: np.ndarray  # int32 [N], ordered by cell, then number
     at: np.ndarray  # int64 [cells + 1], where each cell begins in it
+
+    def __getitem__(self, cell: int | np.integer) -> np.ndarray:
+        """The rows in a cell, ascending."""
+        return self.members[self.at[cell] : self.at[cell + 1]]
 
 
 def cells(nearest_cell: np.ndarray, count: int) -> Cells:
@@ -134,22 +140,21 @@ def within_cells(rows: Rows, found: Cells, own: np.ndarray, probed: np.ndarray, 
     """
     queries = rows.take(own)
     best = Nearest(np.full((len(own), k), NONE, np.int32), np.full((len(own), k), -np.inf, np.float32))
-    by = np.argsort(probed.reshape(-1), kind="stable") // probed.shape[1]
-    ends = np.concatenate([[0], np.cumsum(np.bincount(probed.reshape(-1), minlength=len(found.at) - 1))])
-    sizes = np.diff(found.at)
-    for cell in np.flatnonzero((sizes > 0) & (np.diff(ends) > 0)):
-        members, who = found.members[found.at[cell] : found.at[cell + 1]], by[ends[cell] : ends[cell + 1]]
+    asking = cells(probed.reshape(-1), len(found.at) - 1)
+    sizes, times = np.diff(found.at), np.diff(asking.at)
+    for cell in np.flatnonzero((sizes > 0) & (times > 0)):
+        members, who = found[cell], asking[cell] // probed.shape[1]
         begin = Nearest(best.ids[who], best.similarity[who])
         best.ids[who], best.similarity[who] = nearest(
             queries[who], Memory(rows.take(members)), k, own=own[who], ids=members, begin=begin
         )
     order = np.lexsort((best.ids, -best.similarity))  # cells are not in the order of the rows
-    products = int((np.diff(ends) * sizes).sum())
+    products = int((times * sizes).sum())
     return Nearest(*(np.take_along_axis(each, order, axis=1) for each in best)), products
 
 
 def recall(rows: Rows, queries: np.ndarray, found: np.ndarray, k: int) -> float:
     """The share of the exact k nearest of the rows `queries` that is in `found`, int32 [n, k]."""
-    exact = nearest(Subset(rows, queries).read(0, len(queries)), rows, k, own=queries).ids
+    exact = nearest(rows.take(queries), rows, k, own=queries).ids
     pairs = [(set(a.tolist()) - {NONE}, set(b.tolist())) for a, b in zip(exact, found)]
     return sum(len(a & b) for a, b in pairs) / max(1, sum(len(a) for a, _ in pairs))

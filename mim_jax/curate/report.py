@@ -1,6 +1,5 @@
 """report.html of a curation: one self-contained page, a function of what was found (no date, no time)."""
 
-import base64
 import io
 from collections.abc import Sequence
 from html import escape
@@ -16,7 +15,7 @@ from mim_jax.data.decode import decode
 from mim_jax.data.sources import shown
 from mim_jax.evaluators.pictures import enlarge
 from mim_jax.evaluators.pictures import table as sheet
-from mim_jax.report import STYLE, Chart, legend_item, number, plot
+from mim_jax.report import COLORED, STYLE, Chart, described, document, embedded, legend_item, number, plot
 
 GROUPS, ACROSS, CANVAS = 12, 8, 96  # pictures: rows, columns, pixels
 LEFT = "th:first-child, td:first-child { text-align: left; } td { padding-left: .7rem; }"
@@ -44,12 +43,12 @@ def page(state: Any) -> str:
         "threshold": f"{state.threshold:g}" + (" (calibrated)" if state.curve else " (given)"),
         "threshold of leakage": f"{state.leakage_threshold:g}",
     }
-    return PAGE.format(
-        style=STYLE + LEFT,
+    body = BODY.format(
         sections="".join(sections),
-        facts="".join(f"<dt>{escape(name)}</dt><dd>{escape(shown(text))}</dd>" for name, text in facts.items()),
+        facts=described({name: shown(text) for name, text in facts.items()}),
         config=escape(state.config.to_json_best_effort(indent=2)),
     )
+    return document("Curation", STYLE + LEFT + COLORED, body)
 
 
 def counts(state: Any) -> list[tuple[str, int]]:
@@ -144,15 +143,13 @@ def calibration(state: Any) -> str:
         legend_item(f"c{i}", name, f" <b>{number(float(v[at]))}</b>") for i, (name, v) in enumerate(series.items())
     )
     points = [list(zip(curve.thresholds.tolist(), values.tolist())) for values in series.values()]
-    colors = "#3b6fd4 #d9792b #1f8a5b #c93c37 #8a55c7 #8c6d3f #d05fa2 #5d6b7a".split()
-    style = "".join(f"line.c{i}, polyline.c{i} {{ --c: {color}; }}" for i, color in enumerate(colors))
     caption = (
         "Copies were made of images that are supposed to differ. Precision: of the pairs above a threshold, those of an image "
         f"and its copy, as it would be in the whole pool. Pairs whose dHashes nearly agree are left out: they may be copies "
         f"by themselves. Numbers are those at the threshold, {state.threshold:g}."
     )
     return (
-        f'<style>{style}</style><h2>Calibration</h2><figure class="chart"><ul class="legend">{legend}</ul>'
+        f'<h2>Calibration</h2><figure class="chart"><ul class="legend">{legend}</ul>'
         f"{plot(Chart('Calibration', '', {}, zero=True), points, [], 1.0)}<figcaption>{caption}</figcaption></figure>"
     )
 
@@ -176,8 +173,8 @@ def retrievals(state: Any) -> Image.Image | None:
 
 
 def of_pool(state: Any, i: int) -> Image.Image:
-    at, row = state.row(int(state.origin[i]))
-    return of(state.uncurated[at], row)
+    at, row = state.places(state.origin[i])
+    return of(state.uncurated[at], int(row))
 
 
 def of(images: Any, row: int) -> Image.Image:
@@ -216,8 +213,7 @@ def picture(heading: str, made: Image.Image | None, caption: str) -> str:
         return ""
     file = io.BytesIO()
     made.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    img = f'<img alt="{escape(heading)}" src="data:image/png;base64,{data}">'
+    img = embedded(file.getvalue(), heading)
     return f'<h2>{escape(heading)}</h2><figure class="picture"><div>{img}</div>{told(caption)}</figure>'
 
 
@@ -225,20 +221,9 @@ def told(caption: str) -> str:
     return f"<figcaption>{escape(caption)}</figcaption>"
 
 
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Curation</title>
-<style>{style}</style>
-</head>
-<body>
-<header><h1>Curation</h1></header>
+BODY = """<header><h1>Curation</h1></header>
 {sections}
 <h2>The run</h2>
 <dl>{facts}</dl>
 <details><summary>Config</summary><pre>{config}</pre></details>
-</body>
-</html>
 """

@@ -94,22 +94,23 @@ class Curation:
     why: dict[str, Any]  # how they were chosen: for the report
 
     @property
+    def hit(self) -> np.ndarray:
+        """bool [pool], whether an image is a copy of an evaluation image."""
+        hits = [leak >= self.leakage_threshold for leak in self.leaks]
+        return np.any(hits, axis=0) if hits else np.zeros(len(self.labels), bool)
+
+    @property
     def leaked(self) -> np.ndarray:
-        """bool [pool], whether the component of an image has a copy of an evaluation image."""
-        hit = leak_hits(self.leaks, self.leakage_threshold, len(self.labels))
+        """bool [pool], whether the component of an image has such a copy."""
         dropped = np.zeros(len(self.labels), bool)
-        dropped[self.labels[hit]] = True
+        dropped[self.labels[self.hit]] = True
         return dropped[self.labels]
 
-    def row(self, where: int) -> tuple[int, int]:
-        """(uncurated set, row in it)."""
+    def places(self, where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The uncurated sets of some places `where`, and the rows in them."""
         starts = np.cumsum([0] + [len(images.source) for images in self.uncurated])
-        at = int(np.searchsorted(starts, where, "right")) - 1
-        return at, int(where - starts[at])
-
-
-def leak_hits(leaks: Sequence[np.ndarray], threshold: float, count: int) -> np.ndarray:
-    return np.any([leak >= threshold for leak in leaks], axis=0) if leaks else np.zeros(count, bool)
+        at = np.searchsorted(starts, where, "right") - 1
+        return at, where - starts[at]
 
 
 def run(config: ml_collections.ConfigDict, workdir: Path) -> Curation:
@@ -427,14 +428,13 @@ class Stages:
 
     def retrieve(self, state: Curation, inputs: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
         """What the curated sets ask for."""
-        candidates, config = Subset(state.pool, state.candidates), self.config.retrieve
-        found: list[Any] = []
-        for images in state.curated:
-            k = config.k or (4 if len(images.good) >= LARGE else 32)
-            if config.by == "image":
+        config, found = self.config.retrieve, list[Any]()
+        if config.by == "image":
+            candidates = Subset(state.pool, state.candidates)
+            for images in state.curated:
+                k = config.k or (4 if len(images.good) >= LARGE else 32)
                 result = self.by_image(images, candidates, inputs, min(k, len(state.candidates)))
                 found.append((images, state.candidates[result.array("ids")], result.array("similarity")))
-        if config.by == "image":
             return np.unique(np.concatenate([ids.reshape(-1) for _, ids, _ in found])), {"retrieved": found}
         made = self.clustered(state, inputs, min(config.clusters, len(state.candidates)))
         near, sizes = made.array("nearest"), np.bincount(made.array("nearest"), minlength=made.rows("centroids").shape[0])
@@ -573,10 +573,7 @@ def listed(state: Curation) -> np.ndarray:
         made["draw"] = (clusters.mixed(row.astype(np.uint64), state.config.seed) >> np.uint64(40)) / 2.0**24
         return made
 
-    starts = np.cumsum([0] + [len(images.source) for images in state.uncurated])
-    where = np.sort(state.origin[state.chosen])
-    at = np.searchsorted(starts, where, "right") - 1
-    found = [rows(at, where - starts[at], 1.0)]
+    found = [rows(*state.places(np.sort(state.origin[state.chosen])), 1.0)]
     weight = state.config.write.curated
     for i, images in enumerate(state.curated if weight else []):
         found.append(rows(len(state.uncurated) + i, images.good, weight))
@@ -599,7 +596,7 @@ def provenance(state: Curation, path: Path) -> None:
     sizes = np.bincount(state.labels, minlength=len(state.labels))
     candidate, chosen, leaked = (np.zeros(len(state.labels), bool) for _ in range(3))
     candidate[state.candidates], chosen[state.chosen], leaked[:] = True, True, state.leaked
-    hit = leak_hits(state.leaks, state.leakage_threshold, len(state.labels))
+    hit = state.hit
     reasons = np.array(
         ["bad image", "exact copy of another image", "copy of an evaluation image", "in one component with such a copy"]
         + ["near-duplicate of another image", "not chosen", "chosen"]
