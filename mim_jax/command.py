@@ -30,6 +30,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from mim_jax import compiled, dry_run, hosts, train
+from mim_jax.cli import raised_here
 from mim_jax.config import PACKAGED, absolute, leaves, load_config
 from mim_jax.data.sources import user_cache
 from mim_jax.stopping import Stop, leave
@@ -194,10 +195,3 @@ def unraisable(what: Any) -> None:
     code = getattr(what.object, "cr_code", None)
     if not (code and "/orbax/" in code.co_filename) and str(what.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(what)
-
-
-def raised_here(error: Exception) -> bool:
-    """Whether this package raised it, or the system for a file: its message is for the user, without a traceback."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    here = frame.f_globals["__name__"].startswith("mim_jax.") or frame.f_code.co_filename == __file__
-    return here or (isinstance(error, OSError) and error.filename is not None)

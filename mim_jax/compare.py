@@ -28,21 +28,14 @@ from typing import Any
 
 import jax
 import ml_collections
-from absl import app, flags, logging
 
-from mim_jax import checkpoint, durations, journal, report, sharding
+from mim_jax import checkpoint, cli, durations, journal, report, sharding
 from mim_jax.config import OF_BACKBONE, leaves, load_config, resolve_target
 from mim_jax.data import sources
 from mim_jax.dry_run import step_flops
 from mim_jax.evaluators import Evaluation
 from mim_jax.learned import load_run
 from mim_jax.state import TrainState
-
-OUT = flags.DEFINE_string("out", "runs/compare", "Folder of the page and of the runs.")
-BUDGET = flags.DEFINE_float("budget", 60, "Minutes on 2 CPU cores, roughly; the number of images follows from it.")
-SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each method.")
-METHODS = flags.DEFINE_list("methods", None, "Some of the methods; by default all.")
-RUNS = flags.DEFINE_string("runs", None, "Workdirs, as a pattern: only makes the page of these.")
 
 IMAGES_A_MINUTE = 1000  # that each run sees, for a minute of the budget
 LABELED = 8  # images of pretraining for one of fine-tuning, as in BEiT's recipe
@@ -402,30 +395,39 @@ BODY = """<header><h1>Comparison</h1></header>
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    out: str = "runs/compare"
+    budget: float = 60  # minutes on 2 CPU cores, roughly
+    seeds: int = 3
+    methods: str = ""
+    runs: str = ""
+
+
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        sys.exit(f"error: not understood: {' '.join(argv[1:])}")
-    logging.set_verbosity(logging.WARNING)
-    if "://" in OUT.value:
-        sys.exit(f"error: --out is {OUT.value}, but must be a folder of this machine")
-    out = Path(OUT.value).expanduser().absolute()
-    if RUNS.value:
+    given, _ = cli.begin(Flags, argv, __doc__ or "")
+    with cli.in_one_line("stopped; the same command goes on from there"):
+        compare(given, cli.of_this_machine("out", given.out, "folder"))
+
+
+def compare(given: Flags, out: Path) -> None:
+    if given.runs:
         found = [
-            Path(path) for path in sorted(glob.glob(os.path.expanduser(RUNS.value))) if Path(path, "config.json").is_file()
+            Path(path) for path in sorted(glob.glob(os.path.expanduser(given.runs))) if Path(path, "config.json").is_file()
         ]
         if not found:
-            sys.exit(f"error: {RUNS.value} matches no workdir of a run")
+            raise ValueError(f"{given.runs} matches no workdir of a run")
         rows = table_of([Run(path, "", {}) for path in found])
         write_page(out, rows)
         print(f"{len(found)} runs: {out}/comparison.md, {out}/comparison.html")
         return
-    names = METHODS.value or [*ENTRIES, SCRATCH]
+    names = given.methods.split(",") if given.methods else [*ENTRIES, SCRATCH]
     if unknown := [name for name in names if name not in {*ENTRIES, SCRATCH}]:
-        sys.exit(f"error: --methods has {', '.join(unknown)}, but there are only {', '.join([*ENTRIES, SCRATCH])}")
-    images = round(BUDGET.value * IMAGES_A_MINUTE) // BATCH * BATCH
+        raise ValueError(f"--methods has {', '.join(unknown)}, but there are only {', '.join([*ENTRIES, SCRATCH])}")
+    images = round(given.budget * IMAGES_A_MINUTE) // BATCH * BATCH
     if images < 100 * BATCH:
-        sys.exit(f"error: --budget={BUDGET.value:g} is too small: {100 * BATCH / IMAGES_A_MINUTE:g} minutes are the least")
-    pretrain(out, list(plan(out, names, SEEDS.value, images)))
+        raise ValueError(f"--budget={given.budget:g} is too small: {100 * BATCH / IMAGES_A_MINUTE:g} minutes are the least")
+    pretrain(out, list(plan(out, names, given.seeds, images)))
 
 
 def pretrain(out: Path, runs: Sequence[tuple[str, int, str, Run]]) -> None:
@@ -462,4 +464,4 @@ def time_left(runs: Sequence[tuple[str, int, str, Run]]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main(sys.argv)

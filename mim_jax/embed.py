@@ -40,27 +40,40 @@ from typing import Any, BinaryIO
 
 import jax
 import numpy as np
-from absl import flags, logging
 
 import mim_jax
-from mim_jax import checkpoint, compiled, hosts, storage
+from mim_jax import checkpoint, cli, hosts
 from mim_jax.checkpoint import of_any_process
-from mim_jax.command import raised_here
+from mim_jax.cli import raised_here
 from mim_jax.data import pipeline, sources
-from mim_jax.data.sources import Source, shown, user_cache
+from mim_jax.data.sources import Source, shown
 from mim_jax.journal import named_errors, replacing, write_whole
 from mim_jax.lock import locked
 from mim_jax.pretrained import Model, Readable, load
 from mim_jax.stopping import leave
 
-EXAMPLE = "python -m mim_jax.embed --run=runs/dino --data=~/images --out=features.npz"
 KINDS = ("cls", "mean", "patch", "cls+mean")
-TEXTS: dict[str, str | None] = {"run": None, "data": None, "out": None, "coordinator": None}
-TEXTS |= {"name": "folder", "split": "train", "kind": "cls", "act": ""}
-NUMBERS = {"heads": 0, "size": None, "layers": 1, "batch_size": None, "processes": None, "process": None}
 ROWS, BYTES = 2048, 2**26  # of a part, at most, or one batch: what a kill can lose, and what is in memory
 EVERY = 10.0  # s between lines of progress
 STOPPED = "stopped; the same command goes on from there"
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    run: str
+    out: str
+    data: str | None = None
+    name: str = "folder"
+    split: str = "train"
+    kind: str = "cls"
+    size: int | None = None
+    layers: int = 1
+    batch_size: int | None = None
+    heads: int = 0
+    act: str = ""
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,37 +319,14 @@ def tell(*lines: str) -> None:
         print(*map(shown, lines), sep="\n", end="\n" if lines else "", file=sys.stderr, flush=True)
 
 
-def parse(argv: list[str]) -> flags.FlagValues:
-    """The flags. Exits with one line for what is wrong."""
-    given = flags.FlagValues()
-    for name, text in TEXTS.items():
-        flags.DEFINE_string(name, text, "", flag_values=given)
-    for name, number in NUMBERS.items():
-        flags.DEFINE_integer(name, number, "", flag_values=given)
-    try:
-        rest = given(argv)[1:]
-    except flags.Error as error:
-        sys.exit(f"error: {error}")
-    if rest:
-        sys.exit(f"error: not understood: {' '.join(rest)}")
-    for name in ("run", "out", *(["data"] if given.name == "folder" else [])):
-        if not given[name].value:
-            sys.exit(f"error: --{name} is missing, for example {EXAMPLE}")
-    if storage.remote(given.out):
-        sys.exit(f"error: --out is {given.out}, but must be a file of this machine")
-    return given
-
-
 def main(argv: list[str]) -> None:
-    if {"-h", "-help", "--help"} & set(argv):
-        print(__doc__)
-        return
-    given = parse(argv)
-    logging.set_verbosity(logging.WARNING)
-    compiled.keep(user_cache() / "compiled")
+    given, _ = cli.begin(Flags, argv, __doc__ or "")
     try:
+        out = cli.of_this_machine("out", given.out)
+        if given.name == "folder" and not given.data:
+            raise ValueError("--data is missing, for example --data=~/images; without a folder --name=cifar10")
         hosts.start(given.coordinator, given.processes, given.process)
-        model, out = load(given.run, heads=given.heads, act=given.act), Path(given.out).expanduser().absolute()
+        model = load(given.run, heads=given.heads, act=given.act)
         source = sources.open_source(given.name, given.data, given.split)
         embed(model, source, out, given.kind, given.size, given.layers, given.batch_size)
     except KeyboardInterrupt:
@@ -353,6 +343,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    from mim_jax import embed as this  # under its own name, by which `raised_here` knows it
-
-    this.main(sys.argv)
+    main(sys.argv)

@@ -30,16 +30,15 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax.errors import ScopeParamShapeError
 
-from mim_jax import convert, journal, layouts, layouts_out, pretrained, weight_files
+from mim_jax import cli, convert, journal, layouts, layouts_out, pretrained, weight_files
 from mim_jax.layouts_out import Config
 from mim_jax.learned import Run, load_run
 from mim_jax.methods.base import Encoder, Params
@@ -48,8 +47,6 @@ from mim_jax.models.swin import Swin
 from mim_jax.models.vit import ViT
 
 PROGRAMS = {"onnx": ("onnx", "'mim_jax[onnx]'"), "jax": ("flatbuffers", "flatbuffers")}  # what each needs; its name for pip
-FORMATS = ("timm", "hf", "official", "safetensors", *PROGRAMS)
-EXAMPLE = "python -m mim_jax.export --run=runs/dino --format=timm --out=dino_timm"
 TOLERANCE = 1e-4  # of features, relative to the largest
 
 
@@ -286,38 +283,26 @@ def family_of(source: Source) -> str:
     return {"beit2": "beit"}.get(method, method)
 
 
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    run: str
+    format: Literal["timm", "hf", "official", "safetensors", "onnx", "jax"]
+    out: str
+    size: int | None = None
+    head: bool = False
+    images: str = ""
+
+
 def main(argv: list[str]) -> None:
-    if {"-h", "-help", "--help"} & set(argv):
-        print(__doc__)
-        return
-    given = flags.FlagValues()  # of its own: the functions above are for other programs, too
-    flags.DEFINE_string("run", "", "", flag_values=given)
-    flags.DEFINE_enum("format", "", ["", *FORMATS], "", flag_values=given)
-    flags.DEFINE_string("out", "", "", flag_values=given)
-    flags.DEFINE_integer("size", None, "", flag_values=given)
-    flags.DEFINE_boolean("head", False, "", flag_values=given)
-    flags.DEFINE_string("images", "", "", flag_values=given)
-    try:
-        rest = given(argv)[1:]
-    except flags.Error as error:
-        sys.exit(f"error: {error}")
-    if rest:
-        sys.exit(f"error: not understood: {' '.join(rest)}")
-    for name in ("run", "format", "out"):
-        if not given[name].value:
-            sys.exit(f"error: --{name} is missing. For example: {EXAMPLE}")
-    try:
+    given, _ = cli.begin(Flags, argv, __doc__ or "")
+    with cli.in_one_line("stopped"):
         found, what = export(given.run, given.format, given.out, given.size, given.head, given.images)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    if found is None:
-        print(
-            f"{given.out}: the graph is valid, but was not run, as onnxruntime is not installed: its outputs are not compared"
-        )
-        return
-    print(f"{given.out}: read again; {what} differ by at most {found:.1e} of the largest")
-    if not found <= TOLERANCE:
-        sys.exit(f"error: this is more than {TOLERANCE:g}: do not use what was written")
+        if found is None:
+            print(f"{given.out}: the graph is valid, but its outputs are not compared: that needs onnxruntime")
+            return
+        print(f"{given.out}: read again; {what} differ by at most {found:.1e} of the largest")
+        if not found <= TOLERANCE:
+            raise ValueError(f"this is more than {TOLERANCE:g}: do not use what was written")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ reconstruct (MAE, SimMIM) what it makes of a masked image. A click on a patch sh
 images. The page has at most 10 MB: features are rounded to 8 bits and, where that is not enough, projected to fewer dimensions.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -29,25 +30,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import mim_jax
-from mim_jax import compiled, journal, pretrained, sharding, similarity, storage
-from mim_jax.command import raised_here
+from mim_jax import cli, journal, pretrained, sharding, similarity, storage
 from mim_jax.data import pipeline
 from mim_jax.data.augment import center_crop, denormalize
-from mim_jax.data.sources import open_source, shown, user_cache
+from mim_jax.data.sources import open_source, shown
 from mim_jax.evaluators import IN_0_TO_1, pictures
 from mim_jax.learned import Run, load_run
 from mim_jax.models import vit
 from mim_jax.pretrained import Given, Model, Readable
 from mim_jax.report import STYLE, described, document
-from mim_jax.stopping import leave
 
-EXAMPLE = "python -m mim_jax.show --run=runs/dino --images=~/images --out=page.html"
 LIMIT = 10_000_000  # bytes of a page
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    run: str
+    images: str
+    out: str
+    size: int | None = None
+    count: int = 8
+    heads: int = 0
+    act: str = ""
 
 
 def show(model: Model, run: Run | None, paths: Sequence[Path], names: Sequence[str], size: int | None, among: int) -> str:
@@ -250,54 +258,23 @@ def chosen(given: Sequence[str], count: int) -> tuple[list[Path], list[str], int
     return [paths[row] for row in rows], [names[row] for row in rows], len(paths)
 
 
-def parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
-    """(the flags, the images). Exits with one line for what is wrong."""
-    given = flags.FlagValues()
-    for name in ("run", "images", "out"):
-        flags.DEFINE_string(name, None, "", flag_values=given)
-    flags.DEFINE_string("act", "", "", flag_values=given)
-    flags.DEFINE_integer("heads", 0, "", flag_values=given)
-    flags.DEFINE_integer("size", None, "", flag_values=given)
-    flags.DEFINE_integer("count", 8, "", flag_values=given, lower_bound=1)
-    given.set_gnu_getopt()
-    try:
-        rest = given(argv)[1:]
-    except flags.Error as error:
-        sys.exit(f"error: {error}")
-    for name in ("run", "images", "out"):
-        if not given[name].value:
-            sys.exit(f"error: --{name} is missing, for example {EXAMPLE}")
-    out = Path(given.out).expanduser().absolute()
-    if storage.remote(given.out) or out.suffix != ".html" or not out.parent.is_dir():
-        sys.exit(f"error: --out is {given.out}, but must be a file.html in a folder of this machine")
-    return given, [given.images, *rest]
-
-
 def main(argv: list[str]) -> None:
-    if {"-h", "-help", "--help"} & set(argv):
-        print(__doc__)
-        return
-    given, images = parse(argv)
-    logging.set_verbosity(logging.WARNING)
-    compiled.keep(user_cache() / "compiled")
-    try:
-        paths, names, among = chosen(images, given.count)
-        out, folder = Path(given.out).expanduser().absolute(), storage.absolute(given.run)
+    given, more = cli.begin(Flags, argv, __doc__ or "", "...")
+    with cli.in_one_line("stopped; no page is written"):
+        if given.count < 1:
+            raise ValueError(f"--count is {given.count}, but must be 1 or more")
+        out = cli.of_this_machine("out", given.out)
+        if out.suffix != ".html" or not out.parent.is_dir():
+            raise ValueError(f"--out is {given.out}, but must be a file.html in a folder that is there")
+        paths, names, among = chosen([given.images, *more], given.count)
+        folder = storage.absolute(given.run)
         run = load_run(folder) if pretrained.is_run(folder) else None
         model = pretrained.of_run(folder, run) if run else pretrained.load(folder, heads=given.heads, act=given.act)
         content = show(model, run, paths, names, given.size, among).encode(errors="backslashreplace")
         with journal.named_errors(out):
             journal.write_whole(out, content)
         print(f"{shown(str(out))}: {len(content):,} bytes", file=sys.stderr)
-    except KeyboardInterrupt:
-        leave(130, "stopped; no page is written")
-    except (OSError, ValueError) as error:
-        if not raised_here(error):
-            raise
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    from mim_jax import show as this  # under its own name, by which `raised_here` knows it
-
-    this.main(sys.argv)
+    main(sys.argv)

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import os
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,14 @@ flags.FLAGS.mark_as_parsed()
 GOLDEN = Path(__file__).parent / "golden"
 
 Golden = Callable[[str], tuple[dict[str, np.ndarray], dict[str, Any]]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_kept() -> Iterator[None]:
+    """Commands that run in this process keep no compiled programs for the user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mim_jax.cli.compiled", types.SimpleNamespace(keep=lambda folder: None))
+        yield
 
 
 @pytest.fixture(scope="session")

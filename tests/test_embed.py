@@ -208,7 +208,6 @@ def test_runs_without_features_and_no_runs(monkeypatch, tmp_path):
 
 def test_order_names_and_bad_images(model, workdir, images, tmp_path, capsys, monkeypatch):
     """All formats have the same rows; that of the bad image is NaN and its name is told."""
-    monkeypatch.setattr("mim_jax.compiled.keep", lambda _: None)
     monkeypatch.setattr(embed, "ROWS", 8)
     source = open_source("folder", images)
     names = sorted(f"{('even', 'odd')[i % 2]}/ä {i}.png" for i in range(COUNT))
@@ -298,7 +297,7 @@ def test_other_settings_and_other_files_are_refused(model, images, tmp_path, mon
 )
 def test_words_of_the_command(arguments, told):
     with pytest.raises(SystemExit) as stop:
-        embed.parse(["embed", *arguments.split()])
+        embed.main(["embed", *arguments.split()])
     assert str(stop.value).startswith(told) and "\n" not in str(stop.value)
 
 

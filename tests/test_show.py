@@ -60,7 +60,6 @@ def written(run, images, out, *more):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(show, "load_run", lambda _: run)
         patch.setattr(pretrained, "is_run", lambda _: True)
-        patch.setattr("mim_jax.compiled.keep", lambda _: None)
         show.main(["show", "--run=runs/mine", f"--images={images}", f"--out={out}", *more])
     return out.read_text()
 
@@ -232,7 +231,6 @@ def test_features_that_do_not_fit_are_projected():
 
 
 def test_weights_are_told_what_they_do_not_say(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("mim_jax.compiled.keep", lambda _: None)
     monkeypatch.setattr(pretrained, "load", lambda path, **told: pytest.fail(f"{path.name} {told}"))
     with pytest.raises(pytest.fail.Exception, match="a.pth {'heads': 6, 'act': ''}"):
         show.main(["show", f"--run={tmp_path}/a.pth", f"--images={images}", f"--out={tmp_path}/p.html", "--heads=6"])
@@ -257,10 +255,10 @@ def test_a_page_keeps_to_its_limit(monkeypatch):
         (["--run=r", "--out=p.html"], "error: --images is missing, for example python -m mim_jax.show "),
         (
             ["--run=r", "--images=i", "--out=p.png"],
-            "error: --out is p.png, but must be a file.html in a folder of this machine",
+            "error: --out is p.png, but must be a file.html in a folder that is there",
         ),
         (["--run=r", "--images=i", "--out=none/p.html"], "error: --out is none/p.html, but must be"),
-        (["--run=r", "--images=i", "--out=p.html", "--count=0"], "error: flag --count=0"),
+        (["--run=r", "--images=i", "--out=p.html", "--count=0"], "error: --count is 0, but must be 1 or more"),
         (["--run=r", "--images={images}/b.png", "--out={out}/p.html"], "error: none of the 1 images can be read"),
         (["--run=r", "--images={out}", "--out={out}/p.html"], "error: No images below"),
         (["--run=r", "--images={images}", "--out={out}/p.html", "--size=18"], "error: size is 18, but must be a multiple"),
@@ -269,7 +267,6 @@ def test_a_page_keeps_to_its_limit(monkeypatch):
 def test_what_is_wrong_is_one_line(argv, told, mae, images, tmp_path, monkeypatch):
     monkeypatch.setattr(show, "load_run", lambda _: mae)
     monkeypatch.setattr(pretrained, "is_run", lambda _: True)
-    monkeypatch.setattr("mim_jax.compiled.keep", lambda _: None)
     with pytest.raises(SystemExit, match=told) as stopped:
         show.main(["show", *(each.format(images=images, out=tmp_path) for each in argv)])
     assert "\n" not in str(stopped.value) and not list(tmp_path.iterdir())

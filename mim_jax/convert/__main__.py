@@ -12,26 +12,27 @@ repositories, timm, transformers, OpenAI's CLIP and open_clip. Nothing in a file
 can be named directly: --config.init_from=FILE.
 """
 
+import dataclasses
 import sys
-from typing import Any
+from typing import Literal
 
 import jax
 import numpy as np
-from absl import app, flags, logging
 
-from mim_jax import layouts, pretrained
+from mim_jax import cli, layouts, pretrained
 
-OUT = flags.DEFINE_string("out", "", "Folder to write the encoder to.")
-IMAGES = flags.DEFINE_string("images", "", "Folder of real images, or files joined by commas, to see what --channels changes.")
-TOLD = {
-    "encoder": flags.DEFINE_string("encoder", "", "What the names of the wanted encoder's tensors begin with."),
-    "heads": flags.DEFINE_integer("heads", 0, "Number of attention heads."),
-    "eps": flags.DEFINE_float("eps", 0.0, "Epsilon of the norms."),
-    "act": flags.DEFINE_enum("act", "", ["", "gelu", "quick_gelu"], "Activation of the MLPs."),
-    "positions": flags.DEFINE_enum("positions", "", ["", *layouts.POSITIONS], "How positions are resized."),
-    "img_size": flags.DEFINE_integer("img_size", 0, "Side of the images, where positions do not show it."),
-    "channels": flags.DEFINE_integer("channels", 3, "Channels of the images; 0: as many as the file is for.", lower_bound=0),
-}
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    out: str = ""
+    images: str = ""
+    encoder: str = ""
+    heads: int = 0
+    eps: float = 0.0
+    act: Literal["", "gelu", "quick_gelu"] = ""
+    positions: Literal["", "dino", "size", "antialiased"] = ""
+    img_size: int = 0
+    channels: int = 3
 
 
 def change(before: layouts.Weights, after: layouts.Weights, named: str) -> str:
@@ -59,22 +60,20 @@ def change(before: layouts.Weights, after: layouts.Weights, named: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) != 2:
-        sys.exit(f"error: one file is wanted.\n\n{__doc__}")
-    logging.set_verbosity(logging.WARNING)
-    told: dict[str, Any] = {name: flag.value for name, flag in TOLD.items()}
-    try:
-        given = layouts.read(argv[1], layouts.Told(**told | {"channels": 0}))
-        weights = layouts.for_channels(given, told["channels"])
+    given, files = cli.begin(Flags, argv, __doc__ or "", "FILE")
+    with cli.in_one_line("stopped"):
+        if len(files) > 1:
+            raise ValueError(f"one file is wanted, not {' '.join(files)}")
+        told = {name: value for name, value in dataclasses.asdict(given).items() if name in layouts.Told._fields}
+        before = layouts.read(files[0], layouts.Told(**told | {"channels": 0}))
+        weights = layouts.for_channels(before, given.channels)
         print("\n".join(weights.lines))
-        if len(given.mean) != len(weights.mean):
-            print(change(given, weights, IMAGES.value))
-        if OUT.value:
-            weights.save(OUT.value)
-            print(f"written to {OUT.value}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        if len(before.mean) != len(weights.mean):
+            print(change(before, weights, given.images))
+        if given.out:
+            weights.save(given.out)
+            print(f"written to {given.out}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main(sys.argv)
