@@ -80,7 +80,8 @@ def show(model: Model, run: Run | None, paths: Sequence[Path], names: Sequence[s
     facts = {
         "Network": model.description,
         "Images": f"{len(good)} of {among:,}" + ", evenly spaced" * (among > len(paths)),
-        "Seen at": f"{size} x {size} pixels, the central square of {model.resize:.4g} times the short side",
+        "Seen at": f"{size} x {size} pixels, the central square"
+        + (f", whose side is {model.resize:.4g} of the short side" if model.resize != 1 else ""),
         "Patches": f"{grid} x {grid} of {model.patch_size} pixels",
     }
     if levels:
