@@ -14,9 +14,11 @@ import dataclasses
 import functools
 import glob
 import json
+import math
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -24,7 +26,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -46,53 +48,70 @@ BATCH = 64
 NETWORK = {"patch_size": 8, "dim": 128, "depth": 3, "heads": 4, "unroll": 3}
 
 
+class Published(NamedTuple):
+    """Top-1 accuracy on ImageNet-1k, fine-tuned and linear, and whose; cost relative to SimMIM's."""
+
+    fine: str = ""
+    linear: str = ""
+    of: str = ""
+    cost: str = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """A row of the table.
 
-    `published` is the top-1 accuracy on ImageNet-1k (fine-tuned, linear) with its model and source. `needs` names the entry
-    whose run it learns from, `changes` are values of config keys.
+    `needs` names the entry whose run it learns from, `changes` are values of config keys.
     """
 
     recipe: str
     title: str
     input: str  # what the student sees of an image
-    published: tuple[str, str, str]
+    published: Published = Published()
     needs: str = ""
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     pool: str = "mean"  # of fine-tuning: "cls" where the method has trained this token, as in DINO's and iBOT's own
 
 
 MASKS = {"mask.count": 6, "mask.smallest": 2}
+# The costs and the linear figures of DINO, BEiT and SimMIM are those of SimMIM's table of methods, "S" here.
 ENTRIES = {
-    "dino": Entry("dino:demo", "DINO", "2 large, 2 small crops", ("82.8", "78.2", "ViT-B, MAE table 3"), pool="cls"),
-    "mocov3": Entry("mocov3:demo", "MoCo v3", "2 crops", ("83.2", "76.7", "ViT-B, its repository"), pool="cls"),
-    "masked_patch": Entry("masked_patch:demo", "ViT", "50 % corrupted", ("79.9", "", "ViT-B, 384 px, on JFT, its B.1.2")),
+    "dino": Entry(
+        "dino:demo", "DINO", "2 large, 2 small crops", Published("82.8", "78.2", "ViT-B, MAE table 3, S", "2.0"), pool="cls"
+    ),
+    "mocov3": Entry(
+        "mocov3:demo", "MoCo v3", "2 crops", Published("83.2", "76.7", "ViT-B, its repository, S", "1.8"), pool="cls"
+    ),
+    "masked_patch": Entry(
+        "masked_patch:demo", "ViT", "50 % corrupted", Published("79.9", "", "ViT-B, 384 px, on JFT, its B.1.2, S", "4.0")
+    ),
     "beit": Entry(
-        "beit:demo", "BEiT", "38 % masked", ("83.2", "56.7", "ViT-B, its table 4"), "vqvae",
+        "beit:demo", "BEiT", "38 % masked", Published("83.2", "56.7", "ViT-B, its table 4, S", "1.5"), "vqvae",
         {"crops.target_size": 16} | MASKS,
     ),
-    "simmim": Entry("simmim:demo", "SimMIM", "60 % masked", ("83.8", "56.7", "ViT-B, its repository")),
-    "mae": Entry("mae:demo", "MAE", "the visible 25 %", ("83.6", "68.0", "ViT-B, its table 3")),
+    "simmim": Entry("simmim:demo", "SimMIM", "60 % masked", Published("83.8", "56.7", "ViT-B, its repository, S", "1.0")),
+    "mae": Entry("mae:demo", "MAE", "the visible 25 %", Published("83.6", "68.0", "ViT-B, its tables 3 and 12")),
     "ibot": Entry(
-        "ibot:demo", "iBOT", "2 large, 2 small crops, masked", ("84.0", "79.5", "ViT-B, its repository"), pool="cls"
+        "ibot:demo", "iBOT", "2 large, 2 small crops, masked", Published("84.0", "79.5", "ViT-B, its repository"), pool="cls"
     ),
     "dinov2": Entry(
-        "dinov2:demo", "DINOv2", "2 large, 2 small crops, masked", ("88.9", "86.5", "ViT-g, 448 px, its code"), pool="cls"
+        "dinov2:demo", "DINOv2", "2 large, 2 small crops, masked",
+        Published("88.9", "86.5", "ViT-g, its repository; fine-tuned at 448 px, its section 7.1"), pool="cls",
     ),
-    "eva": Entry("eva:demo", "EVA", "38 % masked", ("89.6", "", "ViT-g, 336 px, its repository"), "dino", MASKS),
+    "eva": Entry(
+        "eva:demo", "EVA", "38 % masked",
+        Published("89.6", "", "ViT-g, 336 px, after training on the labels of IN-21k, its repository"), "dino", MASKS,
+    ),
     "beit2": Entry(
-        "beit2:demo", "BEiT v2", "38 % masked", ("85.5", "80.1", "ViT-B, its paper"), "vqkd",
+        "beit2:demo", "BEiT v2", "38 % masked", Published("85.5", "80.1", "ViT-B, its paper"), "vqkd",
         {"crops.target_size": 16, "model.early_layers": 2} | MASKS,
     ),
 }  # fmt: skip
 
-TARGETS = {  # runs that others learn from
-    "vqvae": Entry("vqvae:demo", "VQ-VAE", "", ("", "", "")),
-    "vqkd": Entry("vqkd:demo", "VQ-KD", "", ("", "", ""), "dino"),
-}
+TARGETS = {"vqvae": Entry("vqvae:demo", "", ""), "vqkd": Entry("vqkd:demo", "", "", needs="dino")}  # tokenizers
 SCRATCH = "supervised"
-PUBLISHED_SCRATCH = ("82.3", "", "ViT-B, MAE table 3")
+PUBLISHED_SCRATCH = Published("82.3", "", "ViT-B, MAE table 3")
+PATHS = ("init_from", "target.workdir")  # keys of the runs that a run begins with or learns from
 KNN, PROBE, RETRIEVAL, ACCURACY = "eval/knn", "eval/probe", "eval/view_retrieval", "eval/accuracy"
 
 
@@ -115,11 +134,26 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return "seconds" in self.record and done(self)
+        return "seconds" in self.record and not self.differing and done(self)
+
+    @property
+    def differing(self) -> list[str]:
+        """The keys that have other values in the config of the workdir, if there is one."""
+        if not (self.workdir / "config.json").is_file():
+            return []
+        values = dict(leaves(self.config))
+        asked = {key: json.loads(json.dumps(value, default=lambda path: path.name)) for key, value in self.changes.items()}
+        there = {key: Path(values[key] or "").name if key in PATHS else values.get(key) for key in asked}
+        return [key for key in asked if json.loads(json.dumps(there[key])) != asked[key]]
+
+    @property
+    def needs(self) -> list[Path]:
+        """The workdirs that it begins with or learns from."""
+        return [self.changes[key] for key in PATHS if key in self.changes]
 
     @property
     def record(self) -> dict[str, Any]:
-        """Seconds and peak memory, over all the starts that it took, and what was measured once at the end."""
+        """Seconds and peak memory, over all the starts that it took; what was measured once at the end."""
         file = self.workdir / "compare.json"
         return json.loads(file.read_text()) if file.is_file() else {}
 
@@ -127,22 +161,36 @@ class Run:
         journal.write_whole(self.workdir / "compare.json", json.dumps(self.record | facts, indent=1).encode())
 
     def go(self) -> None:
-        """Runs the command to its end. Raises ChildProcessError, with what it said last, if it fails."""
+        """Runs the command to its end. Raises ChildProcessError, with what it said last, if it fails, and ValueError if the
+        workdir is that of another command."""
+        if self.differing:
+            raise ValueError(f"{self.workdir} was made with another {', '.join(self.differing)}: give another folder")
         self.workdir.mkdir(parents=True, exist_ok=True)
         start, log = time.monotonic(), self.workdir / "log.txt"
         with log.open("ab") as file:
-            process = subprocess.Popen(self.command, stdout=file, stderr=file)
+            process, mib = subprocess.Popen(self.command, stdout=file, stderr=file), self.record.get("mib", 0)
             try:
-                _, status, usage = os.wait4(process.pid, 0)
-            except KeyboardInterrupt:  # the child gets it too, and saves
-                os.wait4(process.pid, 0)
+                while process.poll() is None:
+                    mib = max(mib, peak_memory(process.pid))
+                    time.sleep(0.2)
+            except BaseException as error:
+                if not isinstance(error, KeyboardInterrupt):  # at Ctrl-C the terminal has told it
+                    process.terminate()
+                process.wait()  # it saves
                 raise
-        before = self.record
-        seconds = before.get("seconds", 0) + time.monotonic() - start
-        self.note(seconds=seconds, mib=max(before.get("mib", 0), usage.ru_maxrss / 1024))
-        if status or not done(self):
+        self.note(seconds=self.record.get("seconds", 0) + time.monotonic() - start, mib=mib)
+        if process.returncode or not done(self):
             lines = log.read_text(errors="replace").splitlines() or [""]
-            raise ChildProcessError(f"{shlex.join(self.command)}\n  ended early: {lines[-1]}\n  see {log}")
+            raise ChildProcessError(f"{self.workdir} ended early: {lines[-1]}; see {log}")
+
+
+def peak_memory(pid: int) -> float:
+    """MiB that a process has held at most, 0 where the system does not say it. (What `wait` reports may be the parent's.)"""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
 def done(run: Run) -> bool:
@@ -223,18 +271,20 @@ def on_test_images(run: Run) -> dict[str, float]:
     return {tag: scores[tag] for tag in (KNN, PROBE, RETRIEVAL)}
 
 
-def command_of(config: ml_collections.ConfigDict, workdir: Path) -> str:
-    """The command of a run: its recipe, and what is different in its config."""
+def changed(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The values of a run's config that are not those of its recipe, nor found by the run itself."""
     recipe, now = (dict(leaves(checkpoint.as_dict(each))) for each in (load_config(config.recipe), config))
-    found = r"(target\.network|encoder)\..*|data\.(num_\w+|fingerprint|levels)"  # what a run fills in
+    found = r"(target\.network|encoder)\..*|data\.(num_\w+|fingerprint|levels)"
     if config.get("encoder"):
         found += rf"|model\.({'|'.join(OF_BACKBONE)})|data\.(mean|std)"
-    changed = [
-        f"--config.{key}={value}"
-        for key, value in leaves(config)
-        if key in recipe and now[key] != recipe[key] and not re.fullmatch(found, key)
-    ]
-    return shlex.join(["mim_jax", f"--config={config.recipe}", *changed, f"--workdir={workdir}"])
+    values = dict(leaves(config))
+    return {key: values[key] for key in recipe if now[key] != recipe[key] and not re.fullmatch(found, key)}
+
+
+def command_of(config: ml_collections.ConfigDict, workdir: Path) -> str:
+    """The command of a run: its recipe, and what is different in its config."""
+    given = [f"--config.{key}={value}" for key, value in sorted(changed(config).items())]
+    return shlex.join(["mim_jax", f"--config={config.recipe}", *given, f"--workdir={workdir}"])
 
 
 @functools.cache
@@ -258,7 +308,7 @@ class Row:
 
     title: str
     input: str
-    published: tuple[str, str, str]
+    published: Published = Published()
     fine: list[float] = dataclasses.field(default_factory=list)
     linear: list[float] = dataclasses.field(default_factory=list)
     knn: list[float] = dataclasses.field(default_factory=list)
@@ -269,49 +319,114 @@ class Row:
     flops: float = 0.0  # of an image
     curves: dict[str, list[tuple[float, float]]] = dataclasses.field(default_factory=dict)  # tag -> of the first seed
     commands: list[str] = dataclasses.field(default_factory=list)
+    settings: tuple[str, ...] = ()  # that differ from the recipe
+    seen_at: str = ""  # how images are shown to the network for k-NN and linear
+    tested: bool = True  # whether scores are of the test images, read by this program
 
 
-def table_of(runs: Sequence[Run]) -> list[Row]:
-    """The rows of finished runs: one for each recipe, with the supervised runs that began with one of its runs."""
-    found: dict[str, Row] = {}
-    recipes: dict[str, str] = {}  # workdir -> recipe
-    order = {name: place for place, name in enumerate(ENTRIES)}
-    configs = [(run, run.config) for run in runs]
-    configs.sort(key=lambda pair: (order.get(pair[1].method, len(order)), pair[1].seed))
-    for run, config in configs:
-        history = journal.history(run.workdir)
-        latest = history.latest
-        if config.method == SCRATCH and not config.init_from:
-            row = found.setdefault(SCRATCH, Row("supervised, from scratch", "whole, with labels", PUBLISHED_SCRATCH))
-            row.fine.append(latest[ACCURACY])
+@dataclasses.dataclass
+class Table:
+    rows: list[Row]
+    left_out: list[str]  # runs, and why
+
+
+def table_of(runs: Sequence[Run]) -> Table:
+    """A row for all runs whose settings differ in the seed alone, with the supervised runs that began with one of them.
+
+    Left out is what is no finished run of this version, and supervised runs that began with another run or that have other
+    settings than those before them in the same row.
+    """
+    found: dict[tuple[str, ...], Row] = {}
+    keys: dict[str, tuple[str, ...]] = {}  # workdir -> key of its row
+    labeled: dict[tuple[str, ...], tuple[str, ...]] = {}  # key of a row -> that of its supervised runs
+    table = Table([], [])
+    opened = []
+    for run in runs:
+        try:
+            config = run.config
+            opened.append((run, config, settings_of(config), journal.history(run.workdir)))
+            if not done(run):
+                raise ValueError("it is not finished")
+        except (OSError, ValueError, AttributeError, KeyError) as error:
+            opened = [each for each in opened if each[0] is not run]
+            table.left_out.append(f"{run.workdir}: {str(error).splitlines()[0]}")
+    order = {name: place for place, name in enumerate([SCRATCH, *ENTRIES])}
+    opened.sort(key=lambda each: (order.get(each[1].method, len(order)), each[1].seed))
+    for run, config, key, history in opened:
+        if config.method == "linear":
+            table.left_out.append(f"{run.workdir}: linear probes are made of every run; that of this run is in its report")
         elif config.method != SCRATCH:
-            entry = ENTRIES.get(config.method)
-            title, seen, published = (entry.title, entry.input, entry.published) if entry else (config.recipe, "", ("",) * 3)
-            row = found.setdefault(config.recipe, Row(title, seen, published))
-            recipes[os.path.abspath(run.workdir)] = config.recipe
-            test = run.record.get("test") or latest
-            for values, tag in ((row.linear, PROBE), (row.knn, KNN), (row.retrieval, RETRIEVAL)):
-                values += [test[tag]] if tag in test else []
-            row.images = durations.total_steps(config) * config.data.batch_size
-            row.seconds += [row.images * each] if (each := seconds_per_image(run.workdir)) else []
-            row.mib += [run.record["mib"]] if "mib" in run.record else []
-            if not row.curves:
-                row.flops = flops_per_image(run.workdir)
-                row.curves = {tag: history.curves[tag].points() for tag in (KNN, RETRIEVAL) if tag in history.curves}
-        else:
-            continue
-        row.commands.append(command_of(config, run.workdir))
-    for run, config in configs:
-        if config.method == SCRATCH and config.init_from and (recipe := recipes.get(os.path.abspath(config.init_from))):
-            found[recipe].fine.append(journal.history(run.workdir).latest[ACCURACY])
-            found[recipe].commands.append(command_of(config, run.workdir))
-    scratch = [found.pop(SCRATCH)] if SCRATCH in found else []
-    return scratch + list(found.values())
+            row = found.setdefault(key, titled(config, key))
+            keys[os.path.abspath(run.workdir)] = key
+            add(row, run, config, history)
+        elif not config.init_from:
+            row = found.setdefault(key, titled(config, key))
+            table.left_out += add_labeled(row, run, config, history)
+    for run, config, key, history in opened:
+        if config.method == SCRATCH and config.init_from:
+            begun = re.sub(r"/checkpoints/\d+/?$", "", os.path.abspath(config.init_from))
+            if begun not in keys:
+                table.left_out.append(f"{run.workdir}: it began with {config.init_from}, which is not in the table")
+            elif labeled.setdefault(keys[begun], key) != key:
+                table.left_out.append(f"{run.workdir}: others that began with {begun} and its like have other settings")
+            else:
+                table.left_out += add_labeled(found[keys[begun]], run, config, history)
+    table.rows = list(found.values())
+    for title in {row.title for row in table.rows}:
+        same = [row for row in table.rows if row.title == title]
+        if len(same) > 1:  # what tells them apart
+            for row in same:
+                common = set.intersection(*(set(each.settings) for each in same))
+                row.title = ", ".join([title, *(each for each in row.settings if each not in common)])
+    return table
+
+
+def settings_of(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """What two runs have in common that are the same but for the seed."""
+    given = {key: value for key, value in changed(config).items() if key != "seed" and (value or key not in PATHS)}
+    return (config.recipe, *(key if key in PATHS else f"{key}={value}" for key, value in sorted(given.items())))
+
+
+def titled(config: ml_collections.ConfigDict, settings: tuple[str, ...]) -> Row:
+    """The row of a run. What its student sees is said where it is that of the recipe."""
+    entry = ENTRIES.get(config.method)
+    if config.method == SCRATCH:
+        return Row("supervised, from scratch", "whole, with labels", PUBLISHED_SCRATCH, settings=settings)
+    if entry is None:
+        return Row(config.recipe, "", settings=settings)
+    asked = {f"{key}={value}" for key, value in entry.changes.items()}
+    seen = all(each in asked for each in settings[1:] if each.startswith(("mask.", "crops.")) and "start" not in each)
+    return Row(entry.title, entry.input if seen else "", entry.published, settings=settings)
+
+
+def add(row: Row, run: Run, config: ml_collections.ConfigDict, history: journal.History) -> None:
+    """Adds a run of pretraining."""
+    row.tested &= "test" in run.record
+    test = run.record.get("test") or history.latest
+    for values, tag in ((row.linear, PROBE), (row.knn, KNN), (row.retrieval, RETRIEVAL)):
+        values += [test[tag]] if tag in test else []
+    row.images = durations.total_steps(config) * config.data.batch_size
+    row.seconds += [row.images * each] if (each := seconds_per_image(run.workdir)) else []
+    row.mib += [run.record["mib"]] if run.record.get("mib") else []
+    if not row.curves:
+        row.seen_at = f"{config.eval.img_size or config.model.img_size} px" + " and standardized" * config.eval.standardize
+        row.flops = flops_per_image(run.workdir)
+        row.curves = {tag: history.curves[tag].points() for tag in (KNN, RETRIEVAL) if tag in history.curves}
+    row.commands.append(command_of(config, run.workdir))
+
+
+def add_labeled(row: Row, run: Run, config: ml_collections.ConfigDict, history: journal.History) -> list[str]:
+    """Adds a supervised run; or says why it cannot."""
+    if ACCURACY not in history.latest:
+        return [f"{run.workdir}: its accuracy was not measured"]
+    row.fine.append(history.latest[ACCURACY])
+    row.commands.append(command_of(config, run.workdir))
+    return []
 
 
 HEADINGS = (
     *("method", "input", "fine-tuned", "linear", "k-NN", "view retrieval", "images seen", "GFLOP an image"),
-    *("cost", "peak memory", "ImageNet-1k: fine-tuned", "ImageNet-1k: linear", "of"),
+    *("cost", "peak memory", "ImageNet-1k: fine-tuned", "ImageNet-1k: linear", "of", "S: cost"),
 )
 
 
@@ -336,26 +451,42 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f}{error}"
 
 
-NOTES = (
-    "Scores are shares of the test images, which were read once, after the last step: mean ± standard error over the seeds. "
-    "Fine-tuned: the accuracy of the supervised run that began with what was learned, with as many labeled steps as the one "
-    f"from scratch; in the runs that this command makes, 1 for {LABELED} of pretraining. Linear: ridge regression on frozen "
-    "features. k-NN: 20 neighbors. View retrieval: how often the nearest of all second crops is of the same image.",
-    "Cost: time of the pretraining steps, relative to SimMIM, without compilation and evaluation, and without the run that a "
-    "method learns from (a tokenizer or a teacher). GFLOP: of a step, forward and backward, as XLA counts them. Peak memory: "
-    "of the whole process.",
-)
+def notes(table: Table) -> list[str]:
+    """What the columns are, paragraph by paragraph."""
+    rows = [row for row in table.rows if row.seen_at]
+    ways = {way: [row.title for row in rows if row.seen_at == way] for way in dict.fromkeys(row.seen_at for row in rows)}
+    where = "the images that a run is evaluated on"
+    if rows and all(row.tested for row in rows):
+        where = "all test images, which this program reads once, after the last step, with a bank of 10,000 training images"
+    said = [
+        f"Scores are shares, mean ± standard error over the seeds. Linear, k-NN and view retrieval: of {where}. Linear: ridge "
+        "regression on frozen features. k-NN: 20 neighbors. View retrieval: how often the nearest of all second crops is of "
+        "the same image. Fine-tuned: the accuracy of the supervised run that began with what was learned, on the images that it "
+        "is evaluated on (in the runs that this program makes: all test images), with as many labeled steps as the one from "
+        f"scratch; in the runs that this program makes, 1 for {LABELED} of pretraining.",
+    ]
+    if len(ways) > 1:
+        listed = "; ".join(f"{way}: {', '.join(titles)}" for way, titles in ways.items())
+        said.append(f"For k-NN and linear each recipe shows its images in its own way, which moves these scores. {listed}.")
+    said += [
+        "Cost: time of the pretraining steps, relative to SimMIM, without compilation and evaluation, and without the run that "
+        "a method learns from (a tokenizer or a teacher). GFLOP: of a step, forward and backward, as XLA counts them. Peak "
+        "memory: of the process that trains. S is the table of SimMIM's paper, with costs on ImageNet.",
+        "All seeds of BEiT and BEiT v2 have one tokenizer: its share of the spread is not in theirs.",
+    ]
+    return said + (["Left out: " + "; ".join(table.left_out) + "."] if table.left_out else [])
 
 
-def write_page(out: Path, rows: Sequence[Row]) -> None:
-    """comparison.md and comparison.html."""
+def write_page(out: Path, table: Table, before: Sequence[str] = ()) -> None:
+    """comparison.md and comparison.html. `before`: commands of runs that others learn from."""
+    rows, said = table.rows, notes(table)
     simmim = [row for row in rows if row.title == ENTRIES["simmim"].title and row.seconds]
     reference = statistics.mean(simmim[0].seconds) if simmim else None
     lines = [cells(row, reference) for row in rows]
     markdown = ["| " + " | ".join(HEADINGS) + " |", "|" + " --- |" * len(HEADINGS)]
     markdown += ["| " + " | ".join(line) + " |" for line in lines]
-    commands = [command for row in rows for command in row.commands]
-    text = "\n\n".join(["# Comparison", "\n".join(markdown), *NOTES, "```\n" + "\n".join(commands) + "\n```"])
+    commands = [*before, *(command for row in rows for command in row.commands)]
+    text = "\n\n".join(["# Comparison", "\n".join(markdown), *said, "```\n" + "\n".join(commands) + "\n```"])
     journal.write_whole(out / "comparison.md", text.encode() + b"\n")
 
     head = "".join(f"<th>{escape(heading)}</th>" for heading in HEADINGS)
@@ -375,7 +506,7 @@ def write_page(out: Path, rows: Sequence[Row]) -> None:
     body = BODY.format(
         head=head,
         rows=lines_of_table,
-        notes="".join(f"<p>{escape(note)}</p>" for note in NOTES),
+        notes="".join(f"<p>{escape(note)}</p>" for note in said),
         charts=charts and f'<h2>Curves</h2><section class="charts">{charts}</section>',
         commands=escape("\n".join(commands)),
     )
@@ -398,10 +529,10 @@ BODY = """<header><h1>Comparison</h1></header>
 @dataclasses.dataclass(frozen=True)
 class Flags:
     out: str = "runs/compare"
-    budget: float = 60  # minutes on 2 CPU cores, roughly
-    seeds: int = 3
-    methods: str = ""
-    runs: str = ""
+    budget: float | None = None  # minutes on 2 CPU cores, roughly; 60
+    seeds: int | None = None  # 3
+    methods: str | None = None  # all
+    runs: str | None = None
 
 
 def main(argv: list[str]) -> None:
@@ -411,29 +542,38 @@ def main(argv: list[str]) -> None:
 
 
 def compare(given: Flags, out: Path) -> None:
-    if given.runs:
-        found = [
-            Path(path) for path in sorted(glob.glob(os.path.expanduser(given.runs))) if Path(path, "config.json").is_file()
-        ]
-        if not found:
-            raise ValueError(f"{given.runs} matches no workdir of a run")
-        rows = table_of([Run(path, "", {}) for path in found])
-        write_page(out, rows)
-        print(f"{len(found)} runs: {out}/comparison.md, {out}/comparison.html")
+    if given.runs is not None:
+        if given.budget or given.seeds or given.methods:
+            raise ValueError("--runs makes a page of runs that exist: --budget, --seeds and --methods do not go with it")
+        found = [Path(path) for path in sorted(glob.glob(os.path.expanduser(given.runs)))]
+        table = table_of([Run(path, "", {}) for path in found if (path / "config.json").is_file()])
+        if not table.rows:
+            raise ValueError("; ".join([f"--runs={given.runs} matches no finished run", *table.left_out]))
+        write_page(out, table)
+        for line in table.left_out:
+            print(f"left out: {line}", file=sys.stderr)
+        print(f"{len(found) - len(table.left_out)} runs: {out}/comparison.md, {out}/comparison.html")
         return
     names = given.methods.split(",") if given.methods else [*ENTRIES, SCRATCH]
     if unknown := [name for name in names if name not in {*ENTRIES, SCRATCH}]:
         raise ValueError(f"--methods has {', '.join(unknown)}, but there are only {', '.join([*ENTRIES, SCRATCH])}")
-    images = round(given.budget * IMAGES_A_MINUTE) // BATCH * BATCH
-    if images < 100 * BATCH:
-        raise ValueError(f"--budget={given.budget:g} is too small: {100 * BATCH / IMAGES_A_MINUTE:g} minutes are the least")
-    pretrain(out, list(plan(out, names, given.seeds, images)))
+    budget, seeds = 60 if given.budget is None else given.budget, 3 if given.seeds is None else given.seeds
+    if not 100 * BATCH / IMAGES_A_MINUTE <= budget < math.inf:
+        raise ValueError(f"--budget is {budget:g}, but must be {100 * BATCH / IMAGES_A_MINUTE:g} minutes or more")
+    if seeds < 1:
+        raise ValueError(f"--seeds is {seeds}, but must be 1 or more")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and the run is told, see `Run.go`
+    pretrain(out, list(plan(out, names, seeds, round(budget * IMAGES_A_MINUTE) // BATCH * BATCH)))
 
 
 def pretrain(out: Path, runs: Sequence[tuple[str, int, str, Run]]) -> None:
-    """Goes through the plan; says before each run how far it is. What fails is named at the end, and the rest goes on."""
+    """Goes through the plan; says before each run how far it is. What fails is named at the end, with the runs that need it,
+    and the rest goes on."""
     failed: dict[Path, str] = {}
     for number, (name, seed, what, run) in enumerate(runs):
+        if missing := [path for path in run.needs if path in failed]:
+            failed[run.workdir] = f"{run.workdir}: it needs {missing[0]}"
+            continue
         if not run.finished:
             print(f"{number + 1}/{len(runs)}  {name}, seed {seed}, {what}; {time_left(runs)}", flush=True)
             try:
@@ -444,7 +584,9 @@ def pretrain(out: Path, runs: Sequence[tuple[str, int, str, Run]]) -> None:
                 continue
         if what == "pretraining" and name in ENTRIES and "test" not in run.record:
             run.note(test=on_test_images(run))
-        write_page(out, table_of([each for name, *_, each in runs if each.finished and name not in TARGETS]))
+        finished = [(each, run) for each, *_, run in runs if run.finished]
+        targets = [command_of(run.config, run.workdir) for each, run in finished if each in TARGETS]
+        write_page(out, table_of([run for each, run in finished if each not in TARGETS]), targets)
     print(f"{out}/comparison.md, {out}/comparison.html")
     if failed:
         sys.exit("\n".join(["error: some runs failed:", *failed.values()]))

@@ -2,6 +2,9 @@
 
 import json
 import re
+import resource
+import sys
+import time
 
 import pytest
 
@@ -31,7 +34,8 @@ def pretrained(folder, name, seed, knn, images_per_s, **record):
 
 
 @pytest.fixture
-def runs(tmp_path):
+def runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "done", lambda run: True)
     return [
         pretrained(tmp_path, "simmim", 0, 0.3, 100, mib=500),
         pretrained(tmp_path, "mae", 0, 0.3, 200, mib=400, test={"eval/knn": 0.4, "eval/probe": 0.6}),
@@ -61,9 +65,116 @@ def test_fine_tuned_runs_belong_to_the_row_they_began_with(runs, tmp_path):
         config = load_config("tests/tiny.py:supervised").unlock()
         config.init_from = begun and str(begun)
         runs.append(finished_run(tmp_path / name, config, [{"step": 2, "eval/accuracy": accuracy}]))
-    rows = compare.table_of(runs)
+    rows = compare.table_of(runs).rows
     assert [(row.title[:10], row.fine) for row in rows] == [("supervised", [0.25]), ("SimMIM", []), ("MAE", [0.5, 0.7])]
     assert [len(row.commands) for row in rows] == [1, 1, 4]
+
+
+def test_only_runs_that_differ_in_the_seed_are_seeds(runs, tmp_path, monkeypatch):
+    """Others have rows of their own, which say what is different, or are left out with the reason."""
+
+    def made(name, method="supervised", row=None, **changes):
+        config = load_config(f"tests/tiny.py:{method}").unlock()
+        config.update_from_flattened_dict(changes)
+        return finished_run(tmp_path / name, config, [{"step": 2, **({"eval/accuracy": 0.5} if row is None else row)}])
+
+    mae = {"eval/knn": 0.9, "eval/probe": 0.5, "eval/view_retrieval": 0.25}
+    longer = made("longer", "mae", mae, total="7 steps")
+    begun = made("begun", "mae", mae, init_from=str(runs[1].workdir))
+    tuned = made("tuned", init_from=f"{runs[1].workdir}/checkpoints/2")
+    other = made("other", init_from=str(runs[1].workdir), **{"optim.lr": 0.125})
+    lost = made("lost", init_from="/elsewhere/mae")
+    new = made("new", row={})
+    linear = made("linear", "linear", init_from=str(runs[1].workdir))
+    broken, foreign = tmp_path / "broken", tmp_path / "foreign"
+    for folder, text in ((broken, "{"), (foreign, '{"hidden_size": 3}')):
+        folder.mkdir()
+        (folder / "config.json").write_text(text)
+    half = made("half", "mae", mae)
+    monkeypatch.setattr(compare, "done", lambda run: run != half)
+    more = [longer, begun, tuned, other, lost, new, linear, *(compare.Run(each, "", {}) for each in (broken, foreign)), half]
+    table = compare.table_of([*runs, *more])
+    assert {row.title: (row.knn, row.fine) for row in table.rows} == {
+        "SimMIM": ([0.3], []),
+        "MAE": ([0.4, 0.5], [0.5]),
+        "MAE, total=7 steps": ([0.9], []),
+        "MAE, init_from": ([0.9], []),
+        "supervised, from scratch": ([], []),
+    }
+    reasons = {line.partition(": ")[0].rpartition("/")[2]: line.partition(": ")[2] for line in table.left_out}
+    assert set(reasons) == {"other", "lost", "new", "linear", "broken", "foreign", "half"}
+    assert reasons["half"] == "it is not finished" and "other settings" in reasons["other"]
+    text = compare.notes(table)
+    assert "Left out: " in text[-1] and "of the images that a run is evaluated on" in text[0]
+
+
+def test_a_workdir_of_another_command_is_no_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "done", lambda run: True)
+    small, large = (compare.pretraining(tmp_path, "eva", 0, images) for images in (6400, 64_000))
+    config = load_config(small.recipe).unlock()
+    config.update_from_flattened_dict({key: str(v) if key == "target.workdir" else v for key, v in small.changes.items()})
+    finished_run(small.workdir, config, [], seconds=1)
+    assert small.finished and not large.finished
+    with pytest.raises(ValueError, match="eva_0 was made with another total, .*: give another folder"):
+        large.go()
+
+
+def test_what_needs_a_failed_run_is_not_begun(tmp_path, monkeypatch):
+    begun = []
+
+    def go(run):
+        begun.append(run.workdir.name)
+        raise ChildProcessError("no memory")
+
+    monkeypatch.setattr(compare.Run, "go", go)
+    with pytest.raises(SystemExit, match="mae_0_fine: it needs .*mae_0"):
+        compare.pretrain(tmp_path, list(compare.plan(tmp_path, ["mae"], 1, 6400)))
+    assert begun == ["mae_0"]
+
+
+def test_a_run_is_told_to_stop_and_its_own_memory_is_measured(tmp_path, monkeypatch):
+    """Not that of this process, which is what `wait` reports on Linux."""
+    run = compare.Run(tmp_path / "a", "", {})
+    code = (
+        "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(pathlib.Path('told').touch()))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare.Run, "command", [sys.executable, "-c", code + "time.sleep(1)"])
+    monkeypatch.setattr(compare, "done", lambda run: True)
+    run.go()
+    assert 1 < run.record["mib"] < 100 < resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    monkeypatch.setattr(compare.Run, "command", [sys.executable, "-c", code + "time.sleep(60)"])
+    slept = iter([*[None] * 5, KeyError])
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(seconds) or raised(next(slept)))
+    with pytest.raises(KeyError):
+        run.go()
+    assert (tmp_path / "told").exists()
+
+
+def raised(error):
+    if error:
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--runs=", "--runs= matches no finished run"),
+        ("--runs=x --budget=3", "--runs makes a page of runs that exist: --budget, --seeds"),
+        ("--budget=nan", "--budget is nan, but must be 6.4 minutes or more"),
+        ("--budget=inf", "--budget is inf"),
+        ("--budget=text", "flag --budget=text"),
+        ("--seeds=0", "--seeds is 0, but must be 1 or more"),
+        ("--methods=mea", "--methods has mea, but there are only dino"),
+        ("--out=gs://b/x", "--out is gs://b/x, but must be a folder of this machine"),
+        ("more", "not understood: more"),
+    ],
+)
+def test_words_of_the_command(words, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["compare", *words.split()])
+    assert str(stop.value).startswith(f"error: {told}") and "\n" not in str(stop.value) and not list(tmp_path.iterdir())
 
 
 def test_a_failed_run_is_named_and_does_not_end_the_others(runs, tmp_path, monkeypatch, capsys):
@@ -85,7 +196,7 @@ def test_a_failed_run_is_named_and_does_not_end_the_others(runs, tmp_path, monke
 
 def test_commands_make_the_same_config(runs):
     """Each row has the commands of its runs, with all that differs from the recipe."""
-    (command,) = compare.table_of(runs[:1])[0].commands
+    (command,) = compare.table_of(runs[:1]).rows[0].commands
     assert command.startswith("mim_jax --config=") and f"--workdir={runs[0].workdir}" in command
     run = runs[1]
     config = run.config
