@@ -461,9 +461,9 @@ def notes(table: Table) -> list[str]:
     said = [
         f"Scores are shares, mean ± standard error over the seeds. Linear, k-NN and view retrieval: of {where}. Linear: ridge "
         "regression on frozen features. k-NN: 20 neighbors. View retrieval: how often the nearest of all second crops is of "
-        "the same image. Fine-tuned: the accuracy of the supervised run that began with what was learned, on the images that it "
-        "is evaluated on (in the runs that this program makes: all test images), with as many labeled steps as the one from "
-        f"scratch; in the runs that this program makes, 1 for {LABELED} of pretraining.",
+        "the same image. Fine-tuned: the accuracy of the supervised run that began with what was learned, on the images that "
+        "it is evaluated on, with as many labeled steps as the one from scratch; in the runs that this program makes, on all "
+        f"test images and with 1 step for {LABELED} of pretraining.",
     ]
     if len(ways) > 1:
         listed = "; ".join(f"{way}: {', '.join(titles)}" for way, titles in ways.items())

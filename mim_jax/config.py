@@ -108,7 +108,8 @@ def resolve_encoder(config: ml_collections.ConfigDict, workdir: str | Path = "")
     """Fills in `config.encoder`, where there is such a section, with the config of the run that it `begins_with`, whose
     backbone is fine-tuned or probed. What describes this backbone in `config.model`, and the mean and std of the images, become
     those of the run. Without one: nothing. A run that goes on in `workdir` has kept the config, and needs the other
-    no more. Raises FileNotFoundError if there is no such run.
+    no more. Raises FileNotFoundError if there is no such run, and ValueError if the config asks for another backbone or other
+    mean and std, by values that are not those of its recipe.
     """
     if "encoder" not in config or not begins_with(config):
         return
@@ -123,14 +124,22 @@ def resolve_encoder(config: ml_collections.ConfigDict, workdir: str | Path = "")
         encoder = ml_collections.ConfigDict(run)
     else:
         encoder = imported(config[key])
+    model, recipe = encoder.get("model", {}), load_config(config.recipe) if config.get("recipe") else config
+    theirs = {f"model.{name}": model.get(name) for name in OF_BACKBONE}
+    theirs |= {"data.mean": tuple(encoder.data.mean), "data.std": tuple(encoder.data.std)}
+    for name, value in theirs.items():
+        section, name = name.split(".")
+        asked = config[section].get(name)
+        if asked != recipe[section].get(name) and asked != value:
+            raise ValueError(f"{section}.{name} is {asked}, but that of {config[key]} is {value}: leave it out")
     with config.unlocked():
         config.encoder = encoder
-        for key in OF_BACKBONE:
-            if key in config.model:
-                del config.model[key]
-            if key in encoder.get("model", {}):
-                config.model[key] = encoder.model[key]
-        config.data.mean, config.data.std = tuple(encoder.data.mean), tuple(encoder.data.std)
+        for name in OF_BACKBONE:
+            if name in config.model:
+                del config.model[name]
+            if name in model:
+                config.model[name] = model[name]
+        config.data.mean, config.data.std = theirs["data.mean"], theirs["data.std"]
 
 
 def imported(path: str) -> ml_collections.ConfigDict:

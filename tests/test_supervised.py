@@ -161,6 +161,7 @@ def test_a_backbone_of_a_run(variant, method, changes, said, tmp_path, capsys):
     ("mae", {"data.batch_size": 7}, "data.batch_size is 7, but must be even: images are mixed in pairs"),
     ("mae", {"data.num_classes": 0}, "supervised learns from labels, but the images of folder have none"),
     ("mae", {"model.pool": "max"}, 'model.pool is "max", but must be "cls" or "mean"'),
+    ("mae", {"crops.global_crops_number": 2}, "crops.global_crops_number is 2, but supervised learns from one view"),
 ])  # fmt: skip
 def test_what_cannot_be_tuned_is_refused(variant, changes, message):
     config = tuned_from(variant)
@@ -230,6 +231,44 @@ def test_images_are_normalised_as_in_the_run(tmp_path):
     config.init_from = str(tmp_path)
     resolve_encoder(config)
     assert config.data.mean == (0.5, 0.5, 0.5) and config.is_locked
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.dim", 48, "model.dim is 48, but that of .* is 16: leave it out"),
+        ("data.mean", (0.1, 0.2, 0.3), r"data.mean is \(0.1, 0.2, 0.3\), but that of .* is \(0.5, 0.5, 0.5\): leave it out"),
+    ],
+)
+def test_another_backbone_than_the_one_of_the_run_is_refused(tmp_path, key, value, message):
+    (tmp_path / "config.json").write_text(mim_jax.load_config("tests/tiny.py:beit").to_json_best_effort())
+    config = mim_jax.load_config("tests/tiny.py:supervised")
+    config.init_from = str(tmp_path)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message):
+        resolve_encoder(config)
+    config.update_from_flattened_dict({key: {"model.dim": 16, "data.mean": (0.5, 0.5, 0.5)}[key]})  # as it is there
+    resolve_encoder(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks": ()}, r"probe.blocks is \(\), but must have values, each once"),
+        ({"rates": (0.5, 0.5)}, r"probe.rates is \(0.5, 0.5\), but must have values, each once"),
+        ({"held_out": 1}, "probe.held_out is 1: no image would be learned from"),
+        (
+            {"held_out": 0, "rates": (0.5, 1.0)},
+            "probe.held_out is 0: images that are not learned from must choose among 8 heads",
+        ),
+    ],
+)
+def test_heads_that_cannot_learn_or_be_chosen_are_refused(changes, message):
+    config = mim_jax.load_config("tests/tiny.py:linear")
+    config.data.update(num_examples=64, num_classes=3)
+    config.probe.update(changes)
+    with pytest.raises(ValueError, match=message):
+        make_method(config)
 
 
 # Mixing

@@ -49,7 +49,7 @@ class Linear(BackboneMethod):
         kinds: (last blocks whose CLS tokens are concatenated, whether the mean of the patch tokens follows them).
         rates: factors of the learning rate.
         held_out: of so many images one is not learned from. A moving average of each head's accuracy on these is kept in
-            `extra`, and the best head is the method's classifier; 0: all images are learned from, and it is the first head.
+            `extra`, and the best head is the method's classifier; 0: all images are learned from, and there is one head.
     """
 
     backbone: ViT | Swin
@@ -146,8 +146,16 @@ def kind_name(blocks: int, mean: bool) -> str:
 
 
 def make(config: ml_collections.ConfigDict) -> Linear:
-    """Raises ValueError for images without labels, and for more blocks than the encoder has."""
+    """Raises ValueError for images without labels, for more blocks than the encoder has, and for a `config.probe` without
+    heads, with a head twice, or with several that nothing chooses among."""
     p, backbone = config.probe, encoder(config)
+    for key in ("blocks", "mean_patch", "rates"):
+        if not p[key] or len(set(p[key])) < len(p[key]):
+            raise ValueError(f"probe.{key} is {tuple(p[key])}, but must have values, each once")
+    if p.held_out == 1:
+        raise ValueError("probe.held_out is 1: no image would be learned from; 10 holds out one of ten, 0 none")
+    if not p.held_out and (heads := len(p.blocks) * len(p.mean_patch) * len(p.rates)) > 1:
+        raise ValueError(f"probe.held_out is 0: images that are not learned from must choose among {heads} heads, such as 10")
     kinds = tuple((blocks, mean) for blocks in p.blocks for mean in p.mean_patch)
     if max(p.blocks) > (1 if isinstance(backbone, Swin) else backbone.depth):
         raise ValueError(f"probe.blocks is {p.blocks}, but of this encoder at most {getattr(backbone, 'depth', 1)} can be used")

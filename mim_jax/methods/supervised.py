@@ -121,7 +121,9 @@ def make(config: ml_collections.ConfigDict) -> Supervised:
 
 
 def classes(config: ml_collections.ConfigDict) -> int:
-    """The number of classes. Raises ValueError for images without labels."""
+    """The number of classes. Raises ValueError for images without labels, and for several views of an image."""
+    if (views := config.crops.global_crops_number) != 1:
+        raise ValueError(f"crops.global_crops_number is {views}, but {config.method} learns from one view of an image")
     if not config.data.num_classes:
         raise ValueError(f"{config.method} learns from labels, but the images of {config.data.name} have none")
     return config.data.num_classes
