@@ -25,6 +25,7 @@ import numpy as np
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 from mim_jax import sharding
+from mim_jax.cli import raised_here
 from mim_jax.curate import components
 from mim_jax.curate.shards import Made, Make, Result, spans
 from mim_jax.journal import named_errors, write_whole
@@ -142,8 +143,6 @@ class Shipped:
                 function = loaded(self.file)
             return function(element)
         except (OSError, ValueError) as error:
-            from mim_jax.command import raised_here
-
             if raised_here(error):
                 raise RuntimeError(f"{TOLD}{error}{TOLD}") from error
             raise
