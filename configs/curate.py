@@ -28,7 +28,11 @@ def get_config(variant: str = "web") -> ml_collections.ConfigDict:
     config.size = placeholder(int)  # side, in pixels, that the network sees; None: that of the run
 
     config.shard_rows = 65_536  # images of a shard: what a kill can lose
-    config.workers = 1  # threads that work on shards; the devices are all used anyway
+    config.workers = 1  # threads of the local engine that work on shards; the devices are all used anyway
+    config.engine = "local"  # or "beam": Apache Beam, see docs/curation.md
+    config.beam = ml_collections.ConfigDict()
+    config.beam.options = ("--runner=FnApiRunner",)  # this one: Beam in this process
+    config.beam.shared = False  # the workers of other machines see the workdir, and the images, under the same paths
     config.select = "retrieve"  # or "balance", or "all": only deduplicated
 
     config.neighbors = ml_collections.ConfigDict()

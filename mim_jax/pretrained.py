@@ -70,6 +70,11 @@ class Model:
     levels: decode.Levels | None = None
     max_pixels: int = decode.MAX_PIXELS
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which has devices of its own."""
+        state = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return state | {"parts": jax.device_get(self.parts)}
+
     @property
     def patch_size(self) -> int:
         """Side, in pixels, of the square that a patch of the output stands for."""

@@ -636,8 +636,12 @@ MUTATIONS = (
       "address = digest_of(name, version, list(inputs), dict(settings), list(shards))",
       "test_curate.py::test_a_result_does_not_know_its_shards_and_is_not_made_twice"),
     M("a shard is done before its files are", "curate/shards.py",
-      "    made = make(shard)\n", "    write_whole(work / f\"{i:06}.json\", b\"{}\")\n    made = make(shard)\n",
+      "    made = make(shards[i], *given)\n",
+      "    write_whole(folder / f\"{i:06}.json\", b\"{}\")\n    made = make(shards[i], *given)\n",
       "test_curate.py::test_a_half_written_set_is_not_visible_and_its_shards_are_used"),
+    M("a small star forgets its node", "curate/components.py",
+      "np.concatenate([_pack(node, least), _pack(other[rest], least[rest])])", "_pack(other[rest], least[rest])",
+      "test_curate.py::test_rounds_of_stars_end_with_the_components"),
     M("an evaluation image's component stays", "curate/stages.py", "dropped[self.labels[hit]] = True", "dropped[hit] = True",
       "test_curate.py::test_whole_components_go_with_evaluation_images"),
 )  # fmt: skip

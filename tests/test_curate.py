@@ -1,5 +1,7 @@
 """Curation: its algorithms against brute force, and the whole command: any division of the work, kills, bad input."""
 
+import functools
+import importlib.util
 import itertools
 import os
 import signal
@@ -8,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import cloudpickle
 import jax
 import numpy as np
 import pytest
@@ -18,10 +21,13 @@ from mim_jax import load_config
 from mim_jax.curate import __main__ as command
 from mim_jax.curate import clusters, components, neighbors, plants, shards, stages
 from mim_jax.curate.clusters import kmeans
-from mim_jax.curate.embedders import dhash, dhash_distance
+from mim_jax.curate.embedders import Network, Pixels, dhash, dhash_distance
 from mim_jax.curate.neighbors import nearest, quantized
-from mim_jax.curate.shards import Made, Memory, Subset, stage
-from mim_jax.data.sources import open_source
+from mim_jax.curate.shards import Made, Memory, Subset, stage, threads
+from mim_jax.data.sources import ArraySource, open_source
+from mim_jax.methods.base import Encoder
+from mim_jax.models import vit
+from mim_jax.pretrained import Model
 from mim_jax.sharding import make_mesh
 
 pytest.importorskip("pyarrow")
@@ -206,7 +212,8 @@ def test_a_result_does_not_know_its_shards_and_is_not_made_twice(tmp_path):
         return Made({"x": data[slice(*span)]}, {"name": [f"{i}" for i in range(*span)]}, {"first": span[0]})
 
     found = [
-        stage(tmp_path / f"{rows}", "a", 1, ["in"], {"k": 2}, shards.spans(10, rows), make, workers=rows) for rows in (3, 10)
+        stage(tmp_path / f"{rows}", "a", 1, ["in"], {"k": 2}, shards.spans(10, rows), make, functools.partial(threads, rows))
+        for rows in (3, 10)
     ]
     assert found[0].digest == found[1].digest and found[0].folder.name == found[1].folder.name
     assert found[0].column("name") == [f"{i}" for i in range(10)] and len(found[0].abouts) == 4
@@ -280,6 +287,29 @@ def test_dhash_tells_where_it_gets_darker():
     image = np.random.default_rng(0).permutation(216).astype(np.uint8).reshape(8, 9, 3)
     hashes = np.array([dhash(image), dhash(image[:, ::-1]), dhash(image[::-1])], np.uint64)
     assert np.array_equal(dhash_distance(hashes, hashes) < 6, [[1, 1, 0], [1, 1, 0], [0, 0, 1]])  # a few are equally dark
+
+
+def test_an_embedder_goes_to_another_process():
+    network = Encoder(vit.ViT(patch_size=8, img_size=16, dim=8, depth=1, heads=2), (0.5,) * 3, (0.2,) * 3)
+    model = Model(network, network.init_parts(jax.random.key(0)), 16, "small")
+    source = ArraySource(np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8), np.zeros(5, np.int32), 1)
+    for embedder in (Network(model, "cls", None), Pixels(source)):
+        (batch,) = embedder.batches(source, None, 0, 5)
+        (there,) = cloudpickle.loads(cloudpickle.dumps(embedder)).batches(source, None, 0, 5)
+        assert batch.vectors.any() and all(map(np.array_equal, batch, there))
+
+
+def test_rounds_of_stars_end_with_the_components():
+    rng, many, last = np.random.default_rng(0), np.arange(98), np.full(98, 98)
+    cases = [rng.integers(0, 99, (2, 10 * case)) for case in range(20)]
+    for first, second in [*cases, (many, many + 1), (many, last)]:
+        edges = [(first.astype(np.int32), second.astype(np.int32), np.ones(len(first), np.float32))]
+        now, before, rounds = components.packed(edges), None, 0
+        while not np.array_equal(now, before):
+            before, rounds = now, rounds + 1
+            large = components.large_star(components.both_ways(now))
+            now = np.unique(components.small_star(np.unique(large)))
+        assert np.array_equal(components.labels(99, now), components.components(99, edges)) and rounds < 9
 
 
 # The command
@@ -450,6 +480,7 @@ BAD = [
         r"balance.clusters\[0\] is 200, but 150 images are left: ask for fewer",
     ),
     ({"plant.evaluation": 7}, "plant.evaluation is 7, but there are 6 evaluation images"),
+    ({"engine": "spark"}, "engine is 'spark', but must be local or beam"),
     ({"retrieve.by": "cluster", "retrieve.clusters": 4, "retrieve.hits": 99}, "no cluster has more than retrieve.hits=99"),
 ]
 
@@ -463,6 +494,13 @@ def test_bad_settings(images, tmp_path_factory, monkeypatch, changes, told):
         config.update_from_flattened_dict(changes)
         stages.run(config, workdir)
     assert not (workdir / "list.json").exists()
+
+
+def test_beam_is_missing(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"engine is 'beam', but .* not installed: pip install 'mim_jax\[beam\]'"):
+        stages.run(config_of(images, engine="beam"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_bad_sources_and_another_embedder(images, tmp_path):

@@ -86,3 +86,55 @@ def cut(
             parent = roots(parent, parent)
         labels = parent
     return labels
+
+
+# By rounds of stars, for graphs whose edges lie on many machines: Kiveris et al. 2014, "Connected Components in MapReduce and
+# Beyond". An edge is an int64, node * 2**32 + neighbor; a sorted array has the edges of a node side by side.
+
+
+def packed(edges: Iterable[Edges]) -> np.ndarray:
+    """Each edge once, from the larger node to the smaller one."""
+    found = [_pack(np.maximum(first, second), np.minimum(first, second)) for first, second, _ in edges]
+    return np.unique(np.concatenate([np.zeros(0, np.int64), *found]))
+
+
+def both_ways(edges: np.ndarray) -> np.ndarray:
+    return np.sort(np.concatenate([edges, _pack(*_unpack(edges)[::-1])]))
+
+
+def large_star(edges: np.ndarray) -> np.ndarray:
+    """Of nodes with all their neighbors, sorted: each larger neighbor is joined to the smallest node that its node knows, which
+    may be itself. Of the larger end's side."""
+    node, other, least = _least(edges)
+    larger = other > node
+    return _pack(other[larger], least[larger])
+
+
+def small_star(edges: np.ndarray) -> np.ndarray:
+    """Of nodes with all their smaller neighbors, sorted: these and the node are joined to the smallest one."""
+    node, other, least = _least(edges)
+    rest = other > least
+    return np.concatenate([_pack(node, least), _pack(other[rest], least[rest])])
+
+
+def labels(count: int, stars: np.ndarray) -> np.ndarray:
+    """The label of each node, from edges to the smallest of its component."""
+    result = np.arange(count, dtype=np.int32)
+    node, least = _unpack(stars)
+    result[node] = least
+    return result
+
+
+def _pack(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return first.astype(np.int64) << 32 | second
+
+
+def _unpack(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return edges >> 32, edges & 0xFFFFFFFF
+
+
+def _least(edges: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nodes, neighbors, and for each edge the smallest of its node and that one's neighbors."""
+    node, other = _unpack(edges)
+    first = np.flatnonzero(np.diff(node, prepend=-1))
+    return node, other, np.minimum(node, np.repeat(other[first], np.diff(first, append=len(node))))

@@ -10,6 +10,7 @@ of a result is that of its rows, so the next stage does not see the division eit
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -142,6 +143,36 @@ def digest_of(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+class Make(Protocol):
+    """Makes shard i, whose files then are in `folder`; `given` is what `make` of the stage is given besides the shard."""
+
+    def __call__(self, folder: Path, i: int, *given: Any) -> None: ...
+
+
+Engine = Callable[[Path, Make, Sequence[int]], None]  # has the shards with these numbers made in a folder
+
+
+def threads(workers: int, work: Path, make: Make, missing: Sequence[int]) -> None:
+    """So many threads of this process make the shards."""
+    mesh = sharding.current_mesh()
+
+    def work_on(i: int) -> None:
+        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():  # which is that of a thread
+            make(work, i)
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(work_on, i) for i in missing]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+ONE_BY_ONE: Engine = functools.partial(threads, 1)
+
+
 def stage(
     root: Path,
     name: str,
@@ -149,8 +180,8 @@ def stage(
     inputs: Sequence[str],
     settings: Mapping[str, Any],
     shards: Sequence[Any],
-    make: Callable[[Any], Made],
-    workers: int = 1,
+    make: Callable[..., Made],
+    engine: Engine = ONE_BY_ONE,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Result:
     """The result of `make` on each shard, in a folder below `root`; it is made only where it is not there yet.
@@ -158,7 +189,7 @@ def stage(
     Args:
       name, version, inputs, settings: what the address is made of. A stage that computes something else gets a new version.
       shards: what `make` is called with, which JSON can hold: a division of the work.
-      workers: threads that call `make`.
+      engine: what has the shards made; it may give `make` more than the shard.
       tell: is told how far it is.
 
     Raises OSError, naming the path, if something cannot be written; finished shards stay.
@@ -174,20 +205,10 @@ def stage(
         work.mkdir(parents=True, exist_ok=True)
     missing = [i for i in range(len(shards)) if not (work / f"{i:06}.json").exists()]
     tell(f"{name}: " + (f"{len(missing)} of {len(shards)} shards" if len(shards) > 1 else "under way"))
-    mesh = sharding.current_mesh()
-
-    def work_on(i: int) -> None:
-        with jax.set_mesh(mesh) if mesh else contextlib.nullcontext():  # which is that of a thread
-            _make(work, i, shards[i], make)
-
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(work_on, i) for i in missing]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    if missing:
+        engine(work, functools.partial(_make, shards, make), missing)
+    for draft in work.glob("*.tmp"):  # that a kill has left
+        shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
     abouts = [json.loads((work / f"{i:06}.json").read_text()) for i in range(len(shards))]
     manifest = {
         "stage": name,
@@ -207,15 +228,15 @@ def stage(
     return Result(folder)
 
 
-def _make(work: Path, i: int, shard: Any, make: Callable[[Any], Made]) -> None:
-    made = make(shard)
-    with named_errors(work):
+def _make(shards: Sequence[Any], make: Callable[..., Made], folder: Path, i: int, *given: Any) -> None:
+    made = make(shards[i], *given)
+    with named_errors(folder):
         for name, array in made.arrays.items():
-            with replacing(work / f"{i:06}.{name}.npy") as file:
+            with replacing(folder / f"{i:06}.{name}.npy") as file:
                 np.save(file, array)
         if made.records is not None:
-            write_parquet(work / f"{i:06}.parquet", made.records)
-        write_whole(work / f"{i:06}.json", json.dumps(dict(made.about), sort_keys=True).encode())  # last: now it is whole
+            write_parquet(folder / f"{i:06}.parquet", made.records)
+        write_whole(folder / f"{i:06}.json", json.dumps(dict(made.about), sort_keys=True).encode())  # last: now it is whole
 
 
 def write_parquet(path: Path, records: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ Each is a function of the results of others and of its settings, see `shards.sta
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import shutil
@@ -27,7 +28,7 @@ from mim_jax.config import leaves
 from mim_jax.curate import clusters, components, neighbors, plants, report
 from mim_jax.curate.embedders import Network, Pixels, dhash_distance
 from mim_jax.curate.neighbors import nearest
-from mim_jax.curate.shards import Files, Made, Memory, Result, Rows, Subset, digest_of, spans, stage, write_parquet
+from mim_jax.curate.shards import Files, Made, Memory, Result, Rows, Subset, digest_of, spans, stage, threads, write_parquet
 from mim_jax.data import curated
 from mim_jax.data.sources import shown
 from mim_jax.journal import named_errors, write_whole
@@ -120,8 +121,20 @@ def run(config: ml_collections.ConfigDict, workdir: Path) -> Curation:
     that is not that of the workdir, and thresholds that leave nothing. Finished stages stay.
     """
     check(config)
+    engine = opened_engine(config)
     with locked(workdir), jax.set_mesh(sharding.make_mesh(devices=jax.local_devices())):
-        return Stages(config, workdir).run()
+        return Stages(config, workdir, engine).run()
+
+
+def opened_engine(config: ml_collections.ConfigDict) -> Any:
+    """What has the shards of the stages made. Raises ValueError for Beam if it is missing or refuses its options."""
+    if config.engine == "local":
+        return functools.partial(threads, config.workers)
+    if importlib.util.find_spec("apache_beam") is None:
+        raise ValueError("engine is 'beam', but Apache Beam is not installed: pip install 'mim_jax[beam]'")
+    from mim_jax.curate.beam import Beam
+
+    return Beam(config.beam.options, config.beam.shared)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -133,7 +146,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
     if not config.uncurated:
         raise ValueError("uncurated is missing: --config.uncurated=FOLDER, or a data set such as cifar10")
-    words = {"select": ("retrieve", "balance", "all"), "retrieve.by": ("image", "cluster")}
+    words = {"engine": ("local", "beam"), "select": ("retrieve", "balance", "all"), "retrieve.by": ("image", "cluster")}
     words["kind"] = ("cls", "mean", "cls+mean")
     for key, allowed in words.items():
         if values[key] not in allowed:
@@ -170,9 +183,10 @@ def sets(text: str, data_dir: str | None) -> list[dict[str, Any]]:
 class Stages:
     """The stages, in a workdir."""
 
-    def __init__(self, config: ml_collections.ConfigDict, workdir: Path):
-        self.config, self.workdir = config, workdir
-        self.stage = functools.partial(stage, workdir, workers=config.workers, tell=tell)
+    def __init__(self, config: ml_collections.ConfigDict, workdir: Path, engine: Any):
+        self.config, self.workdir, self.engine = config, workdir, engine
+        self.stage = functools.partial(stage, workdir, engine=engine, tell=tell)
+        self.whole = functools.partial(stage, workdir, tell=tell)  # is one shard, and made here
 
     def run(self) -> Curation:
         config = self.config
@@ -280,7 +294,7 @@ class Stages:
             member[rows] = np.cumsum(new) - 1
             return Made({"member": member, "origin": rows[new], "keys": words[new, 0].astype(np.uint64)})
 
-        return self.stage("order", 1, [images.result.digest for images in uncurated], {}, [0], make)
+        return self.whole("order", 1, [images.result.digest for images in uncurated], {}, [0], make)
 
     def pool(self, uncurated: Sequence[Images], order: Result, origin: np.ndarray) -> Result:
         """The vectors of the different images, in their order."""
@@ -327,7 +341,7 @@ class Stages:
             products = sum(about["products"] for about in result.abouts) + count * cells
             return Made({}, about={"recall": recall, "products": products, "of": count * count})
 
-        measured = self.stage("recall", 1, [result.digest, pool.digest], {"sample": config.sample}, [0], measure).abouts[0]
+        measured = self.whole("recall", 1, [result.digest, pool.digest], {"sample": config.sample}, [0], measure).abouts[0]
         fewer = measured["of"] / measured["products"]
         tell(f"recall@{k} of the cells: {measured['recall']:.4f}, with {fewer:.1f} times fewer products")
         return result
@@ -343,7 +357,7 @@ class Stages:
             with self.resumed("cells", pool.digest, settings) as kept:
                 return Made({"centroids": clusters.kmeans(Subset(rows, learned), count, 10, config.seed, **kept).centroids})
 
-        centroids = self.stage("cells", 1, [pool.digest], settings, [0], learn)
+        centroids = self.whole("cells", 1, [pool.digest], settings, [0], learn)
 
         learned_cells = centroids.array("centroids")
 
@@ -383,7 +397,7 @@ class Stages:
         least = max(SMALL, round(dedup.giant * count))
 
         def make(_: int) -> Made:
-            labels = components.components(count, components.above(edges_of(found), threshold))
+            labels = self.labels(found, count, threshold)
             giants = components.largest(labels, components.above(edges_of(found), threshold), k, least)
             is_cut = bool(dedup.cut and any(each.density < dedup.cut for each in giants))
             if is_cut:
@@ -391,11 +405,23 @@ class Stages:
             return Made({"label": labels}, about={"giants": [list(each) for each in giants], "cut": is_cut})
 
         settings = {"threshold": threshold, "giant": dedup.giant, "cut": dedup.cut}
-        result = self.stage("components", 1, [found.digest], settings, [0], make)
+        result = self.whole("components", 1, [found.digest], settings, [0], make)
+        for folder in self.workdir.glob("stars-*"):
+            shutil.rmtree(folder)
         for label, size, density in result.abouts[0]["giants"]:
             hint = "it was cut" if result.abouts[0]["cut"] else "see dedup.cut, or raise dedup.threshold"
             tell(f"a giant component: {size:,} of {count:,} images, edge density {density:.3f}, around image {label}; {hint}")
         return result
+
+    def labels(self, found: Result, count: int, threshold: float) -> np.ndarray:
+        """The components of the graph of similar pairs."""
+        if self.config.engine == "local":
+            return components.components(count, components.above(edges_of(found), threshold))
+
+        def pairs(i: int) -> np.ndarray:
+            return components.packed(components.above(edges_of(found, [i]), threshold))
+
+        return self.engine.components(self.stage, found, pairs, {"threshold": threshold}, count, self.config.shard_rows)
 
     def leakage(self, pool: Result, images: Images) -> Result:
         """Array similarity, float32 [pool]: to the nearest image of an evaluation set; row: which one that is."""
@@ -473,7 +499,7 @@ class Stages:
                 made = clusters.kmeans(rows, count, settings["iterations"], settings["seed"], **kept)
             return Made({"centroids": made.centroids, "nearest": made.nearest})
 
-        return self.stage("clusters", 1, inputs, settings, [0], make)
+        return self.whole("clusters", 1, inputs, settings, [0], make)
 
     def balance(self, state: Curation, inputs: list[str]) -> tuple[np.ndarray, dict[str, Any]]:
         """As many images as asked for, evenly from the branches of a tree of clusters."""
@@ -491,7 +517,7 @@ class Stages:
                 return Made({"centroids": made.centroids, "nearest": made.nearest, "similarity": made.similarity})
 
             at = {"level": level, "round": number}
-            found = self.stage("balance", 1, inputs, settings | at, [0], shard)
+            found = self.whole("balance", 1, inputs, settings | at, [0], shard)
             return clusters.Clusters(*(found.array(name) for name in ("centroids", "nearest", "similarity")))
 
         found = clusters.hierarchy(
@@ -556,9 +582,9 @@ class Kept:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def edges_of(found: Result) -> Iterator[components.Edges]:
+def edges_of(found: Result, shards: Sequence[int] | None = None) -> Iterator[components.Edges]:
     """Of a result of `Stages.neighbors`, shard by shard."""
-    for i in range(found.manifest["shards"]):
+    for i in range(found.manifest["shards"]) if shards is None else shards:
         query, ids, similarity = (np.load(found.folder / f"{i:06}.{name}.npy") for name in ("query", "ids", "similarity"))
         there = ids != neighbors.NONE
         yield np.broadcast_to(query[:, None], ids.shape)[there], ids[there], similarity[there]
