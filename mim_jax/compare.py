@@ -471,7 +471,7 @@ def notes(table: Table) -> list[str]:
     said += [
         "Cost: time of the pretraining steps, relative to SimMIM, without compilation and evaluation, and without the run that "
         "a method learns from (a tokenizer or a teacher). GFLOP: of a step, forward and backward, as XLA counts them. Peak "
-        "memory: of the process that trains. S is SimMIM's comparison of methods, with costs on ImageNet, as lectures quote it.",
+        "memory: of the process that trains. S: SimMIM's comparison of methods, costs on ImageNet, as lectures quote it.",
         "All seeds of BEiT and BEiT v2 have one tokenizer: its share of the spread is not in theirs.",
     ]
     return said + (["Left out: " + "; ".join(table.left_out) + "."] if table.left_out else [])
