@@ -120,7 +120,7 @@ def resolve_encoder(config: ml_collections.ConfigDict, workdir: str | Path = "")
     kept = json.loads(own.read_text()) if workdir and own.is_file() else {}
     if kept.get(key) == config[key] and kept.get("encoder"):
         encoder = ml_collections.ConfigDict(kept["encoder"])
-    elif saved.is_file() and "method" in (run := json.loads(saved.read_text())):
+    elif run := of_run(saved):
         encoder = ml_collections.ConfigDict(run)
     else:
         encoder = imported(config[key])
@@ -142,14 +142,24 @@ def resolve_encoder(config: ml_collections.ConfigDict, workdir: str | Path = "")
         config.data.mean, config.data.std = theirs["data.mean"], theirs["data.std"]
 
 
+def of_run(file: Path) -> dict[str, Any]:
+    """The config that a run has written to its `config.json`; {} if the file is missing, damaged or of another program."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and {"method", "optim", "data"} <= found.keys() else {}
+
+
 def imported(path: str) -> ml_collections.ConfigDict:
     """The config of the encoder in a file of weights. Raises FileNotFoundError if there is none, and ValueError as
     `layouts.read`."""
-    from mim_jax import layouts  # which needs models, and they this file
+    from mim_jax import layouts, weight_files  # which need models, and they this file
 
     if not layouts.is_weights(path):
         raise FileNotFoundError(f"there is neither a run nor a file of weights in {path}")
-    weights = layouts.read(path)
+    with weight_files.asking(path):
+        weights = layouts.read(path)
     data = {"mean": weights.mean, "std": weights.std}
     return ml_collections.ConfigDict({"method": "imported", "model": weights.settings, "data": data})
 

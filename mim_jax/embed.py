@@ -4,19 +4,23 @@
   python -m mim_jax.embed --run=runs/dino --name=cifar10 --split=test --kind=cls+mean --layers=4 --out=cifar10.parquet
 
   --run=WORKDIR            the workdir of a run, or a file or folder of weights
+  --which=student          not the teacher, of a run that has both
   --heads=6 --act=gelu     of a file of weights that does not say it; it is asked for then
   --data=FOLDER            images, by the rules of mim_jax/data/folder.py; with --name the data.dir of that data set
   --name=NAME --split=train   a data set as in the recipes: folder (the default), cifar10, or one of TFDS
   --out=FILE               .npz, .npy or .parquet; what is half done is in the folder FILE.parts beside it
   --kind=cls               cls, mean (of the patches), patch, or cls+mean, joined
   --size=224               side that the network sees, in pixels; by default that of the run
+  --resize=1               side of the central square that is seen, as a share of the short side; by default that of the run, or
+                           of a file's configuration, else 0.875
   --layers=4               of the last 4 blocks, joined, the oldest first
   --batch_size=256         images at a time, on all devices of a process together
   --coordinator=HOST:PORT --processes=N --process=I   several hosts that share the folder of FILE, where no cluster tells jax
 
 Rows are in the order of the data set: of a folder, sorted by path. A bad image is named, and its row is NaN; its label is -1.
 The same command goes on after a kill. It then ends with the same bytes as one that was never killed, on the same devices and
-versions; a command with other settings is refused. The parts and the finished file are both on the disk for a moment.
+versions; a command with other settings is refused. A damaged part is named and made again. The parts and the finished file are
+both on the disk for a moment. If all images are bad, no file is written.
 
   .npz      features float32 [N, D] (patch: [N, patches, D]), names [N], label int32 [N] if there are labels, and about
   .npy      features alone; names, label and about are in FILE.json
@@ -25,6 +29,7 @@ versions; a command with other settings is refused. The parts and the finished f
 about is JSON: of what these are the features, and how they were made; bad: {row: name and reason}.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -36,13 +41,13 @@ import traceback
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import jax
 import numpy as np
 
 import mim_jax
-from mim_jax import checkpoint, cli, hosts
+from mim_jax import checkpoint, cli, hosts, storage
 from mim_jax.checkpoint import of_any_process
 from mim_jax.cli import raised_here
 from mim_jax.data import pipeline, sources
@@ -71,6 +76,8 @@ class Flags:
     batch_size: int | None = None
     heads: int = 0
     act: str = ""
+    which: Literal["", "teacher", "student"] = ""
+    resize: float | None = None
     coordinator: str | None = None
     processes: int | None = None
     process: int | None = None
@@ -102,6 +109,30 @@ class Parts:
     def missing(self) -> list[int]:
         return [start for start in self.starts if not self.file(start).exists()]
 
+    def drop_damaged(self) -> None:
+        """Removes the parts that cannot be read as they were written, and names them."""
+        for start in self.starts:
+            count = min(self.rows, self.total - start)
+            if self.file(start).exists():
+                try:
+                    features, label, bad = self.read(start, "features", "label", "bad")
+                    if (features.shape, label.shape) != ((count, *self.shape), (count,)):
+                        raise ValueError(f"{self.file(start)} is damaged: it has features {list(features.shape)}")
+                    json.loads(str(bad))
+                except ValueError as error:
+                    tell(f"{error}; it is made again")
+                    self.file(start).unlink()
+
+    def read(self, start: int, *names: str) -> list[np.ndarray]:
+        """What a part has under these names. Raises ValueError, with its file, if it is damaged."""
+        try:
+            with np.load(self.file(start)) as part:
+                return [part[name] for name in names]
+        except Exception as error:  # of broken bytes NumPy and zipfile raise almost anything
+            if isinstance(error, OSError) and error.filename is not None:  # it may be whole
+                raise
+            raise ValueError(f"{self.file(start)} is damaged ({type(error).__name__})") from error
+
     def save(self, start: int, features: np.ndarray, label: np.ndarray, bad: dict[int, str]) -> None:
         content = io.BytesIO()
         np.savez(content, features=features, label=label, bad=np.array(json.dumps(bad)))
@@ -111,8 +142,7 @@ class Parts:
     def each(self, what: str) -> Iterator[np.ndarray]:
         """ "features", "label" or "bad" of one part after the other."""
         for start in self.starts:
-            with np.load(self.file(start)) as part:
-                yield part[what]
+            yield from self.read(start, what)
 
     def bad(self) -> dict[str, str]:
         """row -> name and reason."""
@@ -136,17 +166,17 @@ def embed(
 
     Of several processes each makes some of the parts, on its own devices, and the first joins them.
 
-    Raises ValueError for settings that do not fit and for those that the parts in `FILE.parts` do not have; OSError if `out` is
-    there, is being made by another process, or cannot be written.
+    Raises ValueError for settings that do not fit, for those that the parts in `FILE.parts` do not have, and if all images are
+    bad; OSError if `out` is there, is being made by another process, or cannot be written.
     """
     if kind not in KINDS or out.suffix not in WRITERS:
         raise ValueError(f"kind={kind}, out={out.name}: kinds are {', '.join(KINDS)}, files end with {', '.join(WRITERS)}")
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise ValueError(f"{out.name} cannot be written without pyarrow: pip install 'mim_jax[parquet]'")
     folder = out.with_name(f"{out.name}.parts")
-    for file in (out, beside(out)):
-        if file.exists() and not folder.exists():
-            raise OSError(f"{file} is there already: remove it, or give another --out")
+    settings, begun = folder / "settings.json", [file for file in (out, beside(out)) if file.exists()]
+    if begun and not settings.exists():
+        raise OSError(f"{begun[0]} is there already: remove it, or give another --out")
     size, devices = model.checked(size, layers), jax.local_device_count()
     batch_size = model.batch_size(len(source), size) if batch_size is None else batch_size
     if batch_size < 1 or batch_size % devices:
@@ -175,8 +205,12 @@ def embed(
     rows = batch_size * max(1, min(ROWS, BYTES // (4 * int(np.prod(shape)))) // batch_size)
     parts = Parts(folder, len(source), rows, shape, names_of(source), source.num_classes > 0, about)
     with locked(folder):
-        missing = parts.missing()  # before the processes wait for each other: the first may then be done at once
-        same_settings(folder / "settings.json", about, fresh=len(missing) == len(parts.starts))
+        same_settings(settings, about, fresh=not begun and not any(folder.glob("*.npz")))
+        if jax.process_index() == 0:
+            parts.drop_damaged()
+        of_any_process("")  # now all see the same parts
+        missing = parts.missing()
+        of_any_process("")  # now all have looked: the first may be done at once
         if len(missing) < len(parts.starts):
             tell(f"going on: {len(parts.starts) - len(missing)} of {len(parts.starts)} parts are there")
         mine = [start for start in missing if start // rows % jax.process_count() == jax.process_index()]
@@ -194,7 +228,9 @@ def same_settings(file: Path, about: dict[str, Any], fresh: bool) -> None:
     if jax.process_index() == 0 and fresh:
         write_whole(file, json.dumps(about, indent=1).encode())
     of_any_process("")  # from now on it is there
-    there, now = json.loads(file.read_text()), json.loads(json.dumps(about))
+    there, now = {}, json.loads(json.dumps(about))
+    with contextlib.suppress(ValueError):  # if it is damaged, it has no settings
+        there = json.loads(file.read_text())
     changed = [f"{key} {there.get(key)} -> {now[key]}" for key in now if there.get(key) != now[key]]
     told = f"{file.parent} has parts with other settings: {'; '.join(changed)}. Remove it, or give another --out"
     if problem := of_any_process(told if changed else ""):
@@ -229,7 +265,12 @@ def compute(model: Model, source: Readable, parts: Parts, mine: Sequence[int]) -
 
 
 def join(parts: Parts, out: Path) -> None:
-    """Writes the output, says which images are bad, and removes the parts: last the settings, which say what they are of."""
+    """Writes the output, says which images are bad, and removes the parts: last the settings, which say what they are of.
+    Raises ValueError if all images are bad."""
+    bad = parts.bad()
+    if len(bad) == parts.total:
+        remove(parts)
+        raise ValueError(f"all {parts.total:,} images are bad, nothing is written: {bad['0']}")
     with named_errors(out):
         if beside(out) != out:
             label = np.concatenate([*parts.each("label")]).tolist() if parts.labeled else None
@@ -237,14 +278,17 @@ def join(parts: Parts, out: Path) -> None:
             write_whole(beside(out), text.encode())
         with replacing(out) as file:
             WRITERS[out.suffix](file, parts)
-        bad = parts.bad()
-        for start in parts.starts:
-            parts.file(start).unlink()
-        shutil.rmtree(parts.folder)
+        remove(parts)
     for row, why in list(bad.items())[: pipeline.NAMED]:
         tell(f"bad image, row {row}: {why}")
     of_these = f"; {len(bad):,} rows are NaN: their images are bad" if bad else ""
     tell(f"{out}: {parts.about['kind']}, float32 {parts.about['shape']}{of_these}")
+
+
+def remove(parts: Parts) -> None:
+    for start in parts.starts:
+        parts.file(start).unlink()
+    shutil.rmtree(parts.folder)
 
 
 def beside(out: Path) -> Path:
@@ -325,8 +369,11 @@ def main(argv: list[str]) -> None:
         out = cli.of_this_machine("out", given.out)
         if given.name == "folder" and not given.data:
             raise ValueError("--data is missing, for example --data=~/images; without a folder --name=cifar10")
+        if given.data and not storage.absolute(given.data).is_dir():
+            raise ValueError(f"--data is {given.data}, but there is no such folder")
         hosts.start(given.coordinator, given.processes, given.process)
-        model = load(given.run, heads=given.heads, act=given.act)
+        model = load(given.run, which=given.which, resize=given.resize, heads=given.heads, act=given.act)
+        tell(model.description)
         source = sources.open_source(given.name, given.data, given.split)
         embed(model, source, out, given.kind, given.size, given.layers, given.batch_size)
     except KeyboardInterrupt:

@@ -17,18 +17,23 @@ model.onnx takes "images" [batch, 3, S, S] in 0..1 and gives "cls" [batch, D] an
 for `jax.export.deserialize`: it takes [batch, S, S, 3] and gives a dict of the same.
 --head: with the classifier of a run of `supervised` or `linear`, or of a file; `AutoModelForImageClassification` loads it, and
 a program gives "scores" [batch, classes], too.
+--which=student: not the teacher, of a run that has both.
+The folder of --out must be new or empty.
 
 What is written is read again. Its features and scores of 8 images are compared with those of the run, and the largest
 difference is printed. The images are those that the run is measured on, those of `--images=FOLDER`, or CIFAR-10's if they were
 fetched before; random ones if none can be had.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import json
+import re
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -38,9 +43,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import ScopeParamShapeError
 
-from mim_jax import cli, convert, journal, layouts, layouts_out, pretrained, weight_files
+import mim_jax
+from mim_jax import checkpoint, cli, convert, journal, layouts, layouts_out, pretrained, storage, weight_files
+from mim_jax.config import begins_with, of_run
 from mim_jax.layouts_out import Config
-from mim_jax.learned import Run, load_run
+from mim_jax.learned import Run, load_run, weights_of
 from mim_jax.methods.base import Encoder, Params
 from mim_jax.models.heads import LinearHead
 from mim_jax.models.swin import Swin
@@ -48,15 +55,21 @@ from mim_jax.models.vit import ViT
 
 PROGRAMS = {"onnx": ("onnx", "'mim_jax[onnx]'"), "jax": ("flatbuffers", "flatbuffers")}  # what each needs; its name for pip
 TOLERANCE = 1e-4  # of features, relative to the largest
+LICENCE = re.compile("released weights|licen[cs]e", re.IGNORECASE)  # in a line of `layouts.read`
 
 
 class Source(NamedTuple):
-    """What is exported: an encoder in float32, its parameters, what is pooled of it, and its run, if it is of one."""
+    """What is exported: an encoder in float32, its parameters, what is pooled of it, and its run, if it is of one.
+
+    `resize`: see `pretrained.Model`; `lines`: what is known of it.
+    """
 
     encoder: Encoder
     parts: Params
     head: LinearHead
     run: Run | None
+    resize: float = pretrained.RESIZE
+    lines: Sequence[str] = ()
 
     @property
     def parameters(self) -> Params:
@@ -71,18 +84,22 @@ class Source(NamedTuple):
         return found
 
 
-def source_of(path: str, with_head: bool = False) -> Source:
-    """The newest checkpoint of a run, or a file of weights. Raises ValueError for one without an encoder, and, `with_head`,
-    without a classifier."""
+def source_of(path: str, with_head: bool = False, which: str = "") -> Source:
+    """The newest checkpoint of a run, of its teacher or of `which`, or a file of weights. Raises ValueError for one without an
+    encoder, and, `with_head`, without a classifier."""
     run = None
     if layouts.is_weights(path):
-        weights = layouts.read(path, layouts.Told(channels=0))
+        if which:
+            raise ValueError(f"{path} is no run: only runs have a teacher and a student")
+        weights = weights_of(path, channels=0)
         encoder, parts, head = weights.network, weights.parts, weights.head
+        resize, lines = pretrained.seen_of(Path(path))[0], weights.lines
         if with_head and not head.linear:
             raise ValueError(f"there is no classifier in {path}")
     else:
-        run = load_run(path)
+        run = load_run(path, which)
         encoder, parts = run.method.network(), run.params
+        resize, lines = run.config.eval.resize, [what_it_is(run), *origins(run)]
         if not isinstance(encoder, Encoder):
             raise ValueError(f"{path} is a run of {run.config.method}, which has no ViT or Swin")
         try:
@@ -94,7 +111,41 @@ def source_of(path: str, with_head: bool = False) -> Source:
     if head.norm and head.eps != getattr(encoder.backbone, "norm_eps", head.eps):
         raise ValueError(f"the norms have epsilon {encoder.backbone.norm_eps:g}, that of the mean {head.eps:g}")
     encoder = dataclasses.replace(encoder, backbone=encoder.backbone.clone(dtype=jnp.float32, remat="none", microbatches=1))
-    return Source(encoder, parts, head if with_head else head._replace(linear={}, labels=()), run)
+    head = head if with_head else head._replace(linear={}, labels=())
+    return Source(encoder, parts, head, run, resize, lines)
+
+
+def what_it_is(run: Run) -> str:
+    config, whose = run.config, f", the {run.which}" * bool(run.which)
+    recipe = f" (recipe {config.recipe})" if config.get("recipe") else ""
+    return f"method: {config.method}{recipe}, data: {config.data.name}, step {run.step} of {config.total}{whose}"
+
+
+def origins(run: Run) -> list[str]:
+    """What a run began with, as far back as it is known, and what it learned from; with the licence of released weights."""
+    found: list[str] = []
+    config: Any = run.config
+    while (begun := begins_with(config)) and len(found) < 10:
+        found.append(f"it began with {begun}{licence(begun)}")
+        config = of_run(workdir_of(begun) / "config.json") or config.get("encoder") or {}
+    if weights := (run.config.get("target") or {}).get("weights"):
+        found.append(f"it learned from {weights}{licence(weights)}")
+    return found
+
+
+def workdir_of(path: str) -> Path:
+    """The workdir of a run, of which this is the workdir or a checkpoint."""
+    folder = storage.absolute(path)
+    return folder.parents[1] if checkpoint.is_checkpoint(folder) else folder
+
+
+def licence(path: str) -> str:
+    """That of a run or file of weights: by name where it is known."""
+    lines = []
+    with contextlib.suppress(OSError, ValueError):  # it may be gone
+        lines = layouts.read(path).lines if layouts.is_weights(path) else []
+    known = [line for line in lines if LICENCE.search(line)]
+    return ", whose licence holds for this, too" + f" ({'; '.join(known)})" * bool(known)
 
 
 class Pictures(NamedTuple):
@@ -108,7 +159,7 @@ class Pictures(NamedTuple):
 def pictures(source: Source, size: int, named: str = "") -> Pictures:
     """See the head of this module. Raises OSError and ValueError for images that are `named` and cannot be read."""
     channels, net = len(source.encoder.mean), source.encoder.backbone
-    model = pretrained.Model(source.encoder, source.parts, net.img_size, "")
+    model = pretrained.Model(source.encoder, source.parts, net.img_size, "", source.resize)
     try:
         if source.run:
             model = pretrained.of_run(Path(), source.run)
@@ -185,78 +236,114 @@ def difference(ours: Mapping[str, Any], others: Mapping[str, Any]) -> float:
     return max(float(np.abs(ours[name] - others[name]).max() / np.abs(ours[name]).max()) for name in ours)
 
 
-def card(source: str, config: Config, library: str, classifier: bool) -> str:
-    """README.md of the folder: what it is, and how it was made."""
-    what, task = ("A classifier", "classification") if classifier else ("An encoder", "feature-extraction")
+def card(path: str, source: Source, side: int, config: Config, library: str, command: str) -> str:
+    """README.md of the folder: what it is, and how it was made. `side`: of the images, in pixels."""
+    run = source.run
+    what, task = ("A classifier", "classification") if source.head.linear else ("An encoder", "feature-extraction")
     lines = ["---", f"library_name: {library}", f"pipeline_tag: image-{task}", "tags: [mim_jax]", "---", ""]
-    lines += [f"# {what} trained with mim_jax", "", f"From `{source}`.", ""]
-    record = Path(source) / "config.json"
-    if record.is_file() and (run := json.loads(record.read_text())).get("method"):
-        latest = journal.history(Path(source)).latest
-        scores = [f"* {tag}: {latest[tag]:.4g}" for tag in sorted(latest) if tag.startswith("eval/")]
-        lines += [
-            f"Method: {run['method']} (recipe {run.get('recipe', '')}), data: {run['data']['name']}, total: {run['total']}."
-        ]
-        lines += ["", "Scores on held-out images, with their baselines:", "", *scores, ""]
-        begun = run.get("init_from") or run.get("continue_from")
-        lines += [f"It began with `{begun}`, whose licence holds for it, too.", ""] if begun else []
+    lines += [f"# {what} {'trained' if run else 'converted'} with mim_jax", "", f"From `{path}`:", ""]
+    lines += [*(f"* {line}" for line in source.lines), ""]
+    mean, std = (", ".join(f"{x:.6g}" for x in color) for color in (source.encoder.mean, source.encoder.std))
+    lines += [
+        f"It sees the central square of an image, {source.resize:.4g} of its short side, resized to {side} pixels. Images in "
+        f"0..1 are normalised by mean {mean} and std {std}.",
+        "",
+    ]
+    if run:
+        scores = scores_of(path, run.step)
+        lines += ["Scores on held-out images, with their baselines:", "", *scores, ""] if scores else []
+        lines += [f"Trained with {', '.join(f'{name} {version}' for name, version in run.versions.items())}.", ""]
+    lines += [f"Written by mim_jax {mim_jax.__version__}" + (f": `{command}`" if command else "."), ""]
     return "\n".join([*lines, "```json", json.dumps(config, indent=1), "```", ""])
 
 
+def scores_of(path: str, step: int) -> list[str]:
+    """The last score of each kind that a run has up to this step. `path`: its workdir, or one of its checkpoints."""
+    found = journal.History()
+    for row in journal.rows(workdir_of(path)):
+        if row["step"] <= step:
+            found.add(row)
+    scores = {tag: value for tag, value in sorted(found.latest.items()) if tag.startswith("eval/") and value is not None}
+    return [f"* {tag}: {value:.4g}" for tag, value in scores.items()]
+
+
 def export(
-    path: str, form: str, out: str | Path, size: int | None = None, with_head: bool = False, images: str = ""
+    path: str,
+    form: str,
+    out: str | Path,
+    size: int | None = None,
+    with_head: bool = False,
+    images: str = "",
+    which: str = "",
+    command: str = "",
 ) -> tuple[float | None, str]:
-    """Writes the folder `out`; returns (what `compared` or `run_again` finds, of what). `size`: of the images of a program;
-    `images`: a folder or files to compare on. Raises ValueError if the layout has no place for the encoder."""
+    """Writes the folder `out`; returns (what `compared` or `run_again` finds, of what). Standard error says what was read.
+
+    Args:
+        path, which: see `source_of`.
+        size: of the images of a program.
+        images: a folder or files to compare on.
+        command: how to repeat this; for README.md.
+
+    Raises ValueError if the layout has no place for the encoder, and if `out` is not empty.
+    """
+    journal.fresh_folder(out)
     if form == "official" and layouts.is_weights(path):
         raise ValueError("official names are written for runs, whose method says which")
-    source = source_of(path, with_head)
+    source = source_of(path, with_head, which)
+    print(f"{path}: {'; '.join(source.lines)}", file=sys.stderr)
     side = source.encoder.backbone.img_size if size is None else size
     if form == "official":
-        written(path, form, out, size, source)
+        written(path, form, out, size, source, command)
         again = convert.from_torch(weight_files.read(Path(out) / "model.safetensors"), family_of(source))
         jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.asarray, dict(source.parts)))
         return 0.0, "all tensors"
     seen = pictures(source, side, images)
     if source.head.linear and len(seen.classes) == source.head.classes:
         source = source._replace(head=source.head._replace(labels=seen.classes))
-    written(path, form, out, size, source)
+    written(path, form, out, size, source, command)
     what = f"features{' and scores' * bool(source.head.linear)} of {len(seen.images)} images ({seen.what})"
     if form in PROGRAMS:
         return run_again(form, source, seen.images, Path(out) / f"model.{form}"), what
     return compared(source, seen.images, Path(out)), what
 
 
-def written(path: str, form: str, out: str | Path, size: int | None = None, source: Source | None = None) -> None:
+def written(
+    path: str, form: str, out: str | Path, size: int | None = None, source: Source | None = None, command: str = ""
+) -> None:
     """Writes the folder `out`. `source`: what is at `path`, if not the encoder alone; the rest as of `export`."""
+    journal.fresh_folder(out)
     source = source_of(path) if source is None else source
     out, config, encoder = Path(out), Config(), source.encoder
     net = encoder.backbone
+    side = net.img_size if size is None else size
     if size is not None and form not in PROGRAMS:
         raise ValueError(f"size is for the formats {' and '.join(PROGRAMS)}")
-    if size is not None and (size < 1 or size % net.patch_size):
-        raise ValueError(f"size is {size}, but must be a multiple of the {net.patch_size} pixels of a patch")
+    if side < 1 or side % net.patch_size:
+        raise ValueError(f"size is {side}, but must be a multiple of the {net.patch_size} pixels of a patch")
     if form in PROGRAMS:
-        data, config = program(form, source, net.img_size if size is None else size)
+        data, config = program(form, source, side)
         files = {f"model.{form}": data}
     elif form == "official":
         files = {"model.safetensors": weight_files.safetensors(convert.to_torch(source.parts, family_of(source)))}
     elif form == "safetensors":
-        settings, parts = settings_of(net), {"backbone": source.parts["backbone"]}
-        files = layouts.Weights(settings, encoder.mean, encoder.std, parts, [f"an encoder of {path}"], source.head).files
+        parts, lines = {"backbone": source.parts["backbone"]}, [f"an encoder of {path}", *source.lines]
+        files = layouts.Weights(settings_of(net), encoder.mean, encoder.std, parts, lines, source.head).files
+        config = json.loads(files["config.json"]) | {"crop_pct": source.resize}
+        files |= {"config.json": json.dumps(config, indent=1).encode()}
     else:
         write = layouts_out.timm if form == "timm" else layouts_out.transformers
-        given = layouts_out.Encoded(net, source.parts["backbone"], encoder.mean, encoder.std, source.head)
+        given = layouts_out.Encoded(net, source.parts["backbone"], encoder.mean, encoder.std, source.head, source.resize)
         arrays, config = write(given)
         files = {"model.safetensors": weight_files.safetensors(arrays), "config.json": json.dumps(config, indent=2).encode()}
     if form == "hf":
-        side = net.img_size
-        processor = {"image_processor_type": "BitImageProcessor", "do_resize": True, "size": {"height": side, "width": side}}
-        processor |= {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3}
-        processor |= {"do_center_crop": False, "image_mean": list(encoder.mean), "image_std": list(encoder.std)}
+        processor: Config = {"image_processor_type": "BitImageProcessor", "do_resize": True, "resample": 3}
+        processor |= {"size": {"shortest_edge": round(side / source.resize)}, "do_center_crop": True}
+        processor |= {"crop_size": {"height": side, "width": side}, "do_rescale": True, "rescale_factor": 1 / 255}
+        processor |= {"do_normalize": True, "image_mean": list(encoder.mean), "image_std": list(encoder.std)}
         files["preprocessor_config.json"] = json.dumps(processor, indent=2).encode()
     library = {"hf": "transformers", "official": "pytorch", "safetensors": "mim_jax"}.get(form, form)
-    files["README.md"] = card(path, config, library, bool(source.head.linear)).encode()
+    files["README.md"] = card(path, source, side, config, library, command).encode()
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         journal.write_whole(out / name, content)
@@ -291,12 +378,15 @@ class Flags:
     size: int | None = None
     head: bool = False
     images: str = ""
+    which: Literal["", "teacher", "student"] = ""
 
 
 def main(argv: list[str]) -> None:
     given, _ = cli.begin(Flags, argv, __doc__ or "")
     with cli.in_one_line("stopped"):
-        found, what = export(given.run, given.format, given.out, given.size, given.head, given.images)
+        out, command = cli.of_this_machine("out", given.out, "folder"), f"python -m mim_jax.export {shlex.join(argv[1:])}"
+        more = given.size, given.head, given.images, given.which
+        found, what = export(given.run, given.format, out, *more, command)
         if found is None:
             print(f"{given.out}: the graph is valid, but its outputs are not compared: that needs onnxruntime")
             return

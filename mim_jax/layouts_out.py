@@ -29,6 +29,7 @@ class Encoded(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     head: LinearHead
+    resize: float = 1.0  # side of the central square that is seen, as a share of the short side
 
     @property
     def flat(self) -> dict[str, Any]:
@@ -147,7 +148,7 @@ def config_of_timm(given: Encoded, architecture: str, **more: Any) -> Config:
     args: Config = {"img_size": net.img_size, "patch_size": net.patch_size, "in_chans": channels, "embed_dim": net.dim}
     args |= {"mlp_ratio": ratio(hidden, net.dim), "num_heads": list(net.heads) if isinstance(net, Swin) else net.heads}
     sizes: Config = {"input_size": [channels, net.img_size, net.img_size], "fixed_input_size": True}
-    sizes |= {"interpolation": "bicubic", "crop_pct": 1.0, "mean": list(given.mean), "std": list(given.std)}
+    sizes |= {"interpolation": "bicubic", "crop_pct": given.resize, "mean": list(given.mean), "std": list(given.std)}
     names = {"first_conv": "patch_embed.proj", "classifier": "head.fc" if swin else "head"}
     return {
         "architecture": architecture,

@@ -7,14 +7,16 @@ import dataclasses
 import functools
 import re
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 
-from mim_jax import convert, layouts, sharding
+from mim_jax import convert, layouts, sharding, weight_files
 from mim_jax.checkpoint import SavedRun, newest
 from mim_jax.config import begins_with, kind
 from mim_jax.methods.base import Params, made
@@ -31,21 +33,36 @@ class Run(NamedTuple):
 
     config: ml_collections.ConfigDict
     method: Any
-    params: Params  # what was learned, by part: the teacher's if there is one
+    params: Params  # what was learned, by part
     extra: Params
     step: int
+    which: str = ""  # of a run with both: "teacher" or "student"
+    versions: Mapping[str, str] = MappingProxyType({})  # of the libraries that it was trained with
 
 
-def load_run(workdir: str | Path) -> Run:
-    """The newest checkpoint in a workdir that is not damaged. Raises FileNotFoundError if there is none."""
+def load_run(workdir: str | Path, which: str = "") -> Run:
+    """The newest checkpoint in a workdir that is not damaged: of the teacher if there is one, or of `which`, "teacher" or
+    "student". Raises FileNotFoundError if there is none, and ValueError for a teacher that the run does not have."""
+    if which not in ("", "teacher", "student"):
+        raise ValueError(f"which is {which!r}, but must be teacher or student")
 
     def read(saved: SavedRun) -> Run:
         config = ml_collections.ConfigDict(saved.record["config"]).lock()
         shapes = saved.shapes()
-        learned = read_parts(saved, {part: where(shapes, part) for part in shapes["params"]}, shapes)
-        return Run(config, made(config), learned, saved.read({"extra": shapes["extra"]})["extra"], saved.step)
+        if which == "teacher" and not shapes["teacher"]:
+            raise ValueError(f"{saved.workdir} is a run of {config.method}, which has no teacher")
+        sections = {part: "params" if which == "student" else where(shapes, part) for part in shapes["params"]}
+        learned, extra = read_parts(saved, sections, shapes), saved.read({"extra": shapes["extra"]})["extra"]
+        taken = (which or "teacher") if shapes["teacher"] else ""
+        return Run(config, made(config), learned, extra, saved.step, taken, saved.record.get("versions", {}))
 
     return newest(workdir, read)
+
+
+def weights_of(path: str | Path, **told: Any) -> layouts.Weights:
+    """`layouts.read`, with what is `told`, where not all can be told: see `weight_files.asking`."""
+    with weight_files.asking(path):
+        return layouts.read(path, layouts.Told(**told))
 
 
 def abstract_target(method: Any, config: ml_collections.ConfigDict) -> Params:
@@ -67,9 +84,15 @@ def load_target(method: Any, config: ml_collections.ConfigDict) -> Params:
     target = config.target
     if target.weights:
         name = kind(target.network)
-        found = convert.official(target.weights, name) if name in convert.OFFICIAL else layouts.read(target.weights).parts
+        if name in convert.OFFICIAL:
+            found = convert.official(target.weights, name)
+            lines = [f"official weights of the network {name}, {len(jax.tree.leaves(found))} arrays, none is missing"]
+        else:
+            found, lines = (weights := weights_of(target.weights)).parts, weights.lines
         given = {part: found[part] for part in wanted if part in found}
-        refuse(misfits(given, wanted), f"the weights in {target.weights}")
+        refuse(misfits(given, wanted), f"the weights in {target.weights} are")
+        if jax.process_index() == 0:
+            print(f"the target is from {target.weights}; {'; '.join(lines)}", file=sys.stderr)
         return jax.tree.map(lambda a, s: jax.device_put(np.asarray(a, s.dtype), s.sharding), given, wanted)
     if not target.workdir:
         raise ValueError(
@@ -81,7 +104,7 @@ def load_target(method: Any, config: ml_collections.ConfigDict) -> Params:
         shapes = saved.shapes()
         sections = {part: where(shapes, part) for part in wanted}
         there = {part: shapes[section][part] for part, section in sections.items() if section}
-        refuse(misfits(there, wanted), f"the parameters in {saved.path}")
+        refuse(misfits(there, wanted), f"the parameters in {saved.path} are")
         return read_parts(saved, sections, dict.fromkeys(SECTIONS, wanted))
 
     return newest(target.workdir, read)
@@ -105,17 +128,31 @@ def begin_with(method: Any, config: ml_collections.ConfigDict, state: Any) -> An
 
 
 class FromFile:
-    """The encoder in a file of weights, as a `SavedRun`. Raises ValueError if `method` computes something else with it."""
+    """The encoder in a file of weights, as a `SavedRun`. Raises ValueError if `method` computes something else with it, or
+    normalises images in another way than the file says."""
 
     def __init__(self, path: str, method: Any):
-        weights = layouts.read(path)
+        weights = weights_of(path)
         self.path, self.parts = path, weights.parts
-        there, here = weights.network.backbone, getattr(method, method.encoder_part, None)
+        there: Any = weights.network.backbone
+        here: Any = getattr(method, method.encoder_part, None)
         names = "heads act rotary rotary_period bilinear attn_norm window".split()
         differ = [f"{n}: {getattr(there, n)} there, {getattr(here, n)} here" for n in names if differs(there, here, n)]
-        refuse(differ, f"the encoder in {path}")
-        names = "norm_eps pos_offset antialias".split()
-        told = [f"{n} {getattr(there, n)} there, {getattr(here, n)} here" for n in names if differs(there, here, n)]
+        refuse(differ, f"the encoder in {path} is")
+        if differs(there, here, "norm_eps"):
+            command = f"python -m mim_jax.convert {path} --eps={here.norm_eps:g} --out=DIR"
+            raise ValueError(
+                f"the norms of the encoder in {path} have epsilon {there.norm_eps:g}, those of this method {here.norm_eps:g}: "
+                f"to take it with that, name the folder DIR that `{command}` writes"
+            )
+        colors = {name: (getattr(weights, name), getattr(method.views, name)) for name in ("mean", "std")}
+        colors = {name: pair for name, pair in colors.items() if not np.allclose(*pair, atol=1e-4)}
+        told = [f"{name} {in_words(theirs)} there, {in_words(ours)} here" for name, (theirs, ours) in colors.items()]
+        if colors and not any("no configuration says it" in line for line in weights.lines):
+            flags = " ".join(f'--config.data.{name}="({in_words(theirs)})"' for name, (theirs, _) in colors.items())
+            raise ValueError(f"the encoder in {path} is for other images, {'; '.join(told)}: set {flags}")
+        names = "pos_offset antialias".split()
+        told += [f"{n} {getattr(there, n)} there, {getattr(here, n)} here" for n in names if differs(there, here, n)]
         self.description = "; ".join([path, *weights.lines, *told])
 
     def shapes(self) -> dict[str, Params]:
@@ -128,6 +165,10 @@ class FromFile:
             return jax.device_put(np.asarray(array, leaf.dtype), leaf.sharding)
 
         return {"params": jax.tree.map_with_path(placed, abstract["params"])}
+
+
+def in_words(color: Sequence[float]) -> str:
+    return ", ".join(f"{x:.6g}" for x in color)
 
 
 def differs(there: Any, here: Any, name: str) -> bool:
@@ -149,7 +190,7 @@ def begun(method: Any, config: ml_collections.ConfigDict, state: Any, saved: Any
         ours = laid_out(state.params[part], there)
         found = misfits({part: shared(there, ours)}, {part: shared(ours, there)}, loose=positions.LEARNED)
         if part == method.encoder_part:
-            refuse(found, f"the parameters in {saved.path}")
+            refuse(found, f"the parameters in {saved.path} are")
         if found:
             wrong[part] = f" ({found[0]})"
         elif part in state.teacher:
@@ -263,6 +304,7 @@ def misfits(there: Params, here: Params, loose: str = "(?!)") -> list[str]:
 
 
 def refuse(misfits: list[str], what: str) -> None:
-    """Raises ValueError if there are misfits."""
+    """Raises ValueError if there are misfits. `what`: "the parameters are"."""
     if misfits:
-        raise ValueError(f"{what} are of another model. There and here:\n  " + "\n  ".join(misfits))
+        more = f"; and {len(misfits) - 3} others" * (len(misfits) > 3)
+        raise ValueError(f"{what} of another model. There and here: {'; '.join(misfits[:3])}{more}")

@@ -6,10 +6,9 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ from jax.sharding import PartitionSpec as P
 
 from mim_jax import layouts, sharding, storage
 from mim_jax.checkpoint import is_checkpoint
+from mim_jax.config import of_run as config_of_run
 from mim_jax.data import decode, pipeline
 from mim_jax.data.augment import center_crop
 from mim_jax.data.sources import Example, open_source, user_cache
 from mim_jax.evaluators import IN_0_TO_1, PIXELS
-from mim_jax.learned import Run, load_run
+from mim_jax.learned import Run, load_run, weights_of
 from mim_jax.methods.base import BackboneMethod, Encoder, Params
 from mim_jax.models import vit
 
@@ -33,7 +33,8 @@ Features = dict[str, np.ndarray]
 
 KINDS = ("cls", "mean", "patch")
 GREY = (0.299, 0.587, 0.114)  # weights of red, green and blue, as of Pillow's greys
-CANVAS, OF, RESIZE = 512, 224, 0.875  # of weights that no run has made: the canvas of `config.py`, for 224 pixels, and its crop
+CANVAS, OF = 512, 224  # of weights that no run has made: the canvas of `config.py`, for 224 pixels
+RESIZE = 0.875  # and the share of the short side that is seen, if nothing says another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Model:
 
         "mean" is that of the patches, which are row-major. Images are decoded, cropped and resized as in the evaluation of a
         run, some at a time, on all devices of this process. `python -m mim_jax.embed` does it for more than memory can hold.
+        Of each image, also of one that has the size that is seen, that is the central square whose side is the share `resize`
+        of the short side: `mim_jax.load(path, resize=1.0)` leaves arrays of that size as they are.
 
         Args:
             images: file names, or arrays [h, w, 3] of any sizes, or one array [B, h, w, 3]. Arrays are uint8, or floats in
@@ -115,6 +118,10 @@ class Model:
         """The side that is meant. Raises ValueError for one that the patches do not divide, and for blocks that are not
         there."""
         size, depth = self.img_size if size is None else size, getattr(self.network.backbone, "depth", 1)
+        for name, value in (("size", size), ("layers", layers)):
+            if not isinstance(value, (int, np.integer)):
+                raise ValueError(f"{name} is {value!r}, but must be an integer")
+        size, layers = int(size), int(layers)
         if size < 1 or size % self.patch_size:
             raise ValueError(f"size is {size}, but must be a multiple of the {self.patch_size} pixels of a patch")
         if not 1 <= layers <= depth:
@@ -216,40 +223,70 @@ def of_last_blocks(network: Encoder, parts: Params, images: jax.Array, layers: i
     return {"cls": tokens[:, 0] if has_cls else patch.mean(axis=1), "patch": patch}
 
 
-def load(path: str | os.PathLike, **told: Any) -> Model:
+def load(path: str | os.PathLike, which: str = "", resize: float | None = None, **told: Any) -> Model:
     """What a run has learned, from the newest checkpoint in its workdir, which may be at gs://; or the encoder in a file or
-    folder of weights, see `layouts.read`. `told`: what such a file does not say, `heads=6` for example, see `layouts.Told`.
+    folder of weights, see `layouts.read`.
+
+    Args:
+        which: "teacher" or "student", of a run that has both; by default the teacher.
+        resize: side of the central square that is seen, as a share of the short side of an image. By default that of the run's
+            evaluation; of a file what its configuration says, see `seen_of`, else 0.875.
+        told: what a file does not say, `heads=6` for example, see `layouts.Told`.
 
     Raises FileNotFoundError if there is nothing or no checkpoint yet, and ValueError for a run without a ViT or Swin backbone
     (a tokenizer), and as `layouts.read`.
     """
     folder = storage.absolute(path)
+    if resize is not None and not (isinstance(resize, (int, float)) and 0 < resize <= 1):
+        raise ValueError(f"resize is {resize!r}, but must be in (0, 1]")
     if is_run(folder):
-        return of_run(folder)
+        model = of_run(folder, which=which)
+        return dataclasses.replace(model, resize=resize or model.resize)
     if not folder.exists():
         raise FileNotFoundError(f"there is no run and no file {folder}")
-    weights = layouts.read(folder, layouts.Told(**told))
+    if which:
+        raise ValueError(f"{folder} is no run: only runs have a teacher and a student")
+    weights = weights_of(folder, **told)
     if len(weights.mean) != 3:
         raise ValueError(
             f"the network takes images of {len(weights.mean)} channels, and those that are read here have 3: use "
             "mim_jax.layouts.read(...).network.features(parts, images)"
         )
-    return Model(weights.network, weights.parts, weights.settings["img_size"], f"{folder}: {'; '.join(weights.lines)}")
+    share, who = (resize, "as asked for") if resize else seen_of(folder)
+    lines = [*weights.lines, f"of each image the central square of {share:.4g} of the short side is seen, {who}"]
+    size = weights.settings["img_size"]
+    return Model(weights.network, weights.parts, size, f"{folder}: {'; '.join(lines)}", share)
+
+
+def seen_of(path: Path) -> tuple[float, str]:
+    """(side of the central square that is to be seen, as a share of the short side; who says so), of a file of weights.
+
+    timm says it as `crop_pct`. transformers makes the short side as long as `size` and cuts out `crop_size`, or makes the whole
+    image square: then it is 1.
+    """
+    folder = path if path.is_dir() else path.parent
+    config, processor = (layouts.read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
+    inside = config.get("pretrained_cfg")
+    said: list[Any] = [found.get("crop_pct") for found in (processor, inside if isinstance(inside, dict) else {}, config)]
+    size, crop = processor.get("size"), processor.get("crop_size")
+    short = size.get("shortest_edge") if isinstance(size, dict) else size
+    side = crop.get("height") if isinstance(crop, dict) else crop
+    if processor.get("do_center_crop", crop is not None) and type(short) is type(side) is int and short > 0:
+        said.append(side / short)
+    elif size:
+        said.append(1.0)
+    share = next((float(x) for x in said if type(x) in (int, float) and 0 < x <= 1), None)
+    return (share, "as its configuration says") if share else (RESIZE, "as no configuration says it")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether it is a checkpoint or a workdir: it has checkpoints, or a config.json with a method. Hugging Face's has none."""
-    if (folder / "checkpoints").is_dir() or is_checkpoint(folder):
-        return True
-    try:
-        return "method" in json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
+    """Whether it is a checkpoint or a workdir: it has checkpoints or the config.json of a run."""
+    return (folder / "checkpoints").is_dir() or is_checkpoint(folder) or bool(config_of_run(folder / "config.json"))
 
 
-def of_run(workdir: Path, run: Run | None = None) -> Model:
+def of_run(workdir: Path, run: Run | None = None, which: str = "") -> Model:
     """See `load`. `run`: what is in the workdir, if it is loaded already."""
-    run = load_run(workdir) if run is None else run
+    run = load_run(workdir, which) if run is None else run
     config, method = run.config, run.method
     if not isinstance(method, BackboneMethod):
         raise ValueError(f"{workdir} is a run of {config.method}, which has no ViT or Swin backbone: it makes no features")
@@ -261,7 +298,7 @@ def of_run(workdir: Path, run: Run | None = None) -> Model:
         network,
         parts,
         config.eval.img_size or config.model.img_size,
-        f"{config.method}, step {run.step} of {workdir}",
+        f"{config.method}, step {run.step} of {workdir}" + f", the {run.which}" * bool(run.which),
         config.eval.resize,
         config.data.canvas,
         tuple(config.data.levels) if config.data.levels else None,
@@ -302,6 +339,8 @@ class Given:
     def __init__(self, images: Any):
         if isinstance(images, (str, os.PathLike)):
             raise ValueError(f"images is {images}, but must be a list of file names: [{os.fspath(images)!r}]")
+        if not isinstance(images, Iterable) or isinstance(images, Mapping):
+            raise ValueError(f"images is of type {type(images).__name__}, but must be a list of file names or of arrays")
         if isinstance(images, (np.ndarray, jax.Array)) and images.ndim != 4:
             raise ValueError(f"images is one array {list(images.shape)}, but must be [B, h, w, 3], or a list of [h, w, 3]")
         self.images = [self.checked(i, image) for i, image in enumerate(images)]

@@ -4,6 +4,7 @@ Sources: the format of safetensors (github.com/huggingface/safetensors, "Format"
 pickletools, and for PyTorch torch/serialization.py and torch/_utils.py (what `torch.save` writes and `torch.load` expects).
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,7 +14,7 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +33,7 @@ MAGIC = 0x1950A86A20F9469CFC6C  # the first number in a file of torch before 1.6
 DEPTH = 100  # of containers in containers
 STEPS = 2**18  # of a pickle, whatever the size of the file
 JSON = 2**22  # bytes of JSON, which may need 25 times as many; there are some 100 a tensor
+NAMES = 2**24  # characters of the names of all tensors, as `flat` has them
 SAFETENSORS = dict(  # its names of types: NumPy's
     BOOL="bool", U8="uint8", I8="int8", U16="uint16", I16="int16", U32="uint32", I32="int32", U64="uint64", I64="int64",
     F16="float16", BF16="bfloat16", F32="float32", F64="float64", C64="complex64",
@@ -238,6 +240,14 @@ def whole_numbers(values: Any) -> bool:
     return isinstance(values, (list, tuple)) and len(values) <= 64 and all(type(n) is int and n >= 0 for n in values)
 
 
+def shown(value: Any) -> str:
+    """A text, an integer or a list of integers, for a message; of anything else only the type. Pairs of pairs of pairs ..., of
+    which each is the last one twice, are small in a file and endless in words."""
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    plain = len(numbers) <= 64 and all(type(n) is int and n.bit_length() < 256 for n in numbers)
+    return str(value) if plain else repr(value) if type(value) is str else f"of the type {type(value).__name__}"
+
+
 # safetensors: the length of the header (8 bytes), the header (JSON), the arrays without gaps.
 
 
@@ -332,7 +342,11 @@ def read_zip(path: Path, data: mmap.mmap) -> Tensors:
             raise ValueError("it is a zip file, but not one that torch.save or np.savez writes")
         if len(roots) > 1:
             raise ValueError("it holds several pickles")
-        room = [limit(len(data))]
+        size = sum(member.file_size for member in members.values())  # all may be at one place of the file
+        if size > limit(len(data)):
+            raise ValueError(
+                f"its parts claim to unpack to {size:,} bytes, and more than {limit(len(data)):,} are not plausible"
+            )
         view = memoryview(data)
 
         def content(name: str) -> Any:
@@ -345,9 +359,6 @@ def read_zip(path: Path, data: mmap.mmap) -> Tensors:
             place += 30 + sum(int.from_bytes(data[place + at : place + at + 2], "little") for at in (26, 28))
             found = view[place : place + member.compress_size]
             if member.compress_type == zipfile.ZIP_DEFLATED:  # PyTorch does not compress, but reads it
-                room[0] -= size
-                if room[0] < 0:
-                    raise ValueError(f"its part {name!r} claims to unpack to {size:,} bytes, which is not plausible")
                 found = memoryview(zlib.decompressobj(-15).decompress(found, size + 1))
             elif member.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"its part {name!r} is compressed by method {member.compress_type}")
@@ -385,8 +396,8 @@ def read_legacy(data: mmap.mmap) -> Tensors:
         raise ValueError("it is a pickle, but not one that torch.save writes")
     version, machine = unpickle(data, size), unpickle(data, size)
     if version != 1001:
-        raise ValueError(f"it has version {version} of the format, of which only 1001 is known")
-    if machine.get("little_endian") is not True:
+        raise ValueError(f"it has version {shown(version)} of the format, of which only 1001 is known")
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise ValueError("it was written on a machine whose numbers begin with the highest byte")
     storages: dict[str, Storage] = {}
     found = unpickle(data, size, storages)
@@ -394,8 +405,8 @@ def read_legacy(data: mmap.mmap) -> Tensors:
     keys = unpickle(data, size)
     place = data.tell()
     for key in keys:
-        if key not in storages:
-            raise ValueError(f"its storage {key!r} belongs to no tensor")
+        if type(key) is not str or key not in storages:
+            raise ValueError(f"its storage {shown(key)} belongs to no tensor")
         storage = storages[key]
         end = place + 8 + storage.count * np.dtype(storage.dtype).itemsize
         if end > size:
@@ -427,9 +438,16 @@ def unpickle(file: Any, size: int, storages: dict[str, Storage] | None = None) -
     storages = {} if storages is None else storages
     left = steps(size)
 
+    def spend(count: int) -> None:
+        nonlocal left
+        left -= count
+        if left < 0:
+            raise ValueError("its pickle has more steps than are plausible for a file of this size")
+
     def call(called: Any, args: Any) -> Any:
-        nonlocal left  # copying a container is as many steps as it has items
-        left -= sum(len(arg) for arg in args if isinstance(arg, (dict, list, tuple, str, bytes)) and called in CONTAINERS)
+        spend(len(args))
+        if isinstance(called, Name) and called in CONTAINERS:  # copying one is as many steps as it has items
+            spend(sum(len(arg) for arg in args if isinstance(arg, (dict, list, tuple, str, bytes, bytearray))))
         return result(called, args)
 
     def top() -> list[Any]:
@@ -441,9 +459,7 @@ def unpickle(file: Any, size: int, storages: dict[str, Storage] | None = None) -
 
     arg: Any
     for opcode, arg, _ in pickletools.genops(file):
-        left -= 1
-        if left < 0:
-            raise ValueError("its pickle has more steps than are plausible for a file of this size")
+        spend(1)
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
@@ -476,7 +492,7 @@ def unpickle(file: Any, size: int, storages: dict[str, Storage] | None = None) -
                 stack[-count:] = [tuple(stack[-count:])]
             case "DICT":
                 items = top()
-                stack.append(dict(zip(items[::2], items[1::2])))
+                stack.append(filled(items[::2], items[1::2]))
             case "APPEND":
                 item = stack.pop()
                 fill(stack[-1], [item])
@@ -510,7 +526,8 @@ def unpickle(file: Any, size: int, storages: dict[str, Storage] | None = None) -
                 stack.append(call(called, tuple(rest)))
             case "NEWOBJ":
                 args, called = stack.pop(), stack.pop()
-                stack.append(call(called, args) if called in CONTAINERS else Inert(called, args))
+                contains = isinstance(called, Name) and called in CONTAINERS
+                stack.append(call(called, args) if contains else Inert(called, args))
             case "NEWOBJ_EX":
                 _, args, called = stack.pop(), stack.pop(), stack.pop()
                 stack.append(Inert(called, args))
@@ -540,17 +557,25 @@ def fill(target: Any, items: list, pairs: bool = False) -> None:
             items = [x for i, item in enumerate(items, start=len(target.items)) for x in (i, item)]
         target, pairs = target.items, True
     if pairs and isinstance(target, dict):
-        target.update(zip(items[::2], items[1::2]))
+        target.update(filled(items[::2], items[1::2]))
     elif not pairs and isinstance(target, list):
         target.extend(items)
     else:
         raise ValueError(f"its pickle fills a {type(target).__name__}")
 
 
+def filled(keys: Sequence[Any], values: Sequence[Any]) -> dict[Any, Any]:
+    """A dict. A container as a key becomes a placeholder, which no other key equals: the hash of a tuple may be endless, see
+    `shown`."""
+    return {Inert("key", (key,)) if isinstance(key, (tuple, list, dict)) else key: value for key, value in zip(keys, values)}
+
+
 def name_of(module: Any, name: Any) -> Name:
     """Python 2 and NumPy before 2.0 had other names for some modules."""
     if type(module) is not str or type(name) is not str:
         raise ValueError("its pickle names a class by what is no text")
+    if len(module) + len(name) > 1000:
+        raise ValueError(f"its pickle has a class whose name has {len(module) + len(name):,} characters")
     module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
     return Name(f"{re.sub('^numpy[.]core(?=[.]|$)', 'numpy._core', module)}.{name}")
 
@@ -563,7 +588,11 @@ def result(called: Any, args: Any) -> Any:
         if called.endswith("defaultdict"):
             args = args[1:]
         if called.endswith(("dict", "Dict", "Counter")):
-            return args[0] if args and isinstance(args[0], dict) else dict(args[0] if args else ())
+            if not args or isinstance(args[0], dict):
+                return args[0] if args else {}
+            if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in args[0]):
+                raise ValueError("its pickle makes a dict of what are no pairs")
+            return filled(*([pair[i] for pair in args[0]] for i in (0, 1)))
         return list(args[0]) if args else []
     if called in (REBUILD, f"{REBUILD}_v2"):
         storage, offset, shape, strides = args[:4]
@@ -586,9 +615,10 @@ def result(called: Any, args: Any) -> Any:
     return Inert(called, args)
 
 
-def tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str, bits: tuple) -> Tensor:
-    if not isinstance(storage, Storage) or dtype not in DTYPES or any(map(bool, bits[0].values() if bits and bits[0] else ())):
-        raise ValueError(f"it has a tensor of a kind that is not read here ({dtype} {bits})")
+def tensor(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str, bits: Any) -> Tensor:
+    bits = bits[0] if bits and bits[0] else {}  # conjugated, negated
+    if not isinstance(storage, Storage) or dtype not in DTYPES or len(bits) > 8 or any(bits.values()):
+        raise ValueError(f"it has a tensor of a kind that is not read here: {', '.join(map(shown, [dtype, *bits][:3]))}")
     return Tensor(storage, dtype, offset, shape, strides)
 
 
@@ -604,7 +634,7 @@ def named_storage(key: Any, storages: dict[str, Storage]) -> Any:
         raise ValueError(f"it has a storage of the kind {key[1]}, which is not read here")
     name, count, view = key[2], key[4], key[5] if len(key) == 6 else None
     if type(name) is not str or not whole_numbers([count]):
-        raise ValueError(f"it has a storage {name!r} of {count!r} numbers")
+        raise ValueError(f"it has a storage {shown(name)} whose count of numbers is {shown(count)}")
     known = storages.setdefault(name, Storage(name, STORAGES[kind[1]], count))
     if (known.dtype, known.count) != (STORAGES[kind[1]], count):
         raise ValueError(f"it has two storages of the name {name!r}")
@@ -642,7 +672,7 @@ class Collector:
         self.visits -= more_visits
         if self.visits < 0 or len(path) > DEPTH:
             raise ValueError("its containers hold each other more often than is plausible for a file of this size")
-        self.take(more_room, ".".join(path))
+        self.take(more_room, path)
         if id(value) not in self.known and isinstance(value, (Tensor, Inert, dict, list, tuple)):
             found = self.made(value, path)
             self.known[id(value)] = found, visits - self.visits, room - self.room
@@ -650,12 +680,12 @@ class Collector:
 
     def made(self, value: Any, path: list[str]) -> Any:
         if isinstance(value, Tensor):
-            return self.array(value, ".".join(path))
+            return self.array(value, path)
         if isinstance(value, Inert):
             if not isinstance(value.of, Name):
                 return None
             if value.of in NUMPY_ARRAYS:
-                return self.numpy_array(value)
+                return self.numpy_array(value, path)
             if value.of.startswith("__torch__."):
                 inside = self.tensors(value.state, path) if isinstance(value.state, dict) else None
                 return flat(inside) if inside else None
@@ -669,20 +699,23 @@ class Collector:
         if value is None:
             return None
         found: Tensors = {}
+        where = ".".join(path) or "its dict"
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             if (inside := self.tensors(item, [*path, str(key) if type(key) in (str, int) else "?"])) is None:
                 continue
-            if type(key) not in (str, int) or str(key) in found:
-                raise ValueError(f"it has a tensor under the key {str(key)[:100]!r} in {'.'.join(path) or 'its dict'}")
+            if type(key) not in (str, int):
+                raise ValueError(f"it has a tensor under a key that is neither a text nor an integer, in {where}")
+            if str(key) in found:
+                raise ValueError(f"it has two tensors under the key {shown(key)} in {where}")
             found[str(key)] = inside
         return found or None
 
-    def take(self, size: int, name: str) -> None:
+    def take(self, size: int, path: list[str]) -> None:
         self.room -= size
         if self.room < 0:
-            raise ValueError(f"its tensors, up to {name!r}, are larger than is plausible for a file of this size")
+            raise ValueError(f"its tensors, up to {'.'.join(path)!r}, are larger than is plausible for a file of this size")
 
-    def array(self, tensor: Tensor, name: str) -> np.ndarray:
+    def array(self, tensor: Tensor, path: list[str]) -> np.ndarray:
         storage, dtype = tensor.storage, np.dtype(tensor.dtype)
         if not whole_numbers([tensor.offset]) or not all(map(whole_numbers, (tensor.shape, tensor.strides))):
             fits = False
@@ -693,15 +726,15 @@ class Collector:
             fits = len(tensor.shape) == len(tensor.strides) and end * dtype.itemsize <= bytes_there
         if not fits:
             raise ValueError(
-                f"its tensor {name!r}, shape {tensor.shape}, strides {tensor.strides}, offset {tensor.offset}, does not fit "
-                f"its storage of {storage.count:,} numbers"
+                f"its tensor {'.'.join(path)!r}, shape {shown(tensor.shape)}, strides {shown(tensor.strides)}, offset "
+                f"{shown(tensor.offset)}, does not fit its storage of {storage.count:,} numbers"
             )
-        self.take(math.prod(tensor.shape) * dtype.itemsize, name)
+        self.take(math.prod(tensor.shape) * dtype.itemsize, path)
         offset = tensor.offset * dtype.itemsize + storage.start * np.dtype(storage.dtype).itemsize
         strides = tuple(stride * dtype.itemsize for stride in tensor.strides)
         return array(self.stored(storage), dtype, tuple(tensor.shape), offset, strides)
 
-    def numpy_array(self, value: Inert) -> np.ndarray | None:
+    def numpy_array(self, value: Inert, path: list[str]) -> np.ndarray | None:
         """An array of numbers that NumPy pickled, as (version, shape, dtype, Fortran's order, bytes) or (bytes, dtype, shape,
         order); None for one of other things."""
         if value.of == "numpy._core.numeric._frombuffer":
@@ -709,25 +742,53 @@ class Collector:
         else:
             _, shape, dtype, fortran, raw = value.state
             order = "F" if fortran else "C"
-        if not isinstance(dtype, Inert) or dtype.of != "numpy.dtype" or not re.fullmatch(r"[fiub]\d", str(dtype.args[0])):
+        name = dtype.args[0] if isinstance(dtype, Inert) and dtype.of == "numpy.dtype" else None
+        if type(name) is not str or not re.fullmatch(r"[fiub]\d", name):
             return None
-        kind = np.dtype(dtype.args[0])
+        kind = np.dtype(name)
         if dtype.state and dtype.state[1] == ">":
             kind = kind.newbyteorder(">")
         if isinstance(raw, Inert) and raw.of == "_codecs.encode":
             raw = raw.args[0].encode("latin1")
         if not whole_numbers(shape) or not isinstance(raw, (bytes, bytearray)) or len(raw) != math.prod(shape) * kind.itemsize:
-            raise ValueError(f"it has an array of the shape {shape} whose bytes do not fit")
-        self.take(len(raw), "a NumPy array")
+            raise ValueError(f"it has an array of the shape {shown(shape)} whose bytes do not fit")
+        self.take(len(raw), path)
         return np.frombuffer(raw, kind).reshape(shape, order="F" if order == "F" else "C")
 
 
 def flat(tensors: Tensors) -> Tensors:
-    """{"a": {"b": x}} as {"a.b": x}."""
+    """{"a": {"b": x}} as {"a.b": x}. Raises ValueError if two tensors would have one name, and for endless names."""
     named: Tensors = {}
-    for name, value in tensors.items():
-        named |= {f"{name}.{inner}": x for inner, x in flat(value).items()} if isinstance(value, dict) else {name: value}
+    left = NAMES
+
+    def add(tensors: Tensors, before: str) -> None:
+        nonlocal left
+        for key, value in tensors.items():
+            if isinstance(value, dict):
+                add(value, f"{before}{key}.")
+                continue
+            name = before + key
+            left -= len(name)
+            if left < 0:
+                raise ValueError(f"the names of its tensors have more than {NAMES:,} characters")
+            if name in named:
+                raise ValueError(f"it has two tensors of the name {name[:100]!r}")
+            named[name] = value
+
+    add(tensors, "")
     return named
+
+
+@contextlib.contextmanager
+def asking(path: str | Path) -> Iterator[None]:
+    """Where a file is read and its flags cannot all be given, an error that names one also names the command that has them."""
+    try:
+        yield
+    except ValueError as error:
+        if not (flag := re.search(r"--\w+", str(error))):
+            raise
+        command = f"python -m mim_jax.convert {path} {flag[0]}=... --out=DIR"
+        raise ValueError(f"{error}; or name the folder DIR that `{command}` writes") from None
 
 
 def safetensors(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -134,6 +134,10 @@ REFUSED = [
     ([IMAGE * np.nan], "values from nan to nan, but floats must be in 0..1"),
     ([Image.fromarray(IMAGE)], r"image 0 is of type Image, but must be a file name or an array uint8 \[h, w, 3\]"),
     ([IMAGE, "none.png"], "bad image: .*none.png: .*No such file"),
+    (None, "images is of type NoneType, but must be a list of file names or of arrays"),
+    (5, "images is of type int, but"),
+    ({"a": IMAGE}, "images is of type dict, but"),
+    ([None], "image 0 is of type NoneType, but"),
 ]
 
 
@@ -150,8 +154,11 @@ def test_what_are_no_images(model, given, told):
         ({"size": 0}, "size is 0"),
         ({"layers": 3}, "layers is 3, but of this network the last 1 to 2"),
         ({"layers": 0}, "layers is 0"),
+        ({"size": "32"}, "size is '32', but must be an integer"),
+        ({"size": 32.0}, "size is 32.0, but must be an integer"),
+        ({"layers": None}, "layers is None, but must be an integer"),
     ],
-    ids=["size", "no size", "layers", "no layers"],
+    ids=["size", "no size", "layers", "no layers", "text", "float", "None"],
 )
 def test_sizes_and_layers_that_are_not_there(model, options, told):
     with pytest.raises(ValueError, match=told):
@@ -165,7 +172,7 @@ def random_run(name, monkeypatch):
     method = make_method(config)
     params, extra = jax.eval_shape(method.init, jax.random.key(0))
     run = Run(config, method, random(params), extra, 3)
-    monkeypatch.setattr(pretrained, "load_run", lambda _: run)
+    monkeypatch.setattr(pretrained, "load_run", lambda *_: run)
     return run
 
 
@@ -198,9 +205,17 @@ def test_runs_without_features_and_no_runs(monkeypatch, tmp_path):
         pretrained.of_run(Path("runs/tokens"))
     with pytest.raises(FileNotFoundError, match="there is no run and no file"):
         mim_jax.load(tmp_path / "none")
-    (tmp_path / "config.json").write_text('{"model_type": "dinov2"}')
+    for config in ('{"model_type": "dinov2"}', '{"model_type": "dinov2", "method": "x"}', "5", "[" * 10**5, "{"):
+        (tmp_path / "config.json").write_text(config)
+        assert not pretrained.is_run(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2", "method": "x"}')
     with pytest.raises(ValueError, match="holds no file of weights"):
         mim_jax.load(tmp_path)
+    with pytest.raises(ValueError, match="which is 'both', but must be teacher or student"):
+        load_run(tmp_path, "both")
+    for resize in (0, 2, "1"):
+        with pytest.raises(ValueError, match="resize is .*, but must be in"):
+            mim_jax.load(tmp_path, resize=resize)
 
 
 # The command
@@ -268,7 +283,7 @@ def test_other_settings_and_other_files_are_refused(model, images, tmp_path, mon
         with pytest.raises(MemoryError):
             embed.embed(model, source, out, batch_size=8)
     with pytest.raises(ValueError, match="a.npz.parts has parts with other settings: batch_size 8 -> 16. Remove it"):
-        embed.embed(model, source, out, batch_size=16)
+        embed.embed(model, source, out, batch_size=16)  # and its parts stay
     with monkeypatch.context() as patch:
         patch.setattr(embed, "compute", None)  # nothing is left to do
         embed.embed(model, source, out, batch_size=8)
@@ -283,12 +298,59 @@ def test_other_settings_and_other_files_are_refused(model, images, tmp_path, mon
         embed.embed(model, source, tmp_path / "b.parquet")
 
 
+def test_a_damaged_part_is_named_and_made_again(model, images, tmp_path, monkeypatch, capsys):
+    source, out, other = open_source("folder", images), tmp_path / "a.npz", tmp_path / "b.npz"
+    monkeypatch.setattr(embed, "ROWS", 8)
+    embed.embed(model, source, other, batch_size=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "join", lambda *_: None)
+        embed.embed(model, source, out, batch_size=8)
+    parts = sorted((tmp_path / "a.npz.parts").glob("0*.npz"))
+    parts[0].write_bytes(b"PKbroken")
+    parts[1].write_bytes(parts[2].read_bytes())  # of fewer rows
+    content = bytearray(parts[2].read_bytes())
+    content[len(content) // 3] ^= 1
+    parts[2].write_bytes(content)
+    capsys.readouterr()
+    embed.embed(model, source, out, batch_size=8)
+    told = capsys.readouterr().err
+    assert all(f"{part} is damaged" in told for part in parts) and told.count("it is made again") == 3 == len(parts)
+    assert out.read_bytes() == other.read_bytes()
+
+
+def test_a_finished_file_stays(model, images, tmp_path):
+    """Also where a kill has left of its parts the settings alone, or nothing but the folder."""
+    out, parts = tmp_path / "a.npz", tmp_path / "a.npz.parts"
+    parts.mkdir()
+    out.write_bytes(b"finished")
+    for settings, error, told in (
+        (None, OSError, "a.npz is there already"),
+        ("{}", ValueError, "parts with other settings: network None -> "),
+        ("{", ValueError, "parts with other settings: network None -> "),
+    ):
+        if settings:
+            (parts / "settings.json").write_text(settings)
+        with pytest.raises(error, match=told):
+            embed.embed(model, open_source("folder", images), out)
+        assert out.read_bytes() == b"finished"
+
+
+def test_bad_images_only(workdir, tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stop:
+        embed.main(["embed", f"--run={workdir}", f"--data={tmp_path}", f"--out={tmp_path}/a.npy"])
+    assert str(stop.value).startswith(f"error: all 3 images are bad, nothing is written: {tmp_path}/0.png: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ("--data=x --out=a.npz", "error: --run is missing, for example python -m mim_jax.embed"),
         ("--run=x --out=a.npz", "error: --data is missing"),
         ("--run=x --data=x", "error: --out is missing"),
+        ("--run=x --data=no/x --out=a.npz", "error: --data is no/x, but there is no such folder"),
         ("--run=x --data=x --out=gs://b/a.npz", "error: --out is gs://b/a.npz, but must be a file of this machine"),
         ("--run=x --data=x --out=a.npz --layers=two", "error: flag --layers=two"),
         ("--run=x --data=x --out=a.npz --sise=2", "error: Unknown command line flag 'sise'"),
@@ -392,8 +454,38 @@ def test_a_file_of_weights(golden, tmp_path):
     model = mim_jax.load(file, heads=2)
     out = model.features(images)
     assert out["cls"].shape == (2, 16) and out["patch"].shape == (2, 16, 16) and "30 of 30 tensors" in model.description
-    with pytest.raises(ValueError, match="the number of heads .* --heads"):
+    with pytest.raises(
+        ValueError, match="the number of heads .* --heads.*; or name .* DIR that `.*convert .* --heads=... --out=DIR` writes"
+    ):
         mim_jax.load(file)
+    with pytest.raises(ValueError, match="backbone.npz is no run: only runs have"):
+        mim_jax.load(file, heads=2, which="student")
     layouts.read(file, layouts.Told(heads=2)).save(tmp_path / "ours")
     again = mim_jax.load(tmp_path / "ours").features(images, layers=2)
     np.testing.assert_allclose(again["cls"][:, 16:], out["cls"], atol=1e-6)
+
+
+def test_what_is_seen_of_an_image(tmp_path):
+    """An array of the size that is seen is cropped, too; with resize=1.0 it is what the network gets."""
+    file, size = Path(__file__).parent / "golden/weights/backbone.npz", 16
+    model, whole = mim_jax.load(file, heads=2), mim_jax.load(file, heads=2, resize=1.0)
+    assert (model.resize, whole.resize, whole.img_size) == (0.875, 1.0, size)
+    assert "the central square of 0.875 of the short side is seen, as no configuration says it" in model.description
+    images = np.stack([picture(size, size, seed=i) for i in range(2)])
+    want = jax.jit(whole.network.features)(whole.parts, images / np.float32(255))["cls"]
+    np.testing.assert_allclose(whole.features(images)["cls"], want, atol=1e-5)
+    assert np.abs(model.features(images)["cls"] - want).max() > 0.01
+    clip = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
+    for config, processor, share in (
+        ({"pretrained_cfg": {"crop_pct": 0.9}}, {}, 0.9),
+        ({"pretrained_cfg": 5, "crop_pct": "0.9"}, {"size": "x"}, 1.0),
+        ({"crop_pct": 0.5}, {}, 0.5),
+        ({}, clip, 0.875),
+        ({}, clip | {"do_center_crop": False}, 1.0),
+        ({}, {"size": 256, "crop_size": 192}, 0.75),
+        ({}, {"size": {"height": 224, "width": 224}, "do_center_crop": False}, 1.0),
+        ({}, {"size": 0, "crop_size": 192, "crop_pct": 7}, 0.875),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+        assert pretrained.seen_of(tmp_path)[0] == share == pretrained.seen_of(tmp_path / "model.safetensors")[0]

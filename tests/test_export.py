@@ -11,7 +11,7 @@ from pictures import picture
 from PIL import Image
 
 import mim_jax
-from mim_jax import convert, export, layouts, weight_files
+from mim_jax import convert, export, layouts, pretrained, weight_files
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.layouts import Told
 from mim_jax.methods.base import make_method
@@ -221,12 +221,89 @@ def test_official_names_of_a_run(tmp_path):
     checkpoints.wait()
     (tmp_path / "config.json").write_text(config.to_json_best_effort())
     assert export.export(str(tmp_path), "official", tmp_path / "out") == (0, "all tensors")
+    assert export.export(str(tmp_path), "official", tmp_path / "student", which="student") == (0, "all tensors")
+    student = weight_files.read(tmp_path / "student/model.safetensors")
+    again = convert.from_torch(student, "dinov2")
+    jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.asarray, dict(state.params)))
     arrays = weight_files.read(tmp_path / "out/model.safetensors")
     again = convert.from_torch(arrays, "dinov2")
     jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.asarray, dict(state.teacher)))
-    assert "Method: dinov2" in (tmp_path / "out/README.md").read_text()
+    assert "* method: dinov2" in (tmp_path / "out/README.md").read_text()
     with pytest.raises(ValueError, match="official names are written for runs"):
         export.export(str(GOLDEN / "weights/backbone.npz"), "official", tmp_path / "x")
+
+
+def test_nothing_is_overwritten(tmp_path, monkeypatch):
+    """Of a run, or of another project: before any work."""
+    monkeypatch.setattr(export, "source_of", None)
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(SystemExit, match=f"^error: {tmp_path} is not empty; give --out a new folder$"):
+        export.main(["export", "--run=runs/dino", "--format=timm", f"--out={tmp_path}"])
+    with pytest.raises(SystemExit, match="^error: .*README.md is a file; give --out a new folder$"):
+        export.main(["export", "--run=runs/dino", "--format=timm", f"--out={tmp_path}/README.md"])
+    with pytest.raises(ValueError, match="is not empty"):
+        export.written("runs/dino", "timm", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"] and (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_the_student_of_one_checkpoint(tmp_path, capsys):
+    """Its tensors; what is seen of images; and in README.md how it was made, with the scores of that step."""
+    workdir, _, state = made_run(tmp_path / "run", "dino", **{"eval.resize": 0.75})
+    rows = [{"step": step, "eval/knn": step / 10, "eval/probe": None} for step in (3, 5, 9)]
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    checkpoint = f"{workdir}/checkpoints/5"
+    for which in ("student", "teacher"):
+        words = ["export", f"--run={checkpoint}", "--format=hf", f"--out={tmp_path}/{which}", f"--which={which}"]
+        export.main(words)
+        captured = capsys.readouterr()
+        assert f"step 5 of 6 steps, the {which}" in captured.err and "differ by at most" in captured.out
+        learned = (state.params if which == "student" else state.teacher)["backbone"]
+        again = layouts.read(tmp_path / which).parts["backbone"]
+        np.testing.assert_array_equal(again["blocks"]["fc1"]["kernel"], learned["blocks"]["fc1"]["kernel"])
+        card = (tmp_path / which / "README.md").read_text()
+        assert f"tiny.py:dino), data: folder, step 5 of 6 steps, the {which}\n" in card and "* eval/knn: 0.5\n" in card
+        assert "eval/probe" not in card and f"jax {jax.__version__}" in card
+        assert f"mim_jax {mim_jax.__version__}: `python -m mim_jax.export --run={checkpoint} --format=hf" in card
+        model = mim_jax.load(checkpoint, which=which)
+        assert model.description.endswith(f", the {which}") and model.resize == 0.75
+        assert np.array_equal(model.parts["backbone"]["norm"]["scale"], learned["norm"]["scale"])
+    processor = json.loads((tmp_path / "student/preprocessor_config.json").read_text())
+    assert processor["size"] == {"shortest_edge": 21} and processor["crop_size"] == {"height": 16, "width": 16}
+    assert processor["do_center_crop"] and pretrained.seen_of(tmp_path / "student")[0] == pytest.approx(0.75, abs=0.02)
+    for form in ("timm", "safetensors"):
+        export.written(workdir, form, tmp_path / form)
+        assert mim_jax.load(tmp_path / form).resize == 0.75
+    with pytest.raises(ValueError, match="is no run: only runs have a teacher"):
+        export.export(str(tmp_path / "timm"), "hf", tmp_path / "x", which="teacher")
+
+
+def test_a_run_without_a_teacher(tmp_path):
+    workdir, _, _ = made_run(tmp_path, "mae")
+    with pytest.raises(ValueError, match="is a run of mae, which has no teacher"):
+        mim_jax.load_run(workdir, "teacher")
+    assert mim_jax.load_run(workdir, "student").which == ""
+
+
+def test_the_licence_goes_along(golden, tmp_path, capsys):
+    """Of a file, and of what a run began with."""
+    line = "the released weights of MAE are CC BY-NC 4.0"
+    weights = read(golden, "official/mae_full")
+    folder = saved(weights, tmp_path)
+    assert line in weights.lines
+    for form in ("hf", "safetensors"):
+        given = export.source_of(folder)
+        export.written(folder, form, tmp_path / form, source=given)
+        assert f"* {line}\n" in (tmp_path / form / "README.md").read_text()
+    assert line in layouts.read(tmp_path / "safetensors").lines
+    (tmp_path / "first").mkdir()
+    first = mim_jax.load_config("tests/tiny.py:mae")
+    first.init_from = folder
+    (tmp_path / "first/config.json").write_text(first.to_json_best_effort())
+    workdir, _, _ = made_run(tmp_path / "second", "mae", init_from=str(tmp_path / "first"))
+    assert export.origins(mim_jax.load_run(workdir)) == [
+        f"it began with {tmp_path}/first, whose licence holds for this, too",
+        f"it began with {folder}, whose licence holds for this, too ({line})",
+    ]
 
 
 @pytest.mark.parametrize("name", WRITTEN)

@@ -49,6 +49,8 @@ def test_a_class_may_be_named_like_a_split(tmp_path):
     for split in "train", "test":
         assert summary(tmp_path, split) == (9, ["bus", "car", "train"], [0, 1, 2])
     assert note(open_folder(tmp_path), "a class, not a split") == ", since others beside it are classes: train"
+    assert note(open_folder(tmp_path, "test"), "no folders of splits in ") == f"{tmp_path}: 'test' is all of it"
+    assert not any(line.startswith("no folders") for line in open_folder(tmp_path).notes)
 
 
 @pytest.mark.parametrize("train", ["Train", "training", "TRAIN", "train2017", "train_images", "training_set"])

@@ -349,5 +349,16 @@ def test_pretraining_goes_on_from_a_file_of_the_same_network(golden, tmp_path, c
     assert "params/backbone, teacher/backbone from params; new: head" in capsys.readouterr().err
     with pytest.raises(ValueError, match="heads: 2 there, 4 here"):
         begun(tmp_path, "dino", **same | {"model.heads": 4})
+    half = (0.5, 0.5, 0.5)
+    begun(tmp_path, "dino", **same | {"data.std": half})  # no configuration says which it is
+    assert "std 0.229, 0.224, 0.225 there, 0.5, 0.5, 0.5 here" in capsys.readouterr().err
+    weights._replace(mean=half, lines=["images are normalised as its configuration says"]).save(tmp_path)
+    with pytest.raises(ValueError, match=r'other images, mean 0.5, .* here: set --config.data.mean="\(0.5, 0.5, 0.5\)"$'):
+        begun(tmp_path, "dino", **same)
+    begun(tmp_path, "dino", **same | {"data.mean": half})
+    weights._replace(settings=weights.settings | {"norm_eps": 1e-12}).save(tmp_path)
+    with pytest.raises(ValueError, match="epsilon 1e-12, those of this method 1e-06: .* --eps=1e-06 --out=DIR` writes$"):
+        begun(tmp_path, "dino", **same)
+    weights.save(tmp_path)
     with pytest.raises(ValueError, match="(?s)another model.*blocks/fc1/kernel"):
         begun(tmp_path, "dino", **same | {"model.mlp_ratio": 4.0})

@@ -139,7 +139,7 @@ def test_a_network_that_is_no_method(config, tmp_path, monkeypatch):
     assert np.isfinite(loss)
 
 
-def test_official_weights(config, tmp_path):
+def test_official_weights(config, tmp_path, capsys):
     """Of an encoder, whose number of heads stands beside them."""
     method = mim_jax.make_method(config)
     (tmp_path / "config.json").write_text('{"num_heads": 2}')
@@ -147,6 +147,7 @@ def test_official_weights(config, tmp_path):
     np.savez(tmp_path / "dino.npz", **convert.to_torch(params, "dino"))
     config.target.update(workdir=None, weights=str(tmp_path / "dino.npz"))
     assert same(load_target(method, config), params)
+    assert f"the target is from {tmp_path}/dino.npz; recognised: " in capsys.readouterr().err
     resolve_target(config)
     assert config.target.network.method == "imported" and config.target.network.model.dim == 16
 

@@ -4,6 +4,7 @@ tests/golden/weights holds files that torch 2.13, safetensors and NumPy wrote, o
 tensor in float32. Hostile files are written here, opcode by opcode.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -180,6 +181,21 @@ def legacy(content, keys=("0",), counts=(4,)):
     return start + b"\x80\x02" + content + b"." + pickle.dumps(list(keys), 2) + storages
 
 
+def overlapping(count, size):
+    """Storages that all are the same zeros of the file, at an odd place."""
+    names = [f"data/{i:0{len(str(count))}}" for i in range(count)]
+    tensors = {f"w{i}": tensor(of=storage(name[5:], size // 4)) for i, name in enumerate(names)}
+    content = bytearray(zipped(mapping(**tensors), {"odd": b"1", names[0]: bytes(size)}))
+    entry = content.rindex(b"PK\1\2")
+    end = content.rindex(b"PK\5\6")
+    old = bytes(content[entry:end])
+    entries = b"".join(old.replace(names[0].encode(), name.encode()) for name in names)
+    start, tail = content[:entry], content[end:]
+    directory = content.index(b"PK\1\2")
+    tail[8:16] = struct.pack("<HHI", count + 2, count + 2, entry - directory + len(entries))
+    return bytes(start + entries + tail)
+
+
 def good(more=b"N"):
     """A tensor and something else."""
     return mapping(w=tensor(), more=more)
@@ -189,6 +205,8 @@ def module(name="torch.nn.modules.linear\nLinear", **state):
     return f"c{name}\n".encode() + b")\x81" + mapping(training=b"\x88", **state) + b"b"
 
 
+# A pair of two pairs of two pairs ...: 2 bytes more double what its hash or text would cost.
+PAIRS = b")" + b"2\x86" * 60
 HOOKS = called("collections", "OrderedDict")
 PARAMETERS = mapping(_parameters=mapping(weight=tensor()), _modules=HOOKS)
 VIEW = several(text("1"), whole(2), whole(2))
@@ -316,9 +334,22 @@ HOSTILE = {  # kind -> (bytes, what the line says)
     ),
     "member outside": (zipped(good(), {"data/0": FOUR, "../../x": b""}), "member outside of itself, 'archive/../../x'"),
     "two members": (zipped(good(), {"data/0": FOUR, "data/1": FOUR}).replace(b"data/1", b"data/0"), "two members of one name"),
+    "long class": (
+        zipped(text("a" * 10**4) + b"q\0](" + b"h\0h\0\x93" * 500 + b"e"),
+        "class whose name has 20,000 characters",
+    ),
+    "copies of arguments": (
+        zipped(b"(ccopyreg\n_reconstructor\nq\0" + b"K\1" * 1000 + b"tq\1](" + b"h\0h\1R" * 500 + b"e"),
+        "more steps than are plausible",
+    ),
+    "parts at one place": (overlapping(100, 2**18), "claim to unpack to 26,2.*, and more than"),
+    "bytes as lists": (
+        zipped(b"\x96" + struct.pack("<Q", 2**13) + bytes(2**13) + b"q\0](" + b"cbuiltins\nlist\nh\0\x85R" * 9 + b"e"),
+        "more steps than are plausible",
+    ),
     "bomb of zeros": (
         zipped(mapping(w=tensor(of=storage(count=2**23))), {"data/0": bytes(2**25)}, zipfile.ZIP_DEFLATED),
-        "claims to unpack to 33,554,432 bytes",
+        "claim to unpack to 33,55.* bytes",
     ),
     "changed": (zipped(good()).replace(FOUR, FOUR[::-1]), "'data/0' has another length or checksum"),
     "truncated": (zipped(good())[:-30], "truncated or damaged zip"),
@@ -342,7 +373,41 @@ HOSTILE = {  # kind -> (bytes, what the line says)
     ),
     "single tensor": (zipped(tensor()), "a single tensor without a name"),
     "nothing": (zipped(b"}"), "holds no tensors"),
-    "odd key": (zipped(b"}" + several(whole(1)) + tensor() + b"s"), "under the key"),
+    "odd key": (zipped(b"}" + several(whole(1)) + tensor() + b"s"), "under a key that is neither a text nor an integer"),
+    "two keys": (
+        zipped(b"}(" + whole(1) + tensor() + text("1") + tensor() + b"u"),
+        "two tensors under the key '1' in its dict",
+    ),
+    "pairs as a key": (zipped(b"}" + PAIRS + tensor() + b"s"), "under a key that is neither a text nor an integer"),
+    "pairs as a key of pairs": (
+        zipped(called("collections", "OrderedDict", b"](" + PAIRS + tensor() + b"\x86e")),
+        "under a key that is neither a text nor an integer",
+    ),
+    "pairs as a class": (zipped(mapping(w=PAIRS + b")R")), "calls what is no class"),
+    "pairs as a new class": (zipped(mapping(w=PAIRS + b")\x81")), "holds no tensors"),
+    "pairs as a shape": (
+        zipped(mapping(w=tensor().replace(several(whole(4)), PAIRS))),
+        r"'w', shape of the type tuple, strides \(1,\)",
+    ),
+    "pairs as an offset": (zipped(mapping(w=tensor().replace(whole(0), PAIRS))), "offset of the type tuple, does not fit"),
+    "pairs as a count": (
+        zipped(mapping(w=tensor(of=storage().replace(whole(4), PAIRS)))),
+        "'0' whose count of numbers is of the type tuple",
+    ),
+    "pairs as flags": (
+        zipped(mapping(w=tensor()[:-2] + b"}" + PAIRS + b"\x88stR")),
+        "a kind that is not read here: 'float32', of the type Inert",
+    ),
+    "pairs as a type": (
+        zipped(
+            mapping(w=called("numpy._core.numeric", "_frombuffer", b"C\4aaaa", called("numpy", "dtype", PAIRS), whole(1), b"N"))
+        ),
+        "holds no tensors",
+    ),
+    "pairs as a key of a storage": (
+        legacy(good(), keys=(functools.reduce(lambda pair, _: (pair, pair), range(60), ()),)),
+        "its storage of the type tuple belongs to no tensor",
+    ),
     "pickle": (pickle.dumps({"a": 1}), "a pickle, but not one that torch.save writes"),
     "web page": (b"\n<!DOCTYPE html><html>404</html>", "a web page"),
     "Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 8\n", "a pointer of Git LFS"),
@@ -360,6 +425,18 @@ def test_what_is_hostile_or_broken_is_refused_in_one_line(tmp_path, kind, monkey
     file = tmp_path / "weights.pth"
     file.write_bytes(content)
     refused(file, reason)
+
+
+def test_names_are_clear_and_end(tmp_path):
+    """As the dict of all tensors, without dicts in it."""
+    file, one = tmp_path / "weights.pth", mapping(b=tensor(2, (2,)))
+    file.write_bytes(zipped(b"}(" + text("a.b") + tensor() + text("a") + one + b"u"))
+    with pytest.raises(ValueError, match="two tensors of the name 'a.b'"):
+        weight_files.flat(weight_files.read(file))
+    often = b"](" + tensor() + b"q\1" + b"h\1" * 2000 + b"e"
+    file.write_bytes(zipped(mapping(**{"n" * 10**4: often})))
+    with pytest.raises(ValueError, match="the names of its tensors have more than 16,777,216 characters"):
+        weight_files.flat(weight_files.read(file))
 
 
 def test_a_pickled_module_is_named_and_nothing_is_imported():

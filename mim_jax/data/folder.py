@@ -101,7 +101,7 @@ def open_folder(data_dir: str | os.PathLike | None, split: str) -> FolderSource:
     them (then all are splits). Named like a split are train, training; val, valid, validation, dev, eval; test, testing, in any
     case, also with "set", "split", "data", "images" or a number after it. Where other names have a word of both kinds in them
     (seg_train, seg_test), it is not clear what they are: an error. A split is asked for by its folder's name or by one of
-    these words. A folder without splits is read whole for any of these words: Evaluation divides it.
+    these words. A folder without splits is read whole for any of these words, which is said: Evaluation divides it.
     Slices of either, such as "train[:90%]" and "train[90%:]", are those of `sources.open_source`.
 
     Labels: two or more sub-folders of the split are its classes. Splits with a class of the training split share one list of
@@ -135,6 +135,8 @@ def open_folder(data_dir: str | os.PathLike | None, split: str) -> FolderSource:
     elif split.lower() in KINDS:
         _refuse_names_with_splits_in_them(inside, where)
         splits, chosen, bases = {"": "train"}, "", {"": ""}
+        if KINDS[split.lower()] != "train":
+            notes.append(f"no folders of splits in {where}: {split!r} is all of it")
         if alike := [name for name in inside if _kind(name)]:
             notes.append(f"a class, not a split, since others beside it are classes: {_some(alike)}")
     else:
