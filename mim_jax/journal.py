@@ -355,6 +355,15 @@ def write_whole(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def fresh_folder(path: str | os.PathLike) -> None:
+    """Raises ValueError if files written to this folder could replace others: if it is not empty, or no folder."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; give --out a new folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise ValueError(f"{path} is not empty; give --out a new folder")
+
+
 @contextlib.contextmanager
 def named_errors(path: Path) -> Iterator[None]:
     """Names the path in the OSError of anything that cannot be written."""
