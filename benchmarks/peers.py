@@ -41,9 +41,10 @@ TEXT = """# Weights of other libraries
 ## Encoders
 
 They are small and random, in the layouts of the released ones. In: the largest difference from the activations that the library
-itself computed (values of about 1 to 10), at the native size and at another, mostly oblong one. Out: the library loads what
-`mim_jax.export` has written; the largest relative difference of its tokens from ours, at the native size and at another, where
-positions are resized as that library does. "-" where there are no activations to compare with, or one size only.
+itself computed (values of about 1 to 10), at the native size and at another, mostly oblong one (official/dino_backbone has
+names that timm has, too, and was read with `--positions=dino`). Out: the library loads what `mim_jax.export` has written; the
+largest relative difference of its tokens from ours, at the native size and at another, where positions are resized as that
+library does. "-" where there are no activations to compare with, or one size only.
 
 {encoders}
 ## Files

@@ -6,28 +6,32 @@
 
 A file may hold several models and much else. An encoder is found by the name of its patch embedding. Its tensors are renamed
 to one set of names, from which the settings of our ViT or Swin follow. What no tensor shows (the number of heads, epsilon, the
-activation, how positions are resized) is taken from `config.json` beside the file, or from what is known of the family, and is
-said; otherwise it is asked for.
+activation, how positions are resized) is taken from `config.json` beside the file, or from what is known of the family
+(`mim_jax.families`), and is said; otherwise it is asked for. What the family or `config.json` has and the file lacks is an
+error.
 """
 
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from mim_jax import convert, journal, weight_files
+from mim_jax import convert, families, journal, weight_files
 from mim_jax.convert import simmim
+from mim_jax.families import Facts, agree, count, number, shown, sides
 from mim_jax.methods.base import Encoder, Params
 from mim_jax.methods.imported import backbone
 from mim_jax.models.clip import MEAN, STD
 from mim_jax.models.heads import LinearHead
+from mim_jax.models.positions import relative_position_index, rotary_angles
 from mim_jax.models.swin import EPS
 
 Arrays = Mapping[str, np.ndarray]
@@ -142,8 +146,6 @@ BESIDE = re.compile(
 )
 AVERAGES = re.compile(r"(^|\.)(teacher|\w*ema)(\.|$)")
 OTHERS = re.compile(r"(^|\.)(student|momentum_encoder|target_encoder)(\.|$)")
-# width -> heads of the known families: ViT-Ti, S, B, L, H; EVA's g, DINOv2's g, DINOv3's 7B.
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1536: 24, 4096: 32}
 
 
 class Weights(NamedTuple):
@@ -186,6 +188,7 @@ class Told(NamedTuple):
     positions: str = ""  # how they are resized: one of POSITIONS
     img_size: int = 0
     channels: int = 3  # of the images, see `for_channels`; 0: as many as the file is for
+    without: str = ""  # what the network does not have, of `families.PARTS`, joined by commas
 
 
 NOTHING = Told()
@@ -194,6 +197,14 @@ POSITIONS = {  # (offset, antialias), see `ViT`
     "size": (0.0, False),  # MAE, BEiT, EVA, transformers
     "antialiased": (0.0, True),  # timm, DINOv2 with registers, open_clip
 }
+HOW = {"dino": "as DINO's code does", "size": "by a bicubic", "antialiased": "by an antialiased bicubic, as timm does"}
+
+
+def convention(name: str) -> tuple[float, bool]:
+    """Of POSITIONS. Raises ValueError for a name that is not there."""
+    if name not in POSITIONS:
+        raise ValueError(f"positions={name!r} is not known: there are {', '.join(POSITIONS)}")
+    return POSITIONS[name]
 
 
 def read(path: str | Path, told: Told = NOTHING) -> Weights:
@@ -201,28 +212,40 @@ def read(path: str | Path, told: Told = NOTHING) -> Weights:
     `preprocessor_config.json` beside it are used.
 
     Raises FileNotFoundError, and ValueError in one line for a file without an encoder, with tensors that are missing, unknown
-    or misshapen, and for what must be `told`.
+    or misshapen, for a configuration of another encoder, and for what must be `told`.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    config = read_json(folder / "config.json") | read_json(folder / "preprocessor_config.json")
     try:
+        config = read_json(folder / "config.json") | read_json(folder / "preprocessor_config.json")
         arrays = weight_files.flat(weight_files.read(path))
         if kept := config.get("mim_jax_encoder"):
-            return for_channels(ours(arrays, kept), told.channels)
+            return checked(for_channels(ours(arrays, kept, told), told.channels))
         return encoder(arrays, config, told)
     except ValueError as error:
         raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
 
 
-def ours(arrays: Arrays, kept: Mapping[str, Any]) -> Weights:
-    """What `Weights.save` has written. (mim_jax 0.4 wrote no head.)"""
-    backbone = unflatten_dict(dict(arrays), sep=".")
-    head = {"norm": {}, "linear": {}} | backbone.pop("head", {})
-    more = kept.get("head", {"pool": "cls", "labels": ()})
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in kept["settings"].items()}
-    head = LinearHead(**head | more | {"labels": tuple(more["labels"])})
-    return Weights(settings, tuple(kept["mean"]), tuple(kept["std"]), {"backbone": backbone}, kept["lines"], head)
+def ours(arrays: Arrays, kept: Any, told: Told = NOTHING) -> Weights:
+    """What `Weights.save` has written. (mim_jax 0.4 wrote no head.) Of what may be `told`, only `positions` can be missing."""
+    if said := [name for name in ("encoder", "heads", "eps", "act", "img_size", "without") if getattr(told, name)]:
+        raise ValueError(f"{' and '.join(said)} cannot be given: mim_jax has written the file, and its config.json says all")
+    try:
+        params = unflatten_dict(dict(arrays), sep=".")
+        head = {"norm": {}, "linear": {}} | params.pop("head", {})
+        more = kept.get("head", {"pool": "cls", "labels": ()})
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in kept["settings"].items()}
+        head = LinearHead(**head | more | {"labels": tuple(more["labels"])})
+        mean, std, lines = tuple(kept["mean"]), tuple(kept["std"]), list(kept["lines"])
+        backbone(settings)
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError("config.json: mim_jax_encoder is not as mim_jax writes it") from None
+    if told.positions and settings.get("pos") == "learned":
+        offset, antialias = convention(told.positions)
+        settings |= {"pos_offset": offset, "antialias": antialias, "resizable": True}
+        lines = [line for line in lines if not line.startswith("positions ")]
+        lines.append(f"positions at another size resized {HOW[told.positions]} (given)")
+    return Weights(settings, mean, std, {"backbone": params}, lines, head)
 
 
 def is_weights(path: str | Path) -> bool:
@@ -234,21 +257,26 @@ def is_weights(path: str | Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file() or path.stat().st_size > 2**20:
+    """The object in a file; an empty one if there is no file. Raises ValueError for another file."""
+    if not path.is_file():
         return {}
+    if path.stat().st_size > 2**20:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, and is no configuration")
     try:
         found = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is {shown(found)}, but must be an object")
+    return found
 
 
 def encoder(arrays: Arrays, config: Mapping[str, Any] | None = None, told: Told = NOTHING) -> Weights:
     """The encoder among named arrays. `config`: what `config.json` of timm or transformers says."""
-    config = dict(config or {})
-    config |= config.get("model_args") or {}
-    config |= config.get("vision_config") or {}
-    config |= config.get("pretrained_cfg") or {}
+    for name in ("heads", "eps", "img_size", "channels"):
+        if not 0 <= (value := getattr(told, name)) < math.inf:
+            raise ValueError(f"{name} is {value}, but must be above 0")
+    config = families.unwrapped(config or {})
     prefix, layout, found = choose(list(arrays), told.encoder)
     inside = {name.removeprefix(prefix): np.asarray(array) for name, array in arrays.items() if name.startswith(prefix)}
     above = re.sub(r"(^|(?<=\.))[^.]+\.$", "", prefix)
@@ -258,21 +286,15 @@ def encoder(arrays: Arrays, config: Mapping[str, Any] | None = None, told: Told 
     if BLOCK_OF_SWIN.search(" ".join(inside)):
         weights = swin(inside, layout, config, told)
     else:
-        weights = vit(inside, layout, config, told)
+        weights = vit(inside, layout, config, told, prefix, arrays.keys())
     weights = checked(for_channels(weights, told.channels))
     others = [name for name in found if name != prefix]
     rest = [name for name in arrays if not name.startswith(prefix) and name not in beside]
     outside = Counter(".".join(name.split(".")[:-1][:2]) or name for name in rest)
     first = f'{layout.name} names, of the tensors "{prefix}..."' if prefix else f"{layout.name} names"
     lines = [f"recognised: {first}" + f" (there are also {', '.join(map(repr, others))}; --encoder chooses)" * bool(others)]
-    lines += [f"not read: {', '.join(f'{name} ({count})' for name, count in sorted(outside.items()))}"] if outside else []
-    licences = (
-        ("MAE", "CC BY-NC 4.0", any(re.search(r"(^|\.)decoder_(embed|pred)\.", name) for name in arrays)),
-        ("MoCo v3", "CC BY-NC 4.0", "base_encoder." in prefix or "momentum_encoder." in prefix),
-        ("DINOv3", "under the DINOv3 License", bool(weights.settings.get("rotary_period"))),
-    )
-    owned = [f"the released weights of {owner} are {licence}" for owner, licence, found in licences if found]
-    return weights._replace(lines=lines + weights.lines + owned)
+    lines += [f"not read: {', '.join(f'{name} ({n})' for name, n in sorted(outside.items()))}"] if outside else []
+    return weights._replace(lines=lines + weights.lines)
 
 
 BLOCK_OF_SWIN = re.compile(r"\blayers\.\d+\.blocks\.\d+\.")
@@ -310,120 +332,162 @@ def renamed(arrays: Arrays, renames: Renames) -> dict[str, np.ndarray]:
     return out
 
 
-def asked(what: str, option: str) -> ValueError:
-    return ValueError(f"{what} is in no tensor, and there is no config.json that says it: give {option}")
-
-
 # ViTs
 
+# Lines of the licences of known weights
+OWNED = {
+    "MAE": "the released weights of MAE are CC BY-NC 4.0",
+    "MoCo v3": "the released weights of MoCo v3 are CC BY-NC 4.0",
+    "DINOv3": "the released weights of DINOv3 are under the DINOv3 License",
+}
 
-def vit(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) -> Weights:
-    """As `encoder`, of one encoder's tensors."""
-    hf, clip = layout.name == "transformers", layout.renames in (OPENAI, CLIP_TRANSFORMERS)
-    mae = any(name.startswith("decoder_") for name in inside)
+
+def vit(
+    inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told, prefix: str = "", names: Collection[str] = ()
+) -> Weights:
+    """As `encoder`, of one encoder's tensors. `prefix`: what their names began with; `names`: of all tensors in the file."""
+    hf = layout.name == "transformers"
     arrays = {name: array for name, array in renamed(inside, layout.renames).items() if not BUFFERS.search(name)}
-    dim, _, patch, side = arrays["patch_embed.weight"].shape
+    take = Taken(arrays)
+    params = {"patch_embed/kernel": take("patch_embed.weight", 4).transpose(2, 3, 1, 0)}
+    patch, side, channels, dim = params["patch_embed/kernel"].shape
     if patch != side:
         raise ValueError(f"patches of {patch} x {side} pixels are not square")
-    if "mask_token" in arrays and arrays["mask_token"].shape[-1] != dim:  # of MAE's decoder
+    decoder = any(re.search(r"(^|\.)decoder_(embed|pred)\.", name) for name in names)
+    if "mask_token" in arrays and (decoder or arrays["mask_token"].size != dim):  # of MAE's decoder
         arrays["decoder.mask_token"] = arrays.pop("mask_token")
-    take = Taken(arrays)
+    attends = layout.renames is CLIP_TRANSFORMERS or any(name.startswith("attn_pool.") for name in inside)
+    if attends and "cls_token" not in arrays:
+        raise ValueError("it has no CLS token where CLIP has one, as SigLIP, whose encoders are not read")
     depth = 1 + max((int(match[1]) for name in arrays if (match := re.match(r"blocks\.(\d+)\.", name))), default=-1)
     if not depth:
         raise ValueError("there are no blocks")
 
-    blocks, subln = [block(take, f"blocks.{i}.") for i in range(depth)], "blocks.0.ffn_ln.weight" in arrays
+    pos, table, grid = positions(take, dim, patch, config)
+    fixed = families.fixed_table(table[0, 1:]) if pos == "learned" else ""
+    gated = any(re.fullmatch(r"blocks\.0\.(w\d+|gate_proj)\.weight", name) for name in arrays) or halved(arrays)
+    family = families.family_of(layout.name, layout.embedding, names, arrays, config, prefix, fixed, gated)
+    kind = str(config.get("model_type") or "")
+    known = families.DEFAULTS.get(kind, {}) if hf else {}
+    if known and family.types and kind not in family.types.split():
+        raise ValueError(f"config.json is of {kind}, but the tensors have the names of the family {family.name}")
+    parts = families.parts_of(arrays)
+    inner = [{name.partition(f"blocks.{i}.")[2] for name in arrays if name.startswith(f"blocks.{i}.")} for i in range(depth)]
+    if not all(inner):
+        raise ValueError(f"block {inner.index(set())} of {depth} is missing")
+    inner_parts = [families.parts_of(f"blocks.0.{name}" for name in own) for own in inner]
+    for i, found in enumerate(inner_parts):
+        if odd := found ^ inner_parts[0]:
+            what = ", ".join(families.PARTS[part][0] for part in families.PARTS if part in odd)
+            raise ValueError(f"the blocks do not have the same tensors: only one of 0 and {i} has the {what}")
+    families.whole(parts, family, {**known, **config}, told.without)
+
+    blocks, subln = [block(take, f"blocks.{i}.") for i in range(depth)], "sub_norm" in parts
     if any(one.keys() != blocks[0].keys() for one in blocks):
         raise ValueError("the blocks do not have the same tensors")
-    params: dict[str, np.ndarray] = {}
     try:
         params |= {f"blocks/{name}": np.stack([one[name] for one in blocks]) for name in blocks[0]}
     except ValueError:
         raise ValueError("the blocks do not have the same shapes") from None
-
-    params["patch_embed/kernel"] = take("patch_embed.weight").transpose(2, 3, 1, 0)
-    params |= {"patch_embed/bias": take("patch_embed.bias")} if "patch_embed.bias" in arrays else {}
+    params |= {"patch_embed/bias": take("patch_embed.bias", 1)} if "patch_bias" in parts else {}
     for name in ("cls_token", "mask_token", "register_tokens"):
         if name in arrays:
-            params[name] = take(name).reshape(1, -1, dim)
+            params[name] = take.rows(name, dim)
     for name in ("norm_pre", "norm"):
         params |= scale_and_bias(take, f"{name}.", name) if f"{name}.weight" in arrays else {}
-
-    bias_name, pos, lines = "relative_position_bias_table", "none", list[str]()
-    grid = 0
-    if "pos_embed" in arrays:
-        pos, positions = "learned", take("pos_embed").reshape(1, -1, dim)
-        count = positions.shape[1]
-        grid = math.isqrt(count)
-        if grid**2 == count:  # without a row for CLS
-            positions = np.concatenate([np.zeros((1, 1, dim), positions.dtype), positions], axis=1)
-        elif (grid := math.isqrt(count - 1)) ** 2 != count - 1:
-            raise ValueError(f"{count} positions are not those of a square grid of patches, with or without CLS")
-        params["pos_embed"] = positions
-    if bias_name in arrays:
-        pos, params[bias_name] = "relative", take(bias_name)
-    elif f"blocks/{bias_name}" in params:
-        pos = "relative_each"
-    if pos.startswith("relative"):
-        if "pos_embed" in arrays:
-            raise ValueError("learned positions beside relative ones are not read")
-        rows = params[bias_name if pos == "relative" else f"blocks/{bias_name}"].shape[-2]
-        grid = (math.isqrt(rows - 3) + 1) // 2
-        if (2 * grid - 1) ** 2 + 3 != rows:
-            raise ValueError(f"a table of {rows} relative positions is not that of a square grid of patches with CLS")
+    if pos == "learned":
+        params["pos_embed"] = table
+    elif pos == "relative":
+        params["relative_position_bias_table"] = table
 
     gated, key_bias = "blocks/w3/kernel" in params, "blocks/qkv/bias" in params
-    eva02 = gated and pos == "learned" and not key_bias
-    if pos == "none":
-        lines.append("rotary positions as DINOv3's")
     hidden = params["blocks/w3/kernel" if gated else "blocks/fc2/kernel"].shape[1]
-    clip |= "norm_pre/scale" in params
-    eps, why = told.eps or float(config.get("layer_norm_eps") or config.get("eps") or 0), ""
-    if not eps:
-        v3 = pos == "none" and "register_tokens" in params
-        dinov2 = hf and "blocks/gamma_1" in params and pos == "learned"
-        eps = 1e-5 if clip or v3 else 1e-12 if hf and not dinov2 else 1e-6
-        why = ", as in the family's code"
-    named = "quick_gelu" if "quickgelu" in str(config.get("architecture")) else ""
-    act = told.act or str(config.get("hidden_act") or config.get("act_layer") or named or "gelu")
-    if "quick_gelu" in config and not told.act:
-        act = "quick_gelu" if config["quick_gelu"] else "gelu"
-    elif layout.renames is OPENAI and not told.act and "act_layer" not in config:
-        raise asked("the activation of the MLPs (OpenAI's models have quick_gelu, most of open_clip's gelu)", "--act")
-    if not gated and act not in ("gelu", "quick_gelu"):
-        raise ValueError(f"the activation {act} is not known: there are gelu and quick_gelu")
-    timm = not hf and bool({"architecture", "num_heads", "global_pool"} & config.keys())
-    if told.positions:
-        resize = told.positions
-    elif timm or "register_tokens" in params or (clip and not hf):
-        resize = "antialiased"
-    else:
-        resize = "size" if hf or mae or not key_bias else "dino"
-    if resize not in POSITIONS:
-        raise ValueError(f"positions={resize!r} is not known: there are {', '.join(POSITIONS)}")
+    registers = params["register_tokens"].shape[1] if "register_tokens" in params else 0
+    widths = ("hidden_size", "width", "num_features") + ("embed_dim",) * (not {"quick_gelu", "timm_model_name"} & config.keys())
+    images = sides(config, "image_size", "img_size")
+    agree(
+        {**config, "grid of image_size": images and images[0] // patch if grid else None},
+        (
+            (widths, dim),
+            (("num_hidden_layers", "depth", "layers"), depth),
+            (("patch_size",), patch),
+            (("grid of image_size",), grid),
+            (("num_register_tokens", "reg_tokens", "num_reg_tokens"), registers),
+            (("intermediate_size",), hidden),
+            (("num_channels", "in_chans"), channels),
+        ),
+    )
+    if told.img_size and (told.img_size % patch or grid and told.img_size != grid * patch):
+        raise ValueError(f"img_size is {told.img_size}, but the encoder is for {grid * patch or f'multiples of {patch}'}")
+    if told.positions and pos != "learned":
+        raise ValueError(f"positions={told.positions} is said of learned positions, which the encoder does not have")
+    if pos == "learned" and family.name == families.DINOV3.name:
+        raise ValueError("learned positions beside rotary ones are not read")
 
-    size = grid * patch or told.img_size or int(np.max(config.get("image_size") or config.get("img_size") or 224))
+    facts, rotary = Facts(), pos == "none" and family.name == families.DINOV3.name
+    of_family, default = f"known of {family.name}", f"transformers' default for {kind}"
+    heads = heads_of(params, dim, config, told, inside, facts, (known.get("num_attention_heads"), default), family)
+    eps = facts(
+        "epsilon",
+        (told.eps, "given"),
+        (number(config, "layer_norm_eps", "eps"), "config.json beside it"),
+        (known.get("layer_norm_eps"), default),
+        (family.eps, of_family),
+    )
+    act = "gelu" if gated else activation(config, told, facts, (known.get("hidden_act"), default), (family.act, of_family))
+    eva02 = gated and pos == "learned" and not key_bias
+    period = grid_of_angles = 0.0
+    if rotary:
+        rope = number(config, "rope_theta", "rope_temperature")
+        period = facts("period of the positions", (rope, "config.json beside it"), (100.0, of_family))
+    if eva02:
+        given = sides(config, "ref_feat_shape")
+        grid_of_angles = facts("grid of the angles", (given and max(given), "config.json beside it"), (16, of_family))
+    if config.get("use_rot_pos_emb") and not (eva02 or rotary):
+        raise ValueError("config.json: rotary positions are read of EVA-02 and DINOv3 only")
+    compare_buffers(inside, grid, dim, heads, period, int(grid_of_angles), "cls_token" in params)
+    size = grid * patch or told.img_size or (max(images) // patch * patch if images else 0)
+    size = size or facts("images of", (224 // patch * patch, "assumed, other sizes are as good"))
+
+    resize, lines = "", list[str]()
+    if pos == "learned":
+        timm = not hf and bool({"architecture", "num_heads", "global_pool"} & config.keys())
+        how = (told.positions, "given"), (timm and "antialiased", "known of timm"), (family.resize, of_family)
+        resize, who = next(((name, who) for name, who in how if name), ("", ""))
+        line = f"positions {grid} x {grid}, "
+        if resize:
+            line += f"at another size resized {HOW[resize]} ({who})"
+        else:
+            line += f"for images of {size} only, as libraries resize them in different ways and the file does not say which; "
+            line += f"for others: {families.convert_first('--positions=...')}"
+        lines.append(line)
+    elif pos != "none":
+        lines.append(f"relative positions {grid} x {grid}")
+    elif rotary:
+        lines.append("rotary positions as DINOv3's")
+    offset, antialias = convention(resize or "dino")
     settings = dict(
         patch_size=patch,
         img_size=size,
         dim=dim,
         depth=depth,
-        heads=heads_of(params, dim, config, told, inside),
+        heads=heads,
         mlp_ratio=(hidden + 1e-3) / dim,
         pos=pos,
-        pos_offset=POSITIONS[resize][0],
-        antialias=POSITIONS[resize][1],
+        pos_offset=offset,
+        antialias=antialias,
+        resizable=pos != "learned" or bool(resize),
         bilinear=hf and pos.startswith("relative"),
         mask_token="mask_token" in params,
         layerscale=float("blocks/gamma_1" in params),
         k_bias=key_bias,
         ffn="swiglu_eva" if gated else "mlp",
-        act=act if not gated else "gelu",
+        act=act,
         subln=subln,
-        attn_norm="blocks/attn_norm/scale" in params,
-        rotary=int(np.max(config.get("ref_feat_shape") or 16)) if eva02 else 0,
-        rotary_period=float(config.get("rope_theta") or config.get("rope_temperature") or 100) if pos == "none" else 0.0,
-        registers=params["register_tokens"].shape[1] if "register_tokens" in params else 0,
+        attn_norm="attn_norm" in parts,
+        rotary=int(grid_of_angles),
+        rotary_period=period,
+        registers=registers,
         final_norm="norm/scale" in params,
         cls="cls_token" in params,
         pre_norm="norm_pre/scale" in params,
@@ -434,20 +498,86 @@ def vit(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) -
     used, beside, unknown = take.report()
     if unknown:
         raise ValueError(f"{len(unknown)} tensors are not known: {', '.join(unknown[:5])}{', ...' * (len(unknown) > 5)}")
+    name = family.name
+    mean, std, whose = colors(config, channels, name == families.CLIP.name, hf and name == families.BEIT.name)
+    owner = families.MAE.name if decoder or fixed == families.MAE.name else name
     lines = [
-        f"ViT of width {dim}, {depth} blocks of {settings['heads']} heads, patches of {patch} pixels, images of {size}; "
-        f"epsilon {eps:g}{why}" + f", {act}" * (not gated and act != "gelu"),
+        f"ViT of width {dim}, {depth} blocks of {heads} heads, patches of {patch} pixels, images of {size}",
+        f"not in the tensors: {facts.line}",
         f"{len(used)} of {len(arrays)} tensors"
         + f", {len(inside) - len(arrays)} buffers ignored" * (len(inside) > len(arrays))
         + (f"; heads and other parts not used: {', '.join(beside)}" if beside else ""),
         *lines,
+        *told_of(head),
+        whose,
+        *([OWNED[owner]] if owner in OWNED else []),
     ]
-    if pos == "learned":
-        how = {"dino": "as DINO's code does", "size": "by a bicubic", "antialiased": "by an antialiased bicubic, as timm does"}
-        lines.append(f"positions {grid} x {grid}, at another size resized {how[resize]}")
-    mean, std, whose = colors(config, clip, hf)
-    lines += [*told_of(head), whose]
     return Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, lines, head)
+
+
+def halved(arrays: Arrays) -> bool:
+    """Whether an MLP's first layer has gate and value in one tensor."""
+    first, last = (arrays.get(f"blocks.0.{name}.weight", np.zeros(0)) for name in ("fc1", "fc2"))
+    return first.ndim == last.ndim == 2 and len(first) == 2 * last.shape[1]
+
+
+def positions(take: "Taken", dim: int, patch: int, config: Mapping[str, Any]) -> tuple[str, np.ndarray, int]:
+    """(`pos` of a ViT, the table of positions or of relative positions that all blocks share, side of their grid; 0: any).
+
+    Raises ValueError for a table of an oblong grid.
+    """
+    shared, each = "relative_position_bias_table", "blocks.0.relative_position_bias_table"
+    wanted = sides(config, "image_size", "img_size")
+    if wanted and wanted[0] // patch != wanted[1] // patch and {"pos_embed", shared, each} & take.arrays.keys():
+        raise ValueError(f"positions for oblong images, {wanted[0]} x {wanted[1]} pixels by config.json, are not read")
+    if shared in take.arrays or each in take.arrays:
+        if "pos_embed" in take.arrays:
+            raise ValueError("learned positions beside relative ones are not read")
+        table = take(shared if shared in take.arrays else each, 2)
+        side = (math.isqrt(max(len(table) - 3, 0)) + 1) // 2
+        if (2 * side - 1) ** 2 + 3 != len(table):
+            raise ValueError(f"a table of {len(table)} relative positions is not that of a square grid of patches with CLS")
+        return ("relative" if shared in take.arrays else "relative_each"), table, side
+    if "pos_embed" not in take.arrays:
+        return "none", np.zeros((0, 0)), 0
+    table = take.rows("pos_embed", dim)
+    rows = table.shape[1]
+    side = math.isqrt(rows)
+    if side**2 == rows:  # without a row for CLS
+        return "learned", np.concatenate([np.zeros((1, 1, dim), table.dtype), table], axis=1), side
+    if (side := math.isqrt(rows - 1)) ** 2 != rows - 1:
+        raise ValueError(f"{rows} positions are not those of a square grid of patches, with or without CLS")
+    return "learned", table, side
+
+
+def compare_buffers(inside: Arrays, grid: int, dim: int, heads: int, period: float, side: int, cls: bool) -> None:
+    """Raises ValueError for buffers of other positions than ours, which follow from the settings."""
+    for name, buffer in inside.items():
+        *_, kind = name.rsplit(".", 1)
+        if kind == "relative_position_index" and grid:
+            wanted: np.ndarray = relative_position_index(grid, grid, cls)
+        elif name.endswith("rope_embed.periods") and period:
+            places = np.arange(dim // heads // 4)
+            wanted = period ** (4 * places / (dim // heads))
+        elif kind in ("freqs_cos", "freqs_sin") and side and grid and buffer.shape[:1] == (grid**2,):
+            angles = rotary_angles(dim // heads, (grid, grid), side)
+            wanted = np.cos(angles) if kind == "freqs_cos" else np.sin(angles)
+        else:
+            continue
+        if buffer.shape != wanted.shape or not np.allclose(np.asarray(buffer, np.float64), wanted, rtol=0.01, atol=0.01):
+            of = f"{grid} x {grid} patches" if grid else f"period {period:g}"
+            raise ValueError(f"{name} is not that of {of} and {heads} heads: such positions are not read")
+
+
+def activation(config: Mapping[str, Any], told: Told, facts: Facts, *known: tuple[Any, str]) -> str:
+    said = config.get("hidden_act") or config.get("act_layer")
+    if "quick_gelu" in config:  # open_clip's
+        said = "quick_gelu" if config["quick_gelu"] else "gelu"
+    asked = families.asked("the activation of the MLPs (OpenAI's CLIP has quick_gelu, most others gelu)", "--act")
+    act = facts("activation", (told.act, "given"), (said, "config.json beside it"), *known, otherwise=asked)
+    if act not in ("gelu", "quick_gelu"):
+        raise ValueError(f"the activation {shown(act)} is not known: there are gelu and quick_gelu")
+    return act
 
 
 class Taken:
@@ -456,11 +586,21 @@ class Taken:
     def __init__(self, arrays: Arrays):
         self.arrays, self.used = arrays, set[str]()
 
-    def __call__(self, name: str) -> np.ndarray:
+    def __call__(self, name: str, axes: int = 0, finite: bool = True) -> np.ndarray:
+        """Raises ValueError for a tensor that is missing, that has not so many axes, see also `floats`."""
         if name not in self.arrays:
             raise ValueError(f"the tensor {name} is missing")
         self.used.add(name)
-        return np.asarray(self.arrays[name], np.float32)
+        if axes and self.arrays[name].ndim != axes:
+            raise ValueError(f"the tensor {name} is {self.arrays[name].shape}, but must have {axes} axes")
+        return floats(name, self.arrays[name], finite)
+
+    def rows(self, name: str, width: int) -> np.ndarray:
+        """A tensor of so wide rows, [1, rows, width]."""
+        array = self(name)
+        if not array.size or array.size % width:
+            raise ValueError(f"the tensor {name} is {array.shape}, whose numbers are not rows of {width}")
+        return array.reshape(1, -1, width)
 
     def report(self) -> tuple[set[str], list[str], list[str]]:
         """(names that were used, parts that were not and stand beside an encoder, names that are not known)"""
@@ -469,13 +609,24 @@ class Taken:
         return self.used, beside, [name for name in rest if not BESIDE.match(name)]
 
 
+def floats(name: str, array: np.ndarray, finite: bool = True) -> np.ndarray:
+    """As float32. Raises ValueError for a tensor of other numbers, and for NaN and infinity if all must be `finite`."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"the tensor {name} is of {array.dtype}, but weights must be real floating-point numbers")
+    with np.errstate(over="ignore"):
+        array = np.asarray(array, np.float32)
+    if finite and not np.isfinite(array).all():
+        raise ValueError(f"the tensor {name} has values that are not finite in float32")
+    return array
+
+
 def scale_and_bias(take: Taken, at: str, to: str) -> dict[str, np.ndarray]:
-    return {f"{to}/scale": take(f"{at}weight"), f"{to}/bias": take(f"{at}bias")}
+    return {f"{to}/scale": take(f"{at}weight", 1), f"{to}/bias": take(f"{at}bias", 1)}
 
 
 def linear(take: Taken, at: str, to: str) -> dict[str, np.ndarray]:
-    bias = {f"{to}/bias": take(f"{at}bias")} if f"{at}bias" in take.arrays else {}
-    return {f"{to}/kernel": take(f"{at}weight").T} | bias
+    bias = {f"{to}/bias": take(f"{at}bias", 1)} if f"{at}bias" in take.arrays else {}
+    return {f"{to}/kernel": take(f"{at}weight", 2).T} | bias
 
 
 def block(take: Taken, at: str) -> dict[str, np.ndarray]:
@@ -484,22 +635,27 @@ def block(take: Taken, at: str) -> dict[str, np.ndarray]:
     params = scale_and_bias(take, f"{at}norm1.", "norm1") | scale_and_bias(take, f"{at}norm2.", "norm2")
     for name in ("attn_norm", "ffn_ln"):
         params |= scale_and_bias(take, f"{at}{name}.", name) if f"{at}{name}.weight" in have else {}
-    for name in ("gamma_1", "gamma_2", "relative_position_bias_table"):
-        params |= {name: take(at + name)} if at + name in have else {}
+    for name, axes in (("gamma_1", 1), ("gamma_2", 1), ("relative_position_bias_table", 2)):
+        params |= {name: take(at + name, axes)} if at + name in have else {}
 
     subln, split = f"{at}ffn_ln.weight" in have, f"{at}q.weight" in have
-    weights = [take(f"{at}{x}.weight").T for x in "qkv"] if split else np.split(take(f"{at}qkv.weight").T, 3, axis=1)
+    if split:
+        weights = [take(f"{at}{x}.weight", 2).T for x in "qkv"]
+    else:
+        weights = np.split(thirds(f"{at}qkv.weight", take(f"{at}qkv.weight", 2)).T, 3, axis=1)
     if subln:
         params |= {f"{x}_proj/kernel": weight for x, weight in zip("qkv", weights)}
     else:
         params["qkv/kernel"] = np.concatenate(weights, axis=1)
     names = [next((n for n in (f"{at}{x}.bias", f"{at}{x}_bias") if n in have), "") for x in "qkv"]
-    biases = [take(name) if name else np.zeros(len(weights[0]), np.float32) for name in names]
+    biases = [take(name, 1) if name else np.zeros(len(weights[0]), np.float32) for name in names]
     if f"{at}qkv.bias" in have:
-        fused = take(f"{at}qkv.bias")
+        fused = take(f"{at}qkv.bias", 1, finite=f"{at}qkv.bias_mask" not in have)
         if f"{at}qkv.bias_mask" in have:  # DINOv3: that of the keys must not be used
-            fused = np.where(np.isfinite(mask := take(f"{at}qkv.bias_mask")), fused * np.nan_to_num(mask), 0)
-        biases = np.split(fused, 3)
+            mask = take(f"{at}qkv.bias_mask", 1, finite=False)
+            fused = np.where(np.isfinite(mask) & (mask != 0), fused * np.nan_to_num(mask), 0)
+            fused = floats(f"{at}qkv.bias", fused)
+        biases = np.split(thirds(f"{at}qkv.bias", fused), 3)
         names = [at] * 3 if biases[1].any() or f"{at}qkv.bias_mask" not in have else [at, "", at]
     if names[1]:
         params["qkv/bias"] = np.concatenate(biases)
@@ -527,6 +683,13 @@ def block(take: Taken, at: str) -> dict[str, np.ndarray]:
     return params | {re.sub("^w12|^w3", lambda m: named[m[0]], name): value for name, value in (into | out_of).items()}
 
 
+def thirds(name: str, array: np.ndarray) -> np.ndarray:
+    """The same. Raises ValueError if it cannot be that of queries, keys and values."""
+    if len(array) % 3:
+        raise ValueError(f"the tensor {name} is {array.shape}, which cannot be divided into queries, keys and values")
+    return array
+
+
 def classifier(take: Taken, dim: int, cls: bool, eps: float, config: Mapping[str, Any]) -> LinearHead:
     """The classifier beside an encoder, with the norm of what it pools; either may be missing."""
     have: Any = take.arrays
@@ -539,7 +702,8 @@ def classifier(take: Taken, dim: int, cls: bool, eps: float, config: Mapping[str
     if "linear/kernel" in flat and len(flat["linear/kernel"]) == 2 * dim:
         pool = "cls+mean"  # DINOv2's in transformers
     names = config.get("label_names") or config.get("id2label") or ()
-    labels = tuple(names[str(i)] for i in range(len(names))) if isinstance(names, dict) else tuple(names)
+    names = [names.get(str(i)) for i in range(len(names))] if isinstance(names, dict) else names
+    labels = tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
     labels = labels if len(labels) == len(flat.get("linear/bias", ())) else ()
     params: Any = {"norm": {}, "linear": {}} | unflatten_dict(flat, sep="/")
     return LinearHead(pool, params["norm"], params["linear"], eps, labels)
@@ -552,31 +716,68 @@ def told_of(head: LinearHead) -> list[str]:
     return [f"classifier of {head.classes} classes, of {pooled}"] if head.linear else []
 
 
-def heads_of(params: Arrays, dim: int, config: Mapping[str, Any], told: Told, inside: Arrays) -> int:
+def heads_of(
+    params: Arrays,
+    dim: int,
+    config: Mapping[str, Any],
+    told: Told,
+    inside: Arrays,
+    facts: Facts,
+    default: tuple[Any, str],
+    family: families.Family,
+) -> int:
     """The number of heads. Raises ValueError if it is not known, or does not divide the width."""
-    tables = [array for name, array in params.items() if name.endswith("relative_position_bias_table")]
-    periods = inside.get("rope_embed.periods")
-    width = config.get("head_width")
-    heads = told.heads or int(config.get("num_attention_heads") or config.get("num_heads") or 0)
-    heads = heads or (dim // int(width) if width else 0) or (tables[0].shape[-1] if tables else 0)
-    heads = heads or (dim // (4 * len(periods)) if periods is not None else HEADS.get(dim, 0))
-    if not heads:
-        raise asked(f"the number of heads (the width is {dim})", "--heads")
+    tables = [array.shape[-1] for name, array in params.items() if name.endswith("relative_position_bias_table")]
+    periods, width = inside.get("rope_embed.periods"), count(config, "head_width")
+    by_periods = dim // (4 * periods.size) if periods is not None and periods.size else 0
+    released = f"as the released {family.name}s of this width have"
+    heads = facts(
+        "heads",
+        (told.heads, "given"),
+        (count(config, "num_attention_heads", "num_heads") or (width and dim // width), "config.json beside it"),
+        (tables[0] if tables else by_periods, "the tables of positions"),
+        default,
+        (family.heads.get(dim, families.HEADS.get(dim)), released),
+        otherwise=families.asked(f"the number of heads (the width is {dim})", "--heads"),
+    )
     if dim % heads:
         raise ValueError(f"{heads} heads do not divide the width {dim}")
     return heads
 
 
-def colors(config: Mapping[str, Any], clip: bool, hf: bool) -> tuple[tuple[float, ...], tuple[float, ...], str]:
-    """(mean, std) of images in 0..1, and a line about them."""
-    mean, std = config.get("image_mean") or config.get("mean"), config.get("image_std") or config.get("std")
+def colors(
+    config: Mapping[str, Any], channels: int, clip: bool = False, half: bool = False
+) -> tuple[tuple[float, ...], tuple[float, ...], str]:
+    """(mean, std) of images in 0..1, and a line about them. `clip`, `half`: what they are where no configuration says it.
+
+    Raises ValueError for a configuration that means something else.
+    """
+    if abs(255 * (number(config, "rescale_factor") or 1 / 255) - 1) > 1e-3:
+        raise ValueError(f"config.json: rescale_factor is {config['rescale_factor']}, but images are in 0..1 here")
+    if config.get("do_normalize") is False:
+        return (0.0,), (1.0,), "images are not normalised, as its configuration says"
+    mean, std = (color_of(config, f"image_{name}", name) for name in ("mean", "std"))
+    if bool(mean) != bool(std) or not all(std):
+        raise ValueError(f"config.json: mean is {shown(mean)} and std {shown(std)}, but both must be given, std above 0")
+    if wrong := [color for color in (mean, std) if len(color) not in (0, 1, channels)]:
+        raise ValueError(f"config.json: {counted(channels)} cannot be normalised by {len(wrong[0])} numbers, {shown(wrong[0])}")
     if mean and std:
-        return tuple(map(float, mean)), tuple(map(float, std)), "images are normalised as its configuration says"
+        return mean, std, "images are normalised as its configuration says"
     if clip:
         return *CLIP, "images are normalised as CLIP's"
-    if hf and config.get("model_type") in ("beit", "data2vec-vision"):
+    if half:
         return *HALF, "images are normalised to -1..1, as in the family's code"
     return *IMAGENET, "images are normalised by ImageNet's mean and std, as in most code: no configuration says it"
+
+
+def color_of(config: Mapping[str, Any], *keys: str) -> tuple[float, ...]:
+    """A number in 0..1 for each channel; () if there is none."""
+    key = next((key for key in keys if config.get(key) is not None), "")
+    value = config.get(key, [])
+    value = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(x, bool) or not isinstance(x, int | float) or not 0 <= x <= 1 for x in value):
+        raise ValueError(f"config.json: {key} is {shown(config[key])}, but must be numbers in 0..1, as pixels are here")
+    return tuple(map(float, value))
 
 
 def for_channels(weights: Weights, channels: int) -> Weights:
@@ -588,6 +789,8 @@ def for_channels(weights: Weights, channels: int) -> Weights:
     embedding = weights.parts["backbone"]["patch_embed"]
     kernel = embedding["kernel"]
     have = kernel.shape[2]
+    if channels < 0:
+        raise ValueError(f"channels is {channels}, but must be above 0")
     mean, std = (per_channel(color, have) for color in (weights.mean, weights.std))
     if channels in (0, have):
         return weights._replace(mean=mean, std=std)
@@ -603,7 +806,7 @@ def for_channels(weights: Weights, channels: int) -> Weights:
         kernel = kernel[:, :, np.arange(channels) % have] * np.float32(have / channels)
     mean, std = (per_channel(color, channels) for color in (mean, std))
     line = f"the patch embedding for {counted(have)} became one for {channels}: {how}, as timm does; "
-    line += f"mean {shown(mean)}, std {shown(std)}"
+    line += f"mean {rounded(mean)}, std {rounded(std)}"
     backbone = weights.parts["backbone"] | {"patch_embed": embedding | {"kernel": kernel}}
     return weights._replace(mean=mean, std=std, parts={"backbone": backbone}, lines=[*weights.lines, line])
 
@@ -617,7 +820,7 @@ def counted(channels: int) -> str:
     return f"{channels} channel{'s' * (channels > 1)}"
 
 
-def shown(color: tuple[float, ...]) -> str:
+def rounded(color: tuple[float, ...]) -> str:
     return ", ".join(f"{x:.4g}" for x in color)
 
 
@@ -628,8 +831,8 @@ def checked(weights: Weights) -> Weights:
         flatten_dict(jax.tree.map(np.shape, tree), sep="/") for tree in (weights.parts["backbone"], wanted["backbone"])
     )
     if wrong := [name for name in have | want if have.get(name) != want.get(name)]:
-        shown = "; ".join(f"{name} is {have.get(name, 'missing')}, not {want.get(name, 'there')}" for name in wrong[:3])
-        raise ValueError(f"{len(wrong)} tensors do not fit the network: {shown}")
+        first = "; ".join(f"{name} is {have.get(name, 'missing')}, not {want.get(name, 'there')}" for name in wrong[:3])
+        raise ValueError(f"{len(wrong)} tensors do not fit the network: {first}")
     return weights
 
 
@@ -638,45 +841,80 @@ def checked(weights: Weights) -> Weights:
 
 def swin(inside: Arrays, layout: Layout, config: Mapping[str, Any], told: Told) -> Weights:
     """As `vit`."""
-    arrays = {name: np.asarray(a, np.float32) for name, a in inside.items() if not BUFFERS.search(name)}
+    arrays: Any = {name: array for name, array in inside.items() if not BUFFERS.search(name)}
     arrays = renamed(arrays, SWIN_TRANSFORMERS if layout.name == "transformers" else ())
     for name in [name for name in arrays if re.search(r"\.attn\.q\.", name)]:
         kinds = [name.replace(".attn.q.", f".attn.{x}.") for x in "qkv"]
+        if lacking := [kind for kind in kinds if kind not in arrays or not arrays[kind].ndim]:
+            raise ValueError(f"the tensor {lacking[0]} is missing or a single number")
         arrays[name.replace(".attn.q.", ".attn.qkv.")] = np.concatenate([arrays.pop(kind) for kind in kinds])
     if not any(name.startswith("layers.0.downsample.") for name in arrays):  # timm has them at the start of the next stage
         arrays = {
             re.sub(r"^layers\.(\d+)(?=\.downsample\.)", lambda m: f"layers.{int(m[1]) - 1}", n): a for n, a in arrays.items()
         }
-    width = len(arrays["norm.weight"]) if "norm.weight" in arrays else 0
+    width = arrays["norm.weight"].size if "norm.weight" in arrays else 0
     head = classifier(take := Taken(arrays), width, False, EPS, config)
     arrays = {name: array for name, array in arrays.items() if name not in take.used}
     beside = sorted({name.split(".")[0] for name in arrays if BESIDE.match(name)})
-    arrays = {name: a for name, a in arrays.items() if not BESIDE.match(name)}
+    arrays = {name: floats(name, a) for name, a in arrays.items() if not BESIDE.match(name)}
     stages = 1 + max(int(match[1]) for name in arrays if (match := re.match(r"layers\.(\d+)\.", name)))
     rows = [row for row in simmim.swin(stages) if row.path != "mask_token" or "mask_token" in arrays]
     params, problems = convert.filled(arrays, rows)
     if problems:
         raise ValueError(f"{len(problems)} tensors do not fit a Swin: {'; '.join(problems[:5])}")
     tables = [params[f"stage_{s}/blocks/plain/relative_position_bias_table"] for s in range(stages)]
-    dim, patch = params["patch_embed/kernel"].shape[-1], params["patch_embed/kernel"].shape[0]
-    window = max((math.isqrt(t.shape[1]) + 1) // 2 for t in tables)
+    patch, side, channels, dim = params["patch_embed/kernel"].shape
+    if patch != side:
+        raise ValueError(f"patches of {patch} x {side} pixels are not square")
+    windows = [(math.isqrt(t.shape[1]) + 1) // 2 for t in tables]
+    for name, index in inside.items():
+        if name.endswith("relative_position_index"):
+            window = next((w for w in windows if index.shape == (w**2, w**2)), 0)
+            if not window or not np.array_equal(index, relative_position_index(window, window, False)):
+                raise ValueError(f"{name} is not that of square windows: such positions are not read")
+    window = max(windows)
+    depths, heads = tuple(2 * len(t) for t in tables), tuple(t.shape[-1] for t in tables)
+    agree(
+        config,
+        (
+            (("embed_dim",), dim),
+            (("depths",), list(depths)),
+            (("num_heads",), list(heads)),
+            (("patch_size",), patch),
+            (("window_size",), window),
+            (("num_channels", "in_chans"), channels),
+        ),
+    )
+    # In a stage whose map is smaller than the windows of others there is one window.
+    smallest = min([patch * 2**s * w for s, w in enumerate(windows) if w < window] or [patch * 2 ** (stages - 1) * window])
+    images, assumed = sides(config, "image_size", "img_size"), 224 if 224 % smallest == 0 else smallest
+    facts, why = Facts(), f"assumed, multiples of {smallest} are as good"
+    size = facts("images of", (told.img_size, "given"), (images and max(images), "config.json beside it"), (assumed, why))
+    if size % smallest:
+        raise ValueError(f"images of {size} pixels cannot be cut into windows of {window} patches: --img_size={smallest} can")
+    facts("epsilon", (told.eps, "given"), (number(config, "layer_norm_eps"), "config.json beside it"), (EPS, "known of Swin"))
+    if (eps := told.eps or number(config, "layer_norm_eps") or EPS) != EPS:
+        raise ValueError(f"the norms have epsilon {eps:g}: those of a Swin here have {EPS:g}")
+    if activation(config, told, facts, ("gelu", "known of Swin")) != "gelu":
+        raise ValueError("the MLPs of a Swin here have gelu")
+    if told.heads not in (0, heads[0]) or told.positions or told.without:
+        raise ValueError(f"a Swin whose tables are of {heads} heads cannot have others, other positions, or lack anything")
     settings = dict(
         patch_size=patch,
-        img_size=told.img_size or int(np.max(config.get("image_size") or config.get("img_size") or 224)),
+        img_size=size,
         dim=dim,
-        depths=tuple(2 * len(t) for t in tables),
-        heads=tuple(t.shape[-1] for t in tables),
+        depths=depths,
+        heads=heads,
         window=window,
         mlp_ratio=(params["stage_0/blocks/plain/fc1/kernel"].shape[-1] + 1e-3) / dim,
         mask_token="mask_token" in params,
     )
     lines = [
-        f"Swin of width {dim}, {settings['depths']} blocks of {settings['heads']} heads, windows of {window} patches",
+        f"Swin of width {dim}, {depths} blocks of {heads} heads, windows of {window} patches, images of {size}",
+        f"not in the tensors: {facts.line}",
         f"{len(arrays)} of {len(arrays)} tensors, {len(inside) - len(arrays)} others and buffers not used"
         + f" ({', '.join(beside)})" * bool(beside),
     ]
-    if (eps := told.eps or config.get("layer_norm_eps") or EPS) != EPS:
-        raise ValueError(f"the norms have epsilon {eps:g}: those of a Swin here have {EPS:g}")
-    mean, std, whose = colors(config, False, False)
+    mean, std, whose = colors(config, channels)
     lines += [*told_of(head), whose]
     return Weights(settings, mean, std, {"backbone": unflatten_dict(params, sep="/")}, lines, head)

@@ -15,10 +15,11 @@ from pictures import picture
 from PIL import Image
 
 import mim_jax
-from mim_jax import layouts, learned, weight_files
+from mim_jax import journal, layouts, learned, weight_files
 from mim_jax.config import resolve_encoder
 from mim_jax.layouts import Told
 from mim_jax.models import vit
+from mim_jax.models.positions import relative_position_index, sincos_positions
 from mim_jax.models.swin import Swin
 from mim_jax.state import abstract_state
 
@@ -36,6 +37,8 @@ def of(golden, name, **told):
         told = {"heads": meta.get("heads") or 0} | told
     elif name.startswith("clip"):
         told = {"heads": meta["heads"]} | told
+    if name == "official/dino_backbone":  # which is as timm's, but for images of another size
+        told = {"positions": "dino"} | told
     return state, arrays, layouts.encoder(state, config, Told(**told))
 
 
@@ -155,10 +158,11 @@ def test_what_is_said(golden):
     _, _, weights = of(golden, "official/mae_full")
     assert weights.lines == [
         "recognised: official or timm names",
-        "ViT of width 32, 2 blocks of 2 heads, patches of 8 pixels, images of 32; epsilon 1e-06, as in the family's code",
+        "ViT of width 32, 2 blocks of 2 heads, patches of 8 pixels, images of 32",
+        "not in the tensors: heads 2 (given); epsilon 1e-06, activation gelu (known of MAE)",
         "30 of 50 tensors; heads and other parts not used: decoder, decoder_blocks, decoder_embed, decoder_norm, "
         "decoder_pos_embed, decoder_pred",
-        "positions 4 x 4, at another size resized by a bicubic",
+        "positions 4 x 4, at another size resized by a bicubic (known of MAE)",
         "images are normalised by ImageNet's mean and std, as in most code: no configuration says it",
         "the released weights of MAE are CC BY-NC 4.0",
     ]
@@ -201,6 +205,22 @@ def test_a_moving_average_is_taken_first(golden):
     [
         ("official/dino_backbone", {"heads": 0}, {}, r"the number of heads \(the width is 32\) is in no tensor.* --heads"),
         ("official/dino_backbone", {"heads": 5}, {}, "5 heads do not divide the width 32"),
+        ("official/dino_backbone", {"heads": -2}, {}, "heads is -2, but must be above 0"),
+        ("official/dino_backbone", {"eps": float("nan")}, {}, "eps is nan, but must be above 0"),
+        ("official/dino_backbone", {"channels": -1}, {}, "channels is -1, but must be above 0"),
+        ("official/dino_backbone", {"img_size": 40}, {}, "img_size is 40, but the encoder is for 32"),
+        ("official/dino_backbone", {"without": "cls"}, {}, "without=cls was given, but the file has it"),
+        ("official/dino_backbone", {"without": "tail"}, {}, "without=tail is not known: there are cls, positions"),
+        ("official/beit_finetuned", {"positions": "dino"}, {}, "positions=dino is said of learned positions, which"),
+        ("official/dino_backbone", {}, {"blocks.0.attn.qkv.weight": (96,)}, r"qkv.weight is \(96,\), but must have 2 axes"),
+        ("official/dino_backbone", {}, {"blocks.0.attn.qkv.weight": ()}, r"qkv.weight is \(\), but must have 2 axes"),
+        ("official/dino_backbone", {}, {"blocks.0.attn.qkv.weight": (95, 32)}, "cannot be divided into queries, keys and"),
+        ("official/dino_backbone", {}, {"cls_token": (31,)}, "cls_token is .31,., whose numbers are not rows of 32"),
+        ("hf/swin", {}, {"encoder.layers.0.blocks.0.attention.self.key.weight": None}, "attn.k.weight is missing or a single"),
+        ("official/simmim_swin", {"heads": 4}, {}, r"whose tables are of \(2, 4\) heads cannot have others"),
+        ("official/simmim_swin", {"img_size": 40}, {}, "40 pixels cannot be cut into windows of 4 patches: --img_size=16 can"),
+        ("official/eva_mim", {}, {"blocks.1.attn.q_bias": None}, "only one of 0 and 1 has the bias of the queries"),
+        ("official/eva_mim", {}, {"blocks.0.attn.v_bias": None}, "only one of 0 and 1 has the bias of the values"),
         ("official/dino_backbone", {}, {"blocks.1.norm2.bias": None}, "the tensor blocks.1.norm2.bias is missing"),
         ("official/dino_backbone", {}, {"blocks.1.adapter.weight": (3,)}, "1 tensors are not known: blocks.1.adapter.weight"),
         ("official/dino_backbone", {}, {"pos_embed": (1, 13, 32)}, "13 positions are not those of a square grid"),
@@ -255,12 +275,248 @@ def test_channels(golden, name):
     assert again.mean == grey.mean * 3
 
 
-def test_the_activation_is_asked_for(golden):
-    arrays, meta = golden("weights/clip/open_clip_gelu")
-    state = {key[3:]: array for key, array in arrays.items() if key.startswith("sd/")}
-    with pytest.raises(ValueError, match="the activation of the MLPs .* is in no tensor.* --act"):
+def state_of(golden, name):
+    arrays, meta = golden(f"weights/{name}")
+    return {key[3:]: array for key, array in arrays.items() if key.startswith("sd/")}, meta.get("config") or {}
+
+
+@pytest.mark.parametrize("name", ["clip/open_clip_gelu", "hf/clip_vision", "timm/vit_clip_gelu"])
+def test_the_activation_is_asked_for(golden, name):
+    state, _ = state_of(golden, name)
+    with pytest.raises(ValueError, match="the activation of the MLPs .* is in no tensor.* --act.* --out=DIR, then name DIR"):
         layouts.encoder(state, {}, Told(heads=2))
     assert layouts.encoder(state, {}, Told(heads=2, act="quick_gelu")).settings["act"] == "quick_gelu"
+
+
+TAKEN = {  # of what, with its config.json or not; names of the tensors that are taken away; what is said to be lacking
+    ("hf/dinov2", True): {
+        r"^layernorm": "norm after the blocks",
+        r"layer\.1\.": "num_hidden_layers is 2 there, 1 in the tensors",
+        "position_embeddings": "positions",
+        "layer_scale": "LayerScale",
+        r"projection\.bias": "bias of the patch embedding",
+    },
+    ("hf/dinov2_registers", True): {"cls_token": "CLS token", "register_tokens": "registers"},
+    ("hf/vit", True): {r"(query|key|value)\.bias": "bias of the queries, bias of the keys, bias of the values"},
+    ("hf/beit", True): {r"(query|value)\.bias": "bias of the queries, bias of the values"},
+    ("hf/clip_vision", True): {"pre_layrnorm": "norm before the blocks"},
+    ("hf/dinov3", True): {"register_tokens": "registers", r"v_proj\.bias": "bias of the values"},
+    ("timm/dinov3", True): {"^norm": "norm after the blocks", "reg_token": "registers"},
+    ("timm/eva02_clip", True): {r"attn\.norm": "norm inside the attention"},
+    ("official/eva02_mim", False): {"ffn_ln": "norm inside the MLPs"},
+    ("official/dinov2_backbone", False): {
+        r"^norm\.": "norm after the blocks",
+        "^cls_token": "CLS token",
+        "^pos_embed": "positions",
+        r"qkv\.bias": "bias of the queries, bias of the keys, bias of the values",
+        r"\.ls1\.": "LayerScale",
+    },
+    ("official/dinov2_reg_backbone", False): {"^pos_embed": "positions"},
+    ("official/dino_backbone", False): {r"proj\.bias": "bias of the patch embedding", "cls_token": "CLS token"},
+    ("official/beit_finetuned", False): {r"\.(q|v)_bias": "bias of the queries, bias of the values"},
+    ("timm/vit_no_qkv_bias_clsless", False): {"none": "CLS token, bias of the queries, bias of the keys, bias of the values"},
+    ("official/ibot_backbone", False): {r"blocks\.0\.": "block 0 of 2 is missing"},
+    ("timm/swin", True): {r"layers\.1\.": r"2 there|misshapen: norm.weight"},
+}
+
+
+@pytest.mark.parametrize(
+    "name, with_config, gone, lacking", [(*key, *pair) for key, all in TAKEN.items() for pair in all.items()]
+)
+def test_a_file_that_is_not_whole(golden, name, with_config, gone, lacking):
+    state, config = state_of(golden, name)
+    fewer = {key: array for key, array in state.items() if not re.search(gone, key)}
+    with pytest.raises(ValueError, match=lacking):
+        layouts.encoder(fewer, config if with_config else {}, Told(heads=0 if "swin" in name else 2))
+
+
+def test_what_a_network_does_not_have_can_be_said(golden):
+    state, config = state_of(golden, "timm/vit_no_qkv_bias_clsless")
+    told = Told(heads=2, without="cls,q_bias,k_bias,v_bias", positions="antialiased")
+    assert layouts.encoder(state, {}, told).network == layouts.encoder(state, config).network
+
+
+def test_where_it_comes_from(golden):
+    """Heads, epsilon, the activation: a person, config.json, the tables, transformers' defaults, or the family."""
+    beit, clip = state_of(golden, "official/beit_finetuned")[0], state_of(golden, "hf/clip_vision")[0]
+    (line,) = [line for line in layouts.encoder(beit, {"layer_norm_eps": 1e-5}).lines if line.startswith("not in")]
+    assert line.startswith("not in the tensors: heads 2 (the tables of positions); epsilon 1e-05 (config.json beside it); ")
+    assert line.endswith("; activation gelu (known of BEiT)")
+    (line,) = [
+        line
+        for line in layouts.encoder(clip, {"vision_config": {"model_type": "clip_vision_model"}}, Told(heads=2)).lines
+        if line.startswith("not in")
+    ]
+    assert "heads 2 (given); epsilon 1e-05, activation quick_gelu (transformers' default for clip_vision_model)" in line
+
+
+def wide(state, dim):
+    """Tensors of the names of a golden model of width 32, of another width."""
+    shapes = {key: [{32: dim, 96: 3 * dim}.get(n, n) for n in array.shape] for key, array in state.items()}
+    return {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
+
+
+def test_heads_of_families(golden, monkeypatch):
+    """MoCo v3's ViT-S has 12 heads, others of its width have 6; DINOv3's H+ has 20, other ViT-H have 16."""
+    monkeypatch.setattr(layouts, "checked", lambda weights: weights)
+    dino, v3 = state_of(golden, "official/dino_backbone")[0], state_of(golden, "timm/dinov3_plus")[0]
+    moco = {f"module.base_encoder.{key}": array for key, array in wide(dino, 384).items()}
+    states = {3: wide(dino, 192), 6: wide(dino, 384), 12: moco, 16: wide(dino, 1280), 20: wide(v3, 1280)}
+    found = {heads: layouts.encoder(state) for heads, state in states.items()}
+    assert {heads: weights.settings["heads"] for heads, weights in found.items()} == {n: n for n in found}
+    assert "heads 12 (as the released MoCo v3s of this width have)" in found[12].lines[2]
+    assert "CC BY-NC" in found[12].lines[-1] and "DINOv3 License" in found[20].lines[-1]
+    with pytest.raises(ValueError, match=r"the number of heads \(the width is 1664\)"):
+        layouts.encoder(wide(dino, 1664))
+
+
+@pytest.mark.parametrize("row_first, owner, resize", [(False, "MAE", True), (True, "MoCo v3", False)])
+def test_an_encoder_is_known_by_its_fixed_table(golden, row_first, owner, resize):
+    state, _ = state_of(golden, "official/dino_backbone")
+    state["pos_embed"] = sincos_positions(32, 4, 4, row_first).astype(np.float16)
+    weights = layouts.encoder({f"model.{key}": array for key, array in state.items()}, {}, Told(heads=2))
+    assert weights.lines[-1] == f"the released weights of {owner} are CC BY-NC 4.0"
+    assert weights.settings["resizable"] == resize and (weights.settings["pos_offset"] == 0) == resize
+
+
+def test_positions_that_nobody_knows_how_to_resize(golden, tmp_path):
+    """Names that DINO and timm share: the native size works, another one is refused, in one line, until it is said."""
+    state, _ = state_of(golden, "timm/vit_dino")
+    weights = layouts.encoder(state, {}, Told(heads=2))
+    assert "for images of 32 only" in weights.lines[4] and "--positions=... --out=DIR" in weights.lines[4]
+    weights.save(tmp_path)
+    model, images = mim_jax.load(tmp_path), [picture(40, 48)]
+    assert model.features(images)["patch"].shape == (1, 16, 32)
+    with pytest.raises(ValueError, match="4 x 4 patches are not resized to 6 x 6.*--positions=.*--out=DIR, then name DIR"):
+        model.features(images, size=48)
+    again = layouts.read(tmp_path, Told(positions="antialiased"))
+    assert again.network == of(golden, "timm/vit_dino")[2].network and "antialiased" in again.lines[-1]
+    assert "for images of 32 only" not in " ".join(again.lines)
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("hf/dinov2", {"hidden_size": 99, "patch_size": 7}, "hidden_size is 99 there, 32 in the tensors; patch_size is 7"),
+        ("hf/dinov2", {"image_size": 112}, "grid of image_size is 8 there, 4 in the tensors"),
+        ("hf/dinov2", {"image_size": [28, 112]}, "positions for oblong images, 28 x 112 pixels"),
+        ("timm/vit_dino", {"img_size": [16, 64]}, "positions for oblong images, 16 x 64 pixels"),
+        ("hf/dinov2", {"model_type": "vit"}, "config.json is of vit, but the tensors have the names of the family DINOv2"),
+        ("timm/vit_dino", {"architecture": "vit_small_patch16_224.dino", "depth": 12}, "depth is 12 there, 2 in the tensors"),
+        ("timm/swin", {"depths": [2, 6], "window_size": 7}, r"depths is \[2, 6\] there, \[2, 2\] in the tensors; window_size"),
+        ("hf/dinov2", {"num_attention_heads": [2]}, r"num_attention_heads is \[2\], but must be a number above 0"),
+        ("hf/dinov2", {"num_attention_heads": -2}, "num_attention_heads is -2, but must be a number above 0"),
+        ("hf/dinov2", {"num_attention_heads": 2.5}, "num_attention_heads is 2.5, but must be whole"),
+        ("hf/dinov2", {"layer_norm_eps": float("nan")}, "layer_norm_eps is nan, but must be"),
+        ("hf/dinov2", {"layer_norm_eps": [1e-6]}, "layer_norm_eps is .1e-06., but must be"),
+        ("hf/dinov2", {"hidden_act": "gelu_new"}, "the activation 'gelu_new' is not known"),
+        ("hf/dinov2", {"image_size": "big"}, "image_size is 'big', but must be a number of pixels"),
+        ("hf/dinov2", {"model_args": 5}, "model_args is 5, but must be an object"),
+        ("hf/dinov2", {"vision_config": [1]}, r"vision_config is \[1\], but must be an object"),
+        (
+            "hf/dinov2",
+            {"image_mean": [123, 116, 103], "image_std": [58, 57, 57]},
+            "image_mean is .123, .*must be numbers in 0..1",
+        ),
+        ("hf/dinov2", {"image_mean": [0.5] * 3, "image_std": [0.5, 0.5, 0]}, "std above 0"),
+        ("hf/dinov2", {"image_mean": [0.5] * 3}, "but both must be given"),
+        ("hf/dinov2", {"image_mean": [0.5] * 2, "image_std": [0.5] * 2}, "cannot be normalised by 2 numbers"),
+        ("hf/dinov2", {"rescale_factor": 1 / 127.5}, "rescale_factor is 0.0078"),
+        ("timm/vit_dino", {"use_rot_pos_emb": True}, "rotary positions are read of EVA-02 and DINOv3 only"),
+    ],
+)
+def test_configurations_that_are_wrong(golden, name, changes, message):
+    state, config = state_of(golden, name)
+    with pytest.raises(ValueError, match=message) as error:
+        layouts.encoder(state, config | changes)
+    assert "\n" not in str(error.value)
+
+
+def test_configurations_that_are_odd(golden):
+    state, config = state_of(golden, "hf/vit_classifier")
+    odd = {"id2label": {"a": "b"}, "image_size": {"height": 32, "width": 32}, "image_mean": 0.5, "image_std": 0.25}
+    weights = layouts.encoder(state, config | odd)
+    assert weights.mean == (0.5,) * 3 and weights.std == (0.25,) * 3 and weights.head.labels == ()
+    assert layouts.encoder(state, config | {"do_normalize": False}).std == (1.0,) * 3
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("5", "config.json is 5, but must be an object"),
+        ('{"a":' * 20000 + "1" + "}" * 20000, "is no JSON: maximum recursion"),
+        ("{", "is no JSON"),
+        (" " * 2**21, "2,097,152 bytes, and is no configuration"),
+        ('{"mim_jax_encoder": 5}', "mim_jax_encoder is not as mim_jax writes it"),
+    ],
+)
+def test_files_that_are_no_configuration(golden, tmp_path, text, message):
+    (tmp_path / "model.safetensors").write_bytes(weight_files.safetensors(state_of(golden, "hf/dinov2")[0]))
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        layouts.read(tmp_path)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, key, change, message",
+    [
+        ("official/dino_backbone", "cls_token", lambda a: a + 1j, "cls_token is of complex64, but weights must be real"),
+        ("official/dino_backbone", "norm.weight", lambda a: a.astype(np.int8), "norm.weight is of int8"),
+        ("official/dino_backbone", "blocks.0.attn.qkv.bias", lambda a: a > 0, "qkv.bias is of bool"),
+        ("official/dino_backbone", "norm.weight", lambda a: a * np.nan, "norm.weight has values that are not finite"),
+        (
+            "official/dino_backbone",
+            "norm.weight",
+            lambda a: a.astype(float) * 1e300,
+            "norm.weight has values that are not finite",
+        ),
+        ("official/simmim_swin", "encoder.norm.weight", lambda a: a * np.inf, "norm.weight has values that are not finite"),
+        ("official/dinov3_backbone", "rope_embed.periods", lambda a: a * 7, "rope_embed.periods is not that of period 100"),
+        ("official/eva02_mim", "rope.freqs_cos", lambda a: a[::-1], "rope.freqs_cos is not that of 4 x 4 patches and 2 heads"),
+        ("official/simmim_swin", "encoder.layers.0.blocks.0.attn.relative_position_index", lambda a: a.T, "of square windows"),
+        (
+            "official/beit_finetuned",
+            "blocks.0.attn.relative_position_index",
+            lambda a: a.T,
+            "index is not that of 4 x 4 patches",
+        ),
+    ],
+)
+def test_tensors_of_other_numbers(golden, name, key, change, message):
+    state, _ = state_of(golden, name)
+    if key not in state:  # the golden Swin holds no index
+        state[key] = relative_position_index(4, 4, False)
+        layouts.encoder(state)
+    with pytest.raises(ValueError, match=message):
+        layouts.encoder(state | {key: change(state[key])}, {}, Told(heads=0 if "swin" in name else 2))
+
+
+def test_a_table_of_an_oblong_grid(golden):
+    """5 x 13 patches have as many relative positions as 8 x 8: the index that the file holds tells."""
+    state, _ = state_of(golden, "official/beit_finetuned")
+    state |= {key: np.zeros((228, 2), np.float32) for key in state if key.endswith("bias_table")}
+    state |= {key: relative_position_index(5, 13, True) for key in state if key.endswith("position_index")}
+    with pytest.raises(ValueError, match="relative_position_index is not that of 8 x 8 patches"):
+        layouts.encoder(state)
+
+
+def test_siglip_is_refused(golden):
+    state, _ = state_of(golden, "hf/clip_vision")
+    siglip = {key: array for key, array in state.items() if "class_embedding" not in key and "pre_layrnorm" not in key}
+    with pytest.raises(ValueError, match="no CLS token where CLIP has one, as SigLIP"):
+        layouts.encoder(siglip, {}, Told(heads=2))
+
+
+def test_a_swin_of_windows_that_224_pixels_have_not(golden):
+    """SimMIM's, of 192 pixels, has windows of 6."""
+    state, _ = state_of(golden, "official/simmim_swin")
+    state = {key: array for key, array in state.items() if not key.endswith("index")}
+    state |= {key: np.zeros((121, a.shape[1]), np.float32) for key, a in state.items() if key.endswith("bias_table")}
+    weights = layouts.encoder(state)
+    assert weights.settings["img_size"] == 24 and "images of 24 (assumed, multiples of 24 are as good)" in weights.lines[3]
+    with pytest.raises(ValueError, match="224 pixels cannot be cut into windows of 6 patches: --img_size=24 can"):
+        layouts.encoder(state, {}, Told(img_size=224))
 
 
 def test_our_own_folder(golden, tmp_path):
@@ -281,6 +537,13 @@ def test_the_command(capsys, tmp_path):
     done = subprocess.run([*command, file, "--heads=2", f"--out={tmp_path / 'ours'}"], capture_output=True, text=True)
     assert done.returncode == 0 and "30 of 30 tensors\n" in done.stdout, done.stderr
     assert layouts.read(tmp_path / "ours").settings["heads"] == 2
+    with pytest.raises(ValueError, match="heads cannot be given: mim_jax has written the file"):
+        layouts.read(tmp_path / "ours", Told(heads=4))
+    journal.fresh_folder(tmp_path / "new")
+    before = (tmp_path / "ours/config.json").read_bytes()
+    done = subprocess.run([*command, file, "--heads=2", f"--out={tmp_path / 'ours'}"], capture_output=True, text=True)
+    assert done.returncode == 1 and re.fullmatch("error: .*ours is not empty; give --out a new folder\n", done.stderr)
+    assert (tmp_path / "ours/config.json").read_bytes() == before
     done = subprocess.run([*command, file], capture_output=True, text=True)
     assert done.returncode == 1 and re.fullmatch("error: .*backbone.npz: the number of heads .*\n", done.stderr), done.stderr
 

@@ -7,6 +7,10 @@
 With other channels than those of the file, the patch embedding is changed as timm does it, and the cosine of the features
 before and after is printed, on the images of a folder, or on those of CIFAR-10 if they were fetched before.
 
+What no tensor shows is asked for and can be given: --heads=6 --eps=1e-6 --act=gelu or quick_gelu, --positions=dino, size or
+antialiased (how they are resized for images of another size), --img_size=192 (of a Swin, or with rotary positions),
+--encoder=teacher (the beginning of the names of one of several), --without=cls,norm (parts that the network does not have).
+
 Read are .safetensors, .npz, .pth, .pt, .bin and .ckpt, and folders of Hugging Face's, in the layouts of the official
 repositories, timm, transformers, OpenAI's CLIP and open_clip. Nothing in a file is run, and torch is not needed. The same files
 can be named directly: --config.init_from=FILE.
@@ -19,7 +23,7 @@ from typing import Literal
 import jax
 import numpy as np
 
-from mim_jax import cli, layouts, pretrained
+from mim_jax import cli, journal, layouts, pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Flags:
     positions: Literal["", "dino", "size", "antialiased"] = ""
     img_size: int = 0
     channels: int = 3
+    without: str = ""
 
 
 def change(before: layouts.Weights, after: layouts.Weights, named: str) -> str:
@@ -64,6 +69,8 @@ def main(argv: list[str]) -> None:
     with cli.in_one_line("stopped"):
         if len(files) > 1:
             raise ValueError(f"one file is wanted, not {' '.join(files)}")
+        if given.out:
+            journal.fresh_folder(given.out)
         told = {name: value for name, value in dataclasses.asdict(given).items() if name in layouts.Told._fields}
         before = layouts.read(files[0], layouts.Told(**told | {"channels": 0}))
         weights = layouts.for_channels(before, given.channels)

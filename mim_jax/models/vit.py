@@ -316,6 +316,7 @@ class ViT(nn.Module):
         patch_grad: a factor of the gradient of the patch embedding.
         registers: number of tokens between CLS and the patches, without positions (Darcet et al. 2024).
         antialias: interpolate learned positions with an antialiased cubic (DINOv2 with registers) rather than as DINO does.
+        resizable: False: nobody knows how the positions of these weights are interpolated; another size is refused.
         kernel_init, patch_init, patch_bias_init, token_init, pos_init: initializers of the linear layers, of the patch
             embedding, of CLS, registers and mask token, and of learned positions.
         unroll: blocks per iteration of the loop over the blocks.
@@ -350,6 +351,7 @@ class ViT(nn.Module):
     patch_grad: float = 1.0
     registers: int = 0
     antialias: bool = False
+    resizable: bool = True
     final_norm: bool = True
     kernel_init: Initializer = nn.initializers.normal(0.02)
     patch_init: Initializer = TORCH_UNIFORM
@@ -452,6 +454,12 @@ class ViT(nn.Module):
             if self.pos == "relative":
                 bias = relative_bias(table, grid, (rows, columns), self.bilinear)
             elif self.pos not in ("relative_each", "none"):
+                if not self.resizable and (rows, columns) != (grid, grid):
+                    raise ValueError(
+                        f"positions of {grid} x {grid} patches are not resized to {rows} x {columns}: it is not known how "
+                        "these weights need it. Say it: python -m mim_jax.convert FILE --positions=..., dino, size (as MAE and "
+                        "transformers) or antialiased (as timm), --out=DIR, then name DIR"
+                    )
                 offset = self.pos_offset if self.pos == "learned" and not self.antialias else 0.0
                 positions = interpolate_positions(pos_embed, rows, columns, offset, self.antialias)
                 patches, cls = patches + spread(positions[:, 1:], patches.shape, self.dtype), cls + positions[:, :1]
