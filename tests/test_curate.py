@@ -289,6 +289,7 @@ def test_dhash_tells_where_it_gets_darker():
     assert np.array_equal(dhash_distance(hashes, hashes) < 6, [[1, 1, 0], [1, 1, 0], [0, 0, 1]])  # a few are equally dark
 
 
+@pytest.mark.slow
 def test_an_embedder_goes_to_another_process():
     network = Encoder(vit.ViT(patch_size=8, img_size=16, dim=8, depth=1, heads=2), (0.5,) * 3, (0.2,) * 3)
     model = Model(network, network.init_parts(jax.random.key(0)), 16, "small")

@@ -103,9 +103,8 @@ def test_the_command(golden, tmp_path, capsys, monkeypatch, form, needed):
     weights = of(golden, "official/dino_full")[2]
     weights.save(tmp_path / "ours")
     Image.fromarray(picture(40, 48)).save(tmp_path / "a.png")
-    args = ["export", f"--run={tmp_path / 'ours'}", f"--format={form}", f"--out={tmp_path / 'out'}"]
-    args.append(f"--images={tmp_path / 'a.png'}")
-    export.main(args)
+    args = ["export", f"--run={tmp_path / 'ours'}", f"--images={tmp_path / 'a.png'}", f"--format={form}"]
+    export.main([*args, f"--out={tmp_path / 'out'}"])
     assert "features of 1 images (the images given) differ by at most" in capsys.readouterr().out
     file = tmp_path / "out" / f"model.{form}"
     card = (tmp_path / "out/README.md").read_text()
@@ -115,16 +114,17 @@ def test_the_command(golden, tmp_path, capsys, monkeypatch, form, needed):
     assert export.run_again(form, source(weights.network, weights.parts), images, file) < 1e-5
     other = source(weights.network, jax.tree.map(lambda x: 1.01 * x, weights.parts))
     assert export.run_again(form, other, images, file) > 1e-3
+    new = f"--out={tmp_path / 'new'}"
     with pytest.raises(SystemExit, match="size is 33, but must be a multiple of the 8 pixels"):
-        export.main([*args, "--size=33"])
+        export.main([*args, new, "--size=33"])
     with pytest.raises(SystemExit, match="size is for the formats onnx and jax"):
-        export.main([*args[:2], "--format=timm", *args[3:], "--size=32"])
+        export.main([*args[:-1], "--format=timm", new, "--size=32"])
     monkeypatch.setitem(sys.modules, needed, None)
     if form == "onnx":
         assert export.run_again(form, other, images, file) is None
         monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(SystemExit, match="cannot be written without"):
-        export.main(args)
+        export.main([*args, new])
 
 
 def test_scores(golden, tmp_path):
