@@ -609,7 +609,7 @@ MUTATIONS = (
     M("padding of pieces has weight", "methods/dinov2.py", "+ ((0, 0),) * (x.ndim - 2))",
       '+ ((0, 0),) * (x.ndim - 2), mode="edge")',
       "test_remat.py::test_the_patch_loss_in_pieces"),
-    M("auto stops at the first way", "dry_run.py", "if needed <= memory:", "if needed:",
+    M("auto stops at the first way", "dry_run.py", "if program.peak <= memory:", "if program.peak:",
       "test_remat.py::test_auto_takes_the_fastest_way_that_fits"),
     # Quantisers and tokenizers
     M("no gradient through the codes", "models/quantizers.py", "return z + jax.lax.stop_gradient(codes - z)",
@@ -683,7 +683,7 @@ MUTATIONS = (
     M("a small star forgets its node", "curate/components.py",
       "np.concatenate([_pack(node, least), _pack(other[rest], least[rest])])", "_pack(other[rest], least[rest])",
       "test_curate.py::test_rounds_of_stars_end_with_the_components"),
-    M("an evaluation image's component stays", "curate/stages.py", "dropped[self.labels[hit]] = True", "dropped[hit] = True",
+    M("an evaluation image's component stays", "curate/stages.py", "dropped[self.labels[self.hit]] = True", "dropped[self.hit] = True",
       "test_curate.py::test_whole_components_go_with_evaluation_images"),
 )  # fmt: skip
 

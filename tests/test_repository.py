@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import mutations
 import pytest
 from packaging.requirements import Requirement
 
@@ -159,3 +160,8 @@ def test_no_path_of_one_machine():
     for path in files:
         found = re.search(r"(?<![\w.])/(work|home|root|Users)/\S*", path.read_text())
         assert not found, f"{path.relative_to(ROOT)} names {found[0]}"
+
+
+def test_each_mutation_changes_one_line_that_is_there():
+    sources = {each.file: (ROOT / "mim_jax" / each.file).read_text() for each in mutations.MUTATIONS}
+    assert [each.name for each in mutations.MUTATIONS if sources[each.file].count(each.old) != 1] == []
