@@ -388,15 +388,15 @@ def settings_of(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 
 def titled(config: ml_collections.ConfigDict, settings: tuple[str, ...]) -> Row:
-    """The row of a run. What its student sees is said where it is that of the recipe."""
+    """The row of a run. What its student sees is said where it is that of ENTRIES."""
     entry = ENTRIES.get(config.method)
     if config.method == SCRATCH:
         return Row("supervised, from scratch", "whole, with labels", PUBLISHED_SCRATCH, settings=settings)
     if entry is None:
         return Row(config.recipe, "", settings=settings)
-    asked = {f"{key}={value}" for key, value in entry.changes.items()}
-    seen = all(each in asked for each in settings[1:] if each.startswith(("mask.", "crops.")) and "start" not in each)
-    return Row(entry.title, entry.input if seen else "", entry.published, settings=settings)
+    changed = {f"{key}={value}" for key, value in entry.changes.items()}
+    asked, given = ({each for each in found if re.match(r"mask\.(?!start)|crops\.", each)} for found in (changed, settings))
+    return Row(entry.title, entry.input if given == asked else "", entry.published, settings=settings)
 
 
 def add(row: Row, run: Run, config: ml_collections.ConfigDict, history: journal.History) -> None:
@@ -472,8 +472,9 @@ def notes(table: Table) -> list[str]:
         "Cost: time of the pretraining steps, relative to SimMIM, without compilation and evaluation, and without the run that "
         "a method learns from (a tokenizer or a teacher). GFLOP: of a step, forward and backward, as XLA counts them. Peak "
         "memory: of the process that trains. S: SimMIM's comparison of methods, costs on ImageNet, as lectures quote it.",
-        "All seeds of BEiT and BEiT v2 have one tokenizer: its share of the spread is not in theirs.",
     ]
+    if any(row.title in ("BEiT", "BEiT v2") for row in rows):
+        said.append("All seeds of BEiT and BEiT v2 have one tokenizer: its share of the spread is not in theirs.")
     return said + (["Left out: " + "; ".join(table.left_out) + "."] if table.left_out else [])
 
 

@@ -683,8 +683,8 @@ MUTATIONS = (
     M("a small star forgets its node", "curate/components.py",
       "np.concatenate([_pack(node, least), _pack(other[rest], least[rest])])", "_pack(other[rest], least[rest])",
       "test_curate.py::test_rounds_of_stars_end_with_the_components"),
-    M("an evaluation image's component stays", "curate/stages.py", "dropped[self.labels[self.hit]] = True", "dropped[self.hit] = True",
-      "test_curate.py::test_whole_components_go_with_evaluation_images"),
+    M("an evaluation image's component stays", "curate/stages.py", "dropped[self.labels[self.hit]] = True",
+      "dropped[self.hit] = True", "test_curate.py::test_whole_components_go_with_evaluation_images"),
 )  # fmt: skip
 
 
