@@ -344,11 +344,10 @@ def table_of(runs: Sequence[Run]) -> Table:
     for run in runs:
         try:
             config = run.config
-            opened.append((run, config, settings_of(config), journal.history(run.workdir)))
             if not done(run):
                 raise ValueError("it is not finished")
+            opened.append((run, config, settings_of(config), journal.history(run.workdir)))
         except (OSError, ValueError, AttributeError, KeyError) as error:
-            opened = [each for each in opened if each[0] is not run]
             table.left_out.append(f"{run.workdir}: {str(error).splitlines()[0]}")
     order = {name: place for place, name in enumerate([SCRATCH, *ENTRIES])}
     opened.sort(key=lambda each: (order.get(each[1].method, len(order)), each[1].seed))
@@ -375,8 +374,8 @@ def table_of(runs: Sequence[Run]) -> Table:
     for title in {row.title for row in table.rows}:
         same = [row for row in table.rows if row.title == title]
         if len(same) > 1:  # what tells them apart
+            common = set.intersection(*(set(row.settings) for row in same))
             for row in same:
-                common = set.intersection(*(set(each.settings) for each in same))
                 row.title = ", ".join([title, *(each for each in row.settings if each not in common)])
     return table
 
