@@ -276,6 +276,17 @@ def test_only_a_kill_ends_a_worker_and_is_told(images):
                 list(itertools.islice(stream, 9))
 
 
+def test_a_worker_that_ends_before_its_next_task_is_told_too(images):
+    source = sources.open_source("folder", images)
+    with contextlib.closing(pipeline.train_batches(source, seed=0, batch_size=2, canvas=8, workers=1)) as stream:
+        next(stream)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(OSError, match="a process that reads the data ended by signal 9"):
+            list(itertools.islice(stream, 9))
+
+
 PARENT = """
 import itertools, multiprocessing, time
 from mim_jax.data import pipeline, sources

@@ -9,6 +9,7 @@ is small in many containers.
 """
 
 import atexit
+import contextlib
 import functools
 import itertools
 import math
@@ -138,7 +139,8 @@ def batches(make: Make, like: Batch, rows: int, start: int, workers: int, thread
                 ahead.append(slot)
                 left[slot] = len(firsts)
                 for first in firsts:
-                    os.write(queue.fileno(), TASK.pack(number, slot, first))
+                    with contextlib.suppress(BrokenPipeError):  # no process is left: what they sent last says why
+                        os.write(queue.fileno(), TASK.pack(number, slot, first))
             while left[ahead[0]]:
                 for key, _ in selector.select():
                     slot, error = _received_from(key.fileobj, processes)
