@@ -1,5 +1,6 @@
 """Set-up shared by all tests: 8 simulated CPU devices, absl flags marked as parsed, and the golden arrays."""
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -31,6 +32,9 @@ from mim_jax import storage
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# Tracing makes millions of objects: at Python's own thresholds a sixth of the time goes into looking for garbage among them.
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)
 # Only `app.run` parses absl's flags, and what reads them before is an error.
 flags.FLAGS.mark_as_parsed()
 
@@ -45,6 +49,14 @@ def nothing_kept() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mim_jax.cli.compiled", types.SimpleNamespace(keep=lambda folder: None))
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten() -> Iterator[None]:
+    """What was traced and compiled for one file of tests is of no use to the next, and slows it down."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
