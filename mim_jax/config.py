@@ -154,12 +154,11 @@ def of_run(file: Path) -> dict[str, Any]:
 def imported(path: str) -> ml_collections.ConfigDict:
     """The config of the encoder in a file of weights. Raises FileNotFoundError if there is none, and ValueError as
     `layouts.read`."""
-    from mim_jax import layouts, weight_files  # which need models, and they this file
+    from mim_jax import layouts  # which needs models, and they this file
 
     if not layouts.is_weights(path):
         raise FileNotFoundError(f"there is neither a run nor a file of weights in {path}")
-    with weight_files.asking(path):
-        weights = layouts.read(path)
+    weights = layouts.read(path)
     data = {"mean": weights.mean, "std": weights.std}
     return ml_collections.ConfigDict({"method": "imported", "model": weights.settings, "data": data})
 

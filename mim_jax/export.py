@@ -47,7 +47,7 @@ import mim_jax
 from mim_jax import checkpoint, cli, convert, journal, layouts, layouts_out, pretrained, storage, weight_files
 from mim_jax.config import begins_with, of_run
 from mim_jax.layouts_out import Config
-from mim_jax.learned import Run, load_run, weights_of
+from mim_jax.learned import Run, load_run
 from mim_jax.methods.base import Encoder, Params
 from mim_jax.models.heads import LinearHead
 from mim_jax.models.swin import Swin
@@ -91,9 +91,9 @@ def source_of(path: str, with_head: bool = False, which: str = "") -> Source:
     if layouts.is_weights(path):
         if which:
             raise ValueError(f"{path} is no run: only runs have a teacher and a student")
-        weights = weights_of(path, channels=0)
+        weights = layouts.read(path, layouts.Told(channels=0))
         encoder, parts, head = weights.network, weights.parts, weights.head
-        resize, lines = pretrained.seen_of(Path(path))[0], weights.lines
+        resize, lines = weights.crop or pretrained.RESIZE, weights.lines
         if with_head and not head.linear:
             raise ValueError(f"there is no classifier in {path}")
     else:
@@ -328,9 +328,8 @@ def written(
         files = {"model.safetensors": weight_files.safetensors(convert.to_torch(source.parts, family_of(source)))}
     elif form == "safetensors":
         parts, lines = {"backbone": source.parts["backbone"]}, [f"an encoder of {path}", *source.lines]
-        files = layouts.Weights(settings_of(net), encoder.mean, encoder.std, parts, lines, source.head).files
-        config = json.loads(files["config.json"]) | {"crop_pct": source.resize}
-        files |= {"config.json": json.dumps(config, indent=1).encode()}
+        settings = settings_of(net)
+        files = layouts.Weights(settings, encoder.mean, encoder.std, parts, lines, source.head, source.resize).files
     else:
         write = layouts_out.timm if form == "timm" else layouts_out.transformers
         given = layouts_out.Encoded(net, source.parts["backbone"], encoder.mean, encoder.std, source.head, source.resize)

@@ -213,15 +213,10 @@ def whole(parts: set[str], family: Family, config: Config, without: str) -> None
     absent |= {"absolute", "relative"} if "positions" in absent else set()
     if missing := [part for part in PARTS if part in needed(family, config) - parts - absent]:
         what = ", ".join(PARTS[part][0] for part in missing)
+        without = f"--without={','.join(missing)}"
         raise ValueError(
-            f"it is not whole, as {family.name} is known: it lacks the {what}; if the network has none: "
-            + convert_first(f"--without={','.join(missing)}")
+            f"it is not whole, as {family.name} is known: it lacks the {what}; if the network has none, say {without}"
         )
-
-
-def convert_first(options: str) -> str:
-    """The way to say something of a file that works for all commands."""
-    return f"python -m mim_jax.convert FILE {options} --out=DIR, then name DIR"
 
 
 class Facts:
@@ -244,7 +239,7 @@ class Facts:
 
 
 def asked(what: str, option: str) -> ValueError:
-    return ValueError(f"{what} is in no tensor, and there is no config.json that says it: {convert_first(f'{option}=...')}")
+    return ValueError(f"{what} is in no tensor, and there is no config.json that says it: say {option}=...")
 
 
 # Configurations
@@ -263,6 +258,24 @@ def unwrapped(config: Config) -> dict[str, Any]:
     if isinstance(pixels, list) and len(pixels) == 3 and pixels[1] != pixels[2] and "img_size" not in config:
         config["img_size"] = pixels[1:]
     return config
+
+
+def crop(config: Config, processor: Config) -> float:
+    """Side of the central square of an image that is to be seen, as a share of the short side; 0.0 if nothing says it.
+
+    timm says it as `crop_pct`. transformers makes the short side as long as `size` and cuts out `crop_size`, or makes the whole
+    image square: then it is 1.
+    """
+    inside = config.get("pretrained_cfg")
+    said: list[Any] = [found.get("crop_pct") for found in (processor, inside if isinstance(inside, dict) else {}, config)]
+    size, cut = processor.get("size"), processor.get("crop_size")
+    short = size.get("shortest_edge") if isinstance(size, dict) else size
+    side = cut.get("height") if isinstance(cut, dict) else cut
+    if processor.get("do_center_crop", cut is not None) and type(short) is type(side) is int and short > 0:
+        said.append(side / short)
+    elif size:
+        said.append(1.0)
+    return next((float(x) for x in said if type(x) in (int, float) and 0 < x <= 1), 0.0)
 
 
 def section(config: Config, key: str) -> dict[str, Any]:

@@ -157,6 +157,7 @@ class Weights(NamedTuple):
     parts: Params  # {"backbone": its parameters}
     lines: list[str]  # what was recognised, used, assumed and left out
     head: LinearHead = LinearHead("cls", {}, {})  # what is pooled, and the classifier beside the encoder, if there is one
+    crop: float = 0.0  # see `families.crop`
 
     @property
     def network(self) -> Encoder:
@@ -169,8 +170,8 @@ class Weights(NamedTuple):
         head = {"pool": self.head.pool, "eps": self.head.eps, "labels": self.head.labels}
         kept = {"settings": self.settings, "mean": self.mean, "std": self.std, "lines": self.lines, "head": head}
         flat: Any = flatten_dict(self.parts["backbone"] | {"head": self.head.params}, sep=".")
-        config = json.dumps({"mim_jax_encoder": kept}, indent=1).encode()
-        return {"model.safetensors": weight_files.safetensors(flat), "config.json": config}
+        config = ({"crop_pct": self.crop} if self.crop else {}) | {"mim_jax_encoder": kept}
+        return {"model.safetensors": weight_files.safetensors(flat), "config.json": json.dumps(config, indent=1).encode()}
 
     def save(self, folder: str | Path) -> None:
         """Writes the `files`."""
@@ -217,13 +218,19 @@ def read(path: str | Path, told: Told = NOTHING) -> Weights:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     try:
-        config = read_json(folder / "config.json") | read_json(folder / "preprocessor_config.json")
+        config, processor = (read_json(folder / f"{name}.json") for name in ("config", "preprocessor_config"))
         arrays = weight_files.flat(weight_files.read(path))
         if kept := config.get("mim_jax_encoder"):
-            return checked(for_channels(ours(arrays, kept, told), told.channels))
-        return encoder(arrays, config, told)
+            weights = checked(for_channels(ours(arrays, kept, told), told.channels))
+        else:
+            weights = encoder(arrays, config | processor, told)
+        return weights._replace(crop=families.crop(config, processor))
     except ValueError as error:
-        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
+        message = str(error) if str(path) in str(error) else f"{path}: {error}"
+        if flag := re.search(r"--[a-z]+=[^\s,;]+", message):  # which many commands have not
+            command = f"python -m mim_jax.convert {path} {flag[0]} --out=DIR"
+            message += f". `{command}` writes a folder DIR that can be named instead"
+        raise ValueError(message) from None
 
 
 def ours(arrays: Arrays, kept: Any, told: Told = NOTHING) -> Weights:
@@ -274,8 +281,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def encoder(arrays: Arrays, config: Mapping[str, Any] | None = None, told: Told = NOTHING) -> Weights:
     """The encoder among named arrays. `config`: what `config.json` of timm or transformers says."""
     for name in ("heads", "eps", "img_size", "channels"):
-        if not 0 <= (value := getattr(told, name)) < math.inf:
-            raise ValueError(f"{name} is {value}, but must be above 0")
+        if not (isinstance(value := getattr(told, name), (int, float)) and 0 <= value < math.inf):
+            raise ValueError(f"{name} is {value!r}, but must be a number above 0")
     config = families.unwrapped(config or {})
     prefix, layout, found = choose(list(arrays), told.encoder)
     inside = {name.removeprefix(prefix): np.asarray(array) for name, array in arrays.items() if name.startswith(prefix)}
@@ -319,7 +326,7 @@ def choose(names: list[str], wanted: str = "") -> tuple[str, Layout, list[str]]:
     ranks = {prefix: 0 if AVERAGES.search(prefix) else 2 if OTHERS.search(prefix) else 1 for prefix in fitting}
     best = [prefix for prefix in fitting if ranks[prefix] == min(ranks.values())]
     if len(best) > 1:
-        raise ValueError(f"there are several encoders: choose with --encoder one of {', '.join(map(repr, best))}")
+        raise ValueError(f"there are several encoders: choose with --encoder=... one of {', '.join(map(repr, best))}")
     return best[0], found[best[0]], list(found)
 
 
@@ -459,7 +466,7 @@ def vit(
             line += f"at another size resized {HOW[resize]} ({who})"
         else:
             line += f"for images of {size} only, as libraries resize them in different ways and the file does not say which; "
-            line += f"for others: {families.convert_first('--positions=...')}"
+            line += "for others: `python -m mim_jax.convert FILE --positions=... --out=DIR`"
         lines.append(line)
     elif pos != "none":
         lines.append(f"relative positions {grid} x {grid}")

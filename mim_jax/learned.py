@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from mim_jax import convert, layouts, sharding, weight_files
+from mim_jax import convert, layouts, sharding
 from mim_jax.checkpoint import SavedRun, newest
 from mim_jax.config import begins_with, kind
 from mim_jax.methods.base import Params, made
@@ -59,12 +59,6 @@ def load_run(workdir: str | Path, which: str = "") -> Run:
     return newest(workdir, read)
 
 
-def weights_of(path: str | Path, **told: Any) -> layouts.Weights:
-    """`layouts.read`, with what is `told`, where not all can be told: see `weight_files.asking`."""
-    with weight_files.asking(path):
-        return layouts.read(path, layouts.Told(**told))
-
-
 def abstract_target(method: Any, config: ml_collections.ConfigDict) -> Params:
     """The shapes of the frozen target's parameters, with their shardings where a mesh is set; {} for a method without."""
     if method.target is None:
@@ -88,7 +82,7 @@ def load_target(method: Any, config: ml_collections.ConfigDict) -> Params:
             found = convert.official(target.weights, name)
             lines = [f"official weights of the network {name}, {len(jax.tree.leaves(found))} arrays, none is missing"]
         else:
-            found, lines = (weights := weights_of(target.weights)).parts, weights.lines
+            found, lines = (weights := layouts.read(target.weights)).parts, weights.lines
         given = {part: found[part] for part in wanted if part in found}
         refuse(misfits(given, wanted), f"the weights in {target.weights} are")
         if jax.process_index() == 0:
@@ -132,7 +126,7 @@ class FromFile:
     normalises images in another way than the file says."""
 
     def __init__(self, path: str, method: Any):
-        weights = weights_of(path)
+        weights = layouts.read(path)
         self.path, self.parts = path, weights.parts
         there: Any = weights.network.backbone
         here: Any = getattr(method, method.encoder_part, None)

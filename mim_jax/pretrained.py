@@ -25,7 +25,7 @@ from mim_jax.data import decode, pipeline
 from mim_jax.data.augment import center_crop
 from mim_jax.data.sources import Example, open_source, user_cache
 from mim_jax.evaluators import IN_0_TO_1, PIXELS
-from mim_jax.learned import Run, load_run, weights_of
+from mim_jax.learned import Run, load_run
 from mim_jax.methods.base import BackboneMethod, Encoder, Params
 from mim_jax.models import vit
 
@@ -230,7 +230,7 @@ def load(path: str | os.PathLike, which: str = "", resize: float | None = None, 
     Args:
         which: "teacher" or "student", of a run that has both; by default the teacher.
         resize: side of the central square that is seen, as a share of the short side of an image. By default that of the run's
-            evaluation; of a file what its configuration says, see `seen_of`, else 0.875.
+            evaluation; of a file what its configuration says, see `families.crop`, else 0.875.
         told: what a file does not say, `heads=6` for example, see `layouts.Told`.
 
     Raises FileNotFoundError if there is nothing or no checkpoint yet, and ValueError for a run without a ViT or Swin backbone
@@ -246,37 +246,18 @@ def load(path: str | os.PathLike, which: str = "", resize: float | None = None, 
         raise FileNotFoundError(f"there is no run and no file {folder}")
     if which:
         raise ValueError(f"{folder} is no run: only runs have a teacher and a student")
-    weights = weights_of(folder, **told)
+    weights = layouts.read(folder, layouts.Told(**told))
     if len(weights.mean) != 3:
         raise ValueError(
             f"the network takes images of {len(weights.mean)} channels, and those that are read here have 3: use "
             "mim_jax.layouts.read(...).network.features(parts, images)"
         )
-    share, who = (resize, "as asked for") if resize else seen_of(folder)
+    share, who = RESIZE, "as no configuration says it"
+    if resize or weights.crop:
+        share, who = (resize, "as asked for") if resize else (weights.crop, "as its configuration says")
     lines = [*weights.lines, f"of each image the central square of {share:.4g} of the short side is seen, {who}"]
     size = weights.settings["img_size"]
     return Model(weights.network, weights.parts, size, f"{folder}: {'; '.join(lines)}", share)
-
-
-def seen_of(path: Path) -> tuple[float, str]:
-    """(side of the central square that is to be seen, as a share of the short side; who says so), of a file of weights.
-
-    timm says it as `crop_pct`. transformers makes the short side as long as `size` and cuts out `crop_size`, or makes the whole
-    image square: then it is 1.
-    """
-    folder = path if path.is_dir() else path.parent
-    config, processor = (layouts.read_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
-    inside = config.get("pretrained_cfg")
-    said: list[Any] = [found.get("crop_pct") for found in (processor, inside if isinstance(inside, dict) else {}, config)]
-    size, crop = processor.get("size"), processor.get("crop_size")
-    short = size.get("shortest_edge") if isinstance(size, dict) else size
-    side = crop.get("height") if isinstance(crop, dict) else crop
-    if processor.get("do_center_crop", crop is not None) and type(short) is type(side) is int and short > 0:
-        said.append(side / short)
-    elif size:
-        said.append(1.0)
-    share = next((float(x) for x in said if type(x) in (int, float) and 0 < x <= 1), None)
-    return (share, "as its configuration says") if share else (RESIZE, "as no configuration says it")
 
 
 def is_run(folder: Path) -> bool:

@@ -4,7 +4,6 @@ Sources: the format of safetensors (github.com/huggingface/safetensors, "Format"
 pickletools, and for PyTorch torch/serialization.py and torch/_utils.py (what `torch.save` writes and `torch.load` expects).
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -14,7 +13,7 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import SEEK_END, BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -777,18 +776,6 @@ def flat(tensors: Tensors) -> Tensors:
 
     add(tensors, "")
     return named
-
-
-@contextlib.contextmanager
-def asking(path: str | Path) -> Iterator[None]:
-    """Where a file is read and its flags cannot all be given, an error that names one also names the command that has them."""
-    try:
-        yield
-    except ValueError as error:
-        if not (flag := re.search(r"--\w+", str(error))):
-            raise
-        command = f"python -m mim_jax.convert {path} {flag[0]}=... --out=DIR"
-        raise ValueError(f"{error}; or name the folder DIR that `{command}` writes") from None
 
 
 def safetensors(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -11,7 +11,7 @@ from pictures import picture
 from PIL import Image
 
 import mim_jax
-from mim_jax import convert, export, layouts, pretrained, weight_files
+from mim_jax import convert, export, layouts, weight_files
 from mim_jax.checkpoint import Checkpoints
 from mim_jax.layouts import Told
 from mim_jax.methods.base import make_method
@@ -269,7 +269,7 @@ def test_the_student_of_one_checkpoint(tmp_path, capsys):
         assert np.array_equal(model.parts["backbone"]["norm"]["scale"], learned["norm"]["scale"])
     processor = json.loads((tmp_path / "student/preprocessor_config.json").read_text())
     assert processor["size"] == {"shortest_edge": 21} and processor["crop_size"] == {"height": 16, "width": 16}
-    assert processor["do_center_crop"] and pretrained.seen_of(tmp_path / "student")[0] == pytest.approx(0.75, abs=0.02)
+    assert processor["do_center_crop"] and layouts.read(tmp_path / "student").crop == pytest.approx(0.75, abs=0.02)
     for form in ("timm", "safetensors"):
         export.written(workdir, form, tmp_path / form)
         assert mim_jax.load(tmp_path / form).resize == 0.75
