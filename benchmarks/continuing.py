@@ -19,12 +19,13 @@ from typing import Any
 from absl import app, flags
 
 from mim_jax import journal
-from mim_jax.compare import SEEDS, Run
+from mim_jax.compare import Run
 from mim_jax.config import OF_BACKBONE, load_config
 
 STARTS = flags.DEFINE_string("starts", "runs/compare", "Folder of the runs that are continued, NAME_SEED.")
 NAMES = flags.DEFINE_list("names", ["mae", "dino"], "Their names.")
 OUT = flags.DEFINE_string("folder", "runs/continuing", "Folder of the new runs.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "Of each name.")
 STEPS = flags.DEFINE_integer("steps", 500, "Steps of each run.")
 
 RECIPE = "dino:demo"

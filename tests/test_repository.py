@@ -1,6 +1,7 @@
 """The house rules: bounded requirements, imports that run one way, scripts that parse, no paths of one machine."""
 
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -101,6 +102,24 @@ def test_imports_run_one_way(lower: tuple[str, ...], upper: tuple[str, ...]):
 def test_only_checkpoint_imports_orbax():
     users = {module for module in MODULES if any(name.partition(".")[0] == "orbax" for name in imported(module))}
     assert users == {"mim_jax.checkpoint"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/*.py")), ids=lambda path: path.stem)
+def test_benchmarks_name_what_is_there(path):
+    """No test runs them."""
+    nodes, modules, named = list(ast.walk(ast.parse(path.read_text()))), {}, []
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "mim_jax":
+            for alias in node.names:
+                if (module := f"{node.module}.{alias.name}") in MODULES:
+                    modules[alias.asname or alias.name] = module
+                else:
+                    named.append((node.module, alias.name))
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            named.append((modules[node.value.id], node.attr))
+    missing = [f"{module}.{name}" for module, name in named if not hasattr(importlib.import_module(module), name)]
+    assert not missing
 
 
 def test_wheels_carry_every_package_and_the_recipes():
