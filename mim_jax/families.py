@@ -260,12 +260,23 @@ def unwrapped(config: Config) -> dict[str, Any]:
     return config
 
 
-def crop(config: Config, processor: Config) -> float:
-    """Side of the central square of an image that is to be seen, as a share of the short side; 0.0 if nothing says it.
+class Seen(NamedTuple):
+    """What an encoder is to see of an image. Zeros: nobody says it."""
 
-    timm says it as `crop_pct`. transformers makes the short side as long as `size` and cuts out `crop_size`, or makes the whole
-    image square: then it is 1.
+    crop: float = 0.0  # side of the central square, as a share of the short side
+    size: int = 0  # side of what the square becomes, in pixels
+    canvas: int = 0  # larger images are reduced to it before, see `pretrained.Model`
+
+
+def seen(config: Config, processor: Config) -> Seen:
+    """As `mim_jax.export` says it; else the crop.
+
+    timm says that as `crop_pct`. transformers makes the short side as long as `size` and cuts out `crop_size`, or makes the
+    whole image square: then it is 1.
     """
+    ours = config.get("mim_jax_seen")
+    if isinstance(ours, dict) and [type(ours.get(name)) for name in Seen._fields] == [float, int, int]:
+        return Seen(*(max(0, ours[name]) for name in Seen._fields))
     inside = config.get("pretrained_cfg")
     said: list[Any] = [found.get("crop_pct") for found in (processor, inside if isinstance(inside, dict) else {}, config)]
     size, cut = processor.get("size"), processor.get("crop_size")
@@ -275,7 +286,7 @@ def crop(config: Config, processor: Config) -> float:
         said.append(side / short)
     elif size:
         said.append(1.0)
-    return next((float(x) for x in said if type(x) in (int, float) and 0 < x <= 1), 0.0)
+    return Seen(next((float(x) for x in said if type(x) in (int, float) and 0 < x <= 1), 0.0))
 
 
 def section(config: Config, key: str) -> dict[str, Any]:

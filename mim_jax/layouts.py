@@ -13,6 +13,7 @@ error.
 
 import json
 import math
+import numbers
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -157,7 +158,7 @@ class Weights(NamedTuple):
     parts: Params  # {"backbone": its parameters}
     lines: list[str]  # what was recognised, used, assumed and left out
     head: LinearHead = LinearHead("cls", {}, {})  # what is pooled, and the classifier beside the encoder, if there is one
-    crop: float = 0.0  # see `families.crop`
+    seen: families.Seen = families.Seen()
 
     @property
     def network(self) -> Encoder:
@@ -170,7 +171,7 @@ class Weights(NamedTuple):
         head = {"pool": self.head.pool, "eps": self.head.eps, "labels": self.head.labels}
         kept = {"settings": self.settings, "mean": self.mean, "std": self.std, "lines": self.lines, "head": head}
         flat: Any = flatten_dict(self.parts["backbone"] | {"head": self.head.params}, sep=".")
-        config = ({"crop_pct": self.crop} if self.crop else {}) | {"mim_jax_encoder": kept}
+        config = {"mim_jax_seen": self.seen._asdict(), "mim_jax_encoder": kept}
         return {"model.safetensors": weight_files.safetensors(flat), "config.json": json.dumps(config, indent=1).encode()}
 
     def save(self, folder: str | Path) -> None:
@@ -224,7 +225,9 @@ def read(path: str | Path, told: Told = NOTHING) -> Weights:
             weights = checked(for_channels(ours(arrays, kept, told), told.channels))
         else:
             weights = encoder(arrays, config | processor, told)
-        return weights._replace(crop=families.crop(config, processor))
+            if path.is_dir():
+                weights.lines.insert(0, f"file: {weight_files.in_folder(path).name}")
+        return weights._replace(seen=families.seen(config, processor))
     except ValueError as error:
         message = str(error) if str(path) in str(error) else f"{path}: {error}"
         if flag := re.search(r"--[a-z]+=[^\s,;]+", message):  # which many commands have not
@@ -235,6 +238,7 @@ def read(path: str | Path, told: Told = NOTHING) -> Weights:
 
 def ours(arrays: Arrays, kept: Any, told: Told = NOTHING) -> Weights:
     """What `Weights.save` has written. (mim_jax 0.4 wrote no head.) Of what may be `told`, only `positions` can be missing."""
+    check(told)
     if said := [name for name in ("encoder", "heads", "eps", "act", "img_size", "without") if getattr(told, name)]:
         raise ValueError(f"{' and '.join(said)} cannot be given: mim_jax has written the file, and its config.json says all")
     try:
@@ -278,11 +282,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
+def check(told: Told) -> None:
+    """Raises ValueError for a value of another type or out of its range."""
+    for name, nothing in Told._field_defaults.items():
+        value: Any = getattr(told, name)
+        number: Any = numbers.Real if name == "eps" else numbers.Integral
+        if isinstance(nothing, str):
+            if not isinstance(value, str):
+                raise ValueError(f"{name} is {value!r}, but must be a text")
+        elif isinstance(value, bool) or not isinstance(value, number) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value!r}, but must be a {'whole ' * (name != 'eps')}number above 0")
+    if told.positions:
+        convention(told.positions)
+
+
 def encoder(arrays: Arrays, config: Mapping[str, Any] | None = None, told: Told = NOTHING) -> Weights:
     """The encoder among named arrays. `config`: what `config.json` of timm or transformers says."""
-    for name in ("heads", "eps", "img_size", "channels"):
-        if not (isinstance(value := getattr(told, name), (int, float)) and 0 <= value < math.inf):
-            raise ValueError(f"{name} is {value!r}, but must be a number above 0")
+    check(told)
     config = families.unwrapped(config or {})
     prefix, layout, found = choose(list(arrays), told.encoder)
     inside = {name.removeprefix(prefix): np.asarray(array) for name, array in arrays.items() if name.startswith(prefix)}

@@ -223,14 +223,17 @@ def of_last_blocks(network: Encoder, parts: Params, images: jax.Array, layers: i
     return {"cls": tokens[:, 0] if has_cls else patch.mean(axis=1), "patch": patch}
 
 
-def load(path: str | os.PathLike, which: str = "", resize: float | None = None, **told: Any) -> Model:
+def load(
+    path: str | os.PathLike, which: str = "", resize: float | None = None, levels: decode.Levels | None = None, **told: Any
+) -> Model:
     """What a run has learned, from the newest checkpoint in its workdir, which may be at gs://; or the encoder in a file or
     folder of weights, see `layouts.read`.
 
     Args:
         which: "teacher" or "student", of a run that has both; by default the teacher.
         resize: side of the central square that is seen, as a share of the short side of an image. By default that of the run's
-            evaluation; of a file what its configuration says, see `families.crop`, else 0.875.
+            evaluation; of a file what its configuration says, see `families.seen`, else 0.875.
+        levels: (black, white), the values that become 0 and 255, of images with more than 8 bits; by default those of the run.
         told: what a file does not say, `heads=6` for example, see `layouts.Told`.
 
     Raises FileNotFoundError if there is nothing or no checkpoint yet, and ValueError for a run without a ViT or Swin backbone
@@ -239,9 +242,11 @@ def load(path: str | os.PathLike, which: str = "", resize: float | None = None, 
     folder = storage.absolute(path)
     if resize is not None and not (isinstance(resize, (int, float)) and 0 < resize <= 1):
         raise ValueError(f"resize is {resize!r}, but must be in (0, 1]")
+    if levels is not None and not (len(levels) == 2 and levels[0] < levels[1]):
+        raise ValueError(f"levels is {levels!r}, but must be (black, white) with black below white")
     if is_run(folder):
-        model = of_run(folder, which=which)
-        return dataclasses.replace(model, resize=resize or model.resize)
+        model = of_run(folder, which=which, **told)
+        return dataclasses.replace(model, resize=resize or model.resize, levels=levels or model.levels)
     if not folder.exists():
         raise FileNotFoundError(f"there is no run and no file {folder}")
     if which:
@@ -252,12 +257,12 @@ def load(path: str | os.PathLike, which: str = "", resize: float | None = None, 
             f"the network takes images of {len(weights.mean)} channels, and those that are read here have 3: use "
             "mim_jax.layouts.read(...).network.features(parts, images)"
         )
-    share, who = RESIZE, "as no configuration says it"
-    if resize or weights.crop:
-        share, who = (resize, "as asked for") if resize else (weights.crop, "as its configuration says")
+    seen, share, who = weights.seen, RESIZE, "as no configuration says it"
+    if resize or seen.crop:
+        share, who = (resize, "as asked for") if resize else (seen.crop, "as its configuration says")
     lines = [*weights.lines, f"of each image the central square of {share:.4g} of the short side is seen, {who}"]
-    size = weights.settings["img_size"]
-    return Model(weights.network, weights.parts, size, f"{folder}: {'; '.join(lines)}", share)
+    size, what = seen.size or weights.settings["img_size"], f"{folder}: {'; '.join(lines)}"
+    return Model(weights.network, weights.parts, size, what, share, seen.canvas, levels)
 
 
 def is_run(folder: Path) -> bool:
@@ -265,8 +270,10 @@ def is_run(folder: Path) -> bool:
     return (folder / "checkpoints").is_dir() or is_checkpoint(folder) or bool(config_of_run(folder / "config.json"))
 
 
-def of_run(workdir: Path, run: Run | None = None, which: str = "") -> Model:
+def of_run(workdir: Path, run: Run | None = None, which: str = "", **told: Any) -> Model:
     """See `load`. `run`: what is in the workdir, if it is loaded already."""
+    if given := [name for name, value in told.items() if value or name not in layouts.Told._fields]:
+        raise ValueError(f"{' and '.join(given)} cannot be given for a run, whose config says all")
     run = load_run(workdir, which) if run is None else run
     config, method = run.config, run.method
     if not isinstance(method, BackboneMethod):
@@ -330,7 +337,10 @@ class Given:
 
     def checked(self, row: int, image: Any) -> Path | np.ndarray:
         if isinstance(image, (str, os.PathLike)):
-            return storage.absolute(image)
+            path = storage.absolute(image)
+            if path.is_dir():
+                raise ValueError(f"image {row} is the folder {path}: give its files")
+            return path
         if not isinstance(image, (np.ndarray, jax.Array)):
             what = f"image {row} is of type {type(image).__name__}"
             raise ValueError(f"{what}, but must be a file name or an array uint8 [h, w, 3]")

@@ -252,6 +252,8 @@ def chosen(given: Sequence[str], count: int) -> tuple[list[Path], list[str], int
     if len(paths) == 1 and "," in given[0] and not os.path.exists(paths[0]):  # False of a name that is too long
         return chosen(given[0].split(","), count)
     names = list(given)
+    if len(paths) > 1 and (folders := [path for path in paths if path.is_dir()]):
+        raise ValueError(f"one folder or several files can be shown, and {folders[0]} is a folder")
     if len(paths) == 1 and paths[0].is_dir():
         source: Any = open_source("folder", paths[0])
         names, paths = list(source.files), [source.root / file for file in source.files]
@@ -270,7 +272,8 @@ def main(argv: list[str]) -> None:
         paths, names, among = chosen([given.images, *more], given.count)
         folder = storage.absolute(given.run)
         run = load_run(folder) if pretrained.is_run(folder) else None
-        model = pretrained.of_run(folder, run) if run else pretrained.load(folder, heads=given.heads, act=given.act)
+        told: Any = {"heads": given.heads, "act": given.act}
+        model = pretrained.of_run(folder, run, **told) if run else pretrained.load(folder, **told)
         content = show(model, run, paths, names, given.size, among).encode(errors="backslashreplace")
         with journal.named_errors(out):
             journal.write_whole(out, content)

@@ -366,6 +366,13 @@ def test_cifar10_has_no_other_split(tiny):
         sources.open_source("cifar10", split="val")
 
 
+def test_images_are_no_cache(tmp_path):
+    (tmp_path / "a.png").touch()
+    with pytest.raises(ValueError, match="holds images, and CIFAR-10 would be fetched into it"):
+        sources.open_source("cifar10", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
 def test_unwritable_cache(tiny, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="MIM_JAX_CACHE"):

@@ -197,6 +197,7 @@ UNREAD = {  # kind -> (file, what the line says)
     "two grey channels": (tiff({262: 1, 258: (8, 8), 277: 2, 338: 0}, bytes(12 * 16 * 2)), "2 channels"),
     "float of 64 bits": (tiff({262: 1, 258: 64, 339: 3}, bytes(12 * 16 * 8)), "TIFF: unknown pixel mode"),
     "EPS": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n", "no image of the formats"),
+    "a short text": (b"hi", "no image of the formats"),
     "PDF": (b"%PDF-1.4\n1 0 obj", "no image of the formats"),
     "PSD": (b"8BPS\0\1" + bytes(40), "no image of the formats"),
     "array [3, h, w]": (np.zeros((3, 8, 9), np.uint8), r"uint8 \[3, 8, 9\], wanted"),

@@ -458,8 +458,12 @@ def test_a_file_of_weights(golden, tmp_path):
     asked = r"number of heads .*: say --heads=\.\.\.\. `.*convert .*backbone.npz --heads=\.\.\. --out=DIR` writes a folder DIR"
     with pytest.raises(ValueError, match=asked):
         mim_jax.load(file)
-    with pytest.raises(ValueError, match="heads is '2', but must be a number above 0"):
-        mim_jax.load(file, heads="2")
+    for wrong in ({"heads": "2"}, {"heads": True}, {"heads": 2.0}, {"eps": True}, {"without": 3}, {"encoder": 3}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=f"{name} is {value!r}, but must be a "):
+            mim_jax.load(file, **{"heads": 2} | wrong)
+    with pytest.raises(ValueError, match="positions='foo' is not known"):
+        mim_jax.load(file, heads=2, positions="foo")
     with pytest.raises(ValueError, match="backbone.npz is no run: only runs have"):
         mim_jax.load(file, heads=2, which="student")
     layouts.read(file, layouts.Told(heads=2)).save(tmp_path / "ours")
@@ -489,9 +493,9 @@ def test_what_is_seen_of_an_image(tmp_path):
         ({}, {"size": {"height": 224, "width": 224}, "do_center_crop": False}, 1.0),
         ({}, {"size": 0, "crop_size": 192, "crop_pct": 7}, 0),
     ):
-        assert families.crop(config, processor) == share
+        assert families.seen(config, processor).crop == share
     shutil.copy(file, tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(clip | {"size": 448}))
     read = layouts.read(tmp_path / file.name, layouts.Told(heads=2))
     read.save(tmp_path / "ours")
-    assert mim_jax.load(tmp_path / file.name, heads=2).resize == mim_jax.load(tmp_path / "ours").resize == read.crop == 0.5
+    assert mim_jax.load(tmp_path / file.name, heads=2).resize == mim_jax.load(tmp_path / "ours").resize == read.seen.crop == 0.5

@@ -269,12 +269,40 @@ def test_the_student_of_one_checkpoint(tmp_path, capsys):
         assert np.array_equal(model.parts["backbone"]["norm"]["scale"], learned["norm"]["scale"])
     processor = json.loads((tmp_path / "student/preprocessor_config.json").read_text())
     assert processor["size"] == {"shortest_edge": 21} and processor["crop_size"] == {"height": 16, "width": 16}
-    assert processor["do_center_crop"] and layouts.read(tmp_path / "student").crop == pytest.approx(0.75, abs=0.02)
+    assert processor["do_center_crop"] and layouts.read(tmp_path / "student").seen.crop == 0.75
     for form in ("timm", "safetensors"):
         export.written(workdir, form, tmp_path / form)
         assert mim_jax.load(tmp_path / form).resize == 0.75
     with pytest.raises(ValueError, match="is no run: only runs have a teacher"):
         export.export(str(tmp_path / "timm"), "hf", tmp_path / "x", which="teacher")
+
+
+@pytest.mark.parametrize("form", ["timm", "hf", "safetensors"])
+def test_a_folder_sees_what_the_run_sees(tmp_path, form):
+    """Of larger images, too, which are reduced when they are decoded."""
+    workdir, _, _ = made_run(tmp_path / "run", "dino", **{"eval.resize": 0.75, "data.canvas": 24})
+    export.export(workdir, form, tmp_path / "out")
+    assert not list(tmp_path.glob("*unchecked*"))
+    assert "reduces larger images to 24 x 24" in (tmp_path / "out/README.md").read_text()
+    found, want = (mim_jax.load(path).features([picture(200, 130)])["patch"] for path in (tmp_path / "out", workdir))
+    np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+def test_a_run_is_told_nothing(tmp_path):
+    workdir, _, _ = made_run(tmp_path, "dino")
+    with pytest.raises(ValueError, match="heads and nonsense cannot be given for a run"):
+        mim_jax.load(workdir, heads=7, nonsense=1)
+    assert mim_jax.load(workdir, levels=(0, 4095)).levels == (0, 4095)
+    with pytest.raises(ValueError, match="levels is .* with black below white"):
+        mim_jax.load(workdir, levels=(1, 0))
+
+
+def test_what_is_not_compared_is_not_there(tmp_path, monkeypatch):
+    workdir, _, _ = made_run(tmp_path / "run", "dino")
+    monkeypatch.setattr(export, "compared", lambda *_: 0.5)
+    with pytest.raises(ValueError, match="differ by 5.0e-01 of the largest, more than 0.0001: nothing is written"):
+        export.export(workdir, "timm", tmp_path / "new/out")
+    assert not list((tmp_path / "new").iterdir())
 
 
 def test_a_run_without_a_teacher(tmp_path):

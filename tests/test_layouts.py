@@ -205,9 +205,9 @@ def test_a_moving_average_is_taken_first(golden):
     [
         ("official/dino_backbone", {"heads": 0}, {}, r"the number of heads \(the width is 32\) is in no tensor.* --heads"),
         ("official/dino_backbone", {"heads": 5}, {}, "5 heads do not divide the width 32"),
-        ("official/dino_backbone", {"heads": -2}, {}, "heads is -2, but must be a number above 0"),
+        ("official/dino_backbone", {"heads": -2}, {}, "heads is -2, but must be a whole number above 0"),
         ("official/dino_backbone", {"eps": float("nan")}, {}, "eps is nan, but must be a number above 0"),
-        ("official/dino_backbone", {"channels": -1}, {}, "channels is -1, but must be a number above 0"),
+        ("official/dino_backbone", {"channels": -1}, {}, "channels is -1, but must be a whole number above 0"),
         ("official/dino_backbone", {"img_size": 40}, {}, "img_size is 40, but the encoder is for 32"),
         ("official/dino_backbone", {"without": "cls"}, {}, "without=cls was given, but the file has it"),
         ("official/dino_backbone", {"without": "tail"}, {}, "without=tail is not known: there are cls, positions"),

@@ -69,17 +69,18 @@ def main(argv: list[str]) -> None:
     with cli.in_one_line("stopped"):
         if len(files) > 1:
             raise ValueError(f"one file is wanted, not {' '.join(files)}")
-        if given.out:
-            journal.fresh_folder(given.out)
+        out = cli.of_this_machine("out", given.out, "folder") if given.out else None
+        if out:
+            journal.fresh_folder(out)
         told = {name: value for name, value in dataclasses.asdict(given).items() if name in layouts.Told._fields}
         before = layouts.read(files[0], layouts.Told(**told | {"channels": 0}))
         weights = layouts.for_channels(before, given.channels)
         print("\n".join(weights.lines))
         if len(before.mean) != len(weights.mean):
             print(change(before, weights, given.images))
-        if given.out:
-            weights.save(given.out)
-            print(f"written to {given.out}")
+        if out:
+            weights.save(out)
+            print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def _images_below(root: pathlib.Path) -> tuple[Images, LeftOut]:
                 name, is_link = folder + entry.name, entry.is_symlink()
                 is_folder, is_file = _kinds(entry)
                 if entry.name.startswith("."):
-                    if is_folder or _is_image(name):
+                    if is_folder or is_image(name):
                         left["hidden file{s} or folder{s}"].append(name)
                 elif is_folder and entry.name in NO_DATA:
                     left["folder{s} of the system"].append(name)
@@ -218,7 +218,7 @@ def _images_below(root: pathlib.Path) -> tuple[Images, LeftOut]:
                 elif not is_file:
                     broken = is_link and not os.path.exists(entry.path)
                     left["broken link{s}" if broken else "device{s}, pipe{s} or socket{s}"].append(name)
-                elif not _is_image(name):
+                elif not is_image(name):
                     left[OTHER].append(name)
                 elif is_link:
                     files.append((folder, entry.name, os.path.realpath(entry.path)))
@@ -229,7 +229,7 @@ def _images_below(root: pathlib.Path) -> tuple[Images, LeftOut]:
     targets = set()
     for folder, name, target in files:
         real = os.path.basename(target)
-        is_read = _is_image(real) and not real.startswith(".") and os.stat(os.path.dirname(target))[1:3] in seen
+        is_read = is_image(real) and not real.startswith(".") and os.stat(os.path.dirname(target))[1:3] in seen
         if is_read or target in targets:
             left[AGAIN].append(folder + name)
         else:
@@ -260,7 +260,7 @@ def _is_above(folder: str, link: str, root: pathlib.Path) -> bool:
     return any(os.path.commonpath([target, os.path.realpath(below)]) == target for below in (folder, root))
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in ENDINGS
 
 

@@ -244,7 +244,10 @@ def user_cache() -> pathlib.Path:
 
 def _open_cifar10(cache: pathlib.Path, split: str) -> Source:
     from mim_jax.data import cifar10  # imports TFDS, which takes half a second: only where it is needed
+    from mim_jax.data.folder import is_image
 
+    if cache.is_dir() and any(is_image(file.name) for file in cache.iterdir()):
+        raise ValueError(f"{cache} holds images, and CIFAR-10 would be fetched into it. To read them name the data set folder")
     if split not in cifar10.MD5:
         raise ValueError(f"CIFAR-10 has the splits {', '.join(cifar10.MD5)}, not {split!r}.")
     try:
