@@ -216,7 +216,7 @@ def test_a_result_does_not_know_its_shards_and_is_not_made_twice(tmp_path):
         for rows in (3, 10)
     ]
     assert found[0].digest == found[1].digest and found[0].folder.name == found[1].folder.name
-    assert found[0].column("name") == [f"{i}" for i in range(10)] and len(found[0].abouts) == 4
+    assert list(found[0].column("name")) == [f"{i}" for i in range(10)] and len(found[0].abouts) == 4
     assert np.array_equal(found[0].rows("x").take(np.array([9, 0, 4, 5])), data[[9, 0, 4, 5]])
     assert np.array_equal(found[0].rows("x").read(2, 8), data[2:8])
     before = len(calls)
