@@ -250,7 +250,7 @@ def _make(shards: Sequence[Any], make: Callable[..., Made], folder: Path, i: int
 
 def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> None:
     """Records, part after part and each column by column, as a file whose bytes follow from them, not from their division.
-    Memory holds GROUP of them, as Arrow does, and a part."""
+    Memory holds GROUP of them, as Arrow does, and a part of them."""
     from pyarrow import parquet
 
     with replacing(path) as file, contextlib.ExitStack() as opened:
@@ -264,14 +264,27 @@ def _groups(parts: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
     """Of GROUP rows each, but for the last one, as pyarrow tables whose columns are in one piece: pages follow from pieces."""
     import pyarrow
 
-    left: Any = None
+    waiting: list[Any] = []
     for part in parts:
         table = pyarrow.table(dict(part))
-        left = pyarrow.concat_tables([left, table]) if left else table
-        while len(left) > GROUP:
-            yield left.slice(0, GROUP).combine_chunks()
-            left = left.slice(GROUP)
-    yield left.combine_chunks()
+        while (room := GROUP - sum(map(len, waiting))) < len(table):
+            waiting.append(table.slice(0, room))
+            table = table.slice(room)
+            yield _in_one_piece(waiting)
+        waiting.append(table)
+    yield _in_one_piece(waiting)
+
+
+def _in_one_piece(tables: list[Any]) -> Any:
+    """Takes the tables out of the list; so only one column is in memory twice."""
+    import pyarrow
+
+    left, made = pyarrow.concat_tables(tables), {}
+    tables.clear()
+    for name in left.column_names:
+        made[name] = left[name].combine_chunks()
+        left = left.drop_columns(name)
+    return pyarrow.table(made)
 
 
 def _digest(work: Path, shards: int) -> str:
