@@ -216,7 +216,7 @@ def test_a_result_does_not_know_its_shards_and_is_not_made_twice(tmp_path):
         for rows in (3, 10)
     ]
     assert found[0].digest == found[1].digest and found[0].folder.name == found[1].folder.name
-    assert found[0].column("name") == [f"{i}" for i in range(10)] and len(found[0].abouts) == 4
+    assert list(found[0].column("name")) == [f"{i}" for i in range(10)] and len(found[0].abouts) == 4
     assert np.array_equal(found[0].rows("x").take(np.array([9, 0, 4, 5])), data[[9, 0, 4, 5]])
     assert np.array_equal(found[0].rows("x").read(2, 8), data[2:8])
     before = len(calls)
@@ -225,6 +225,20 @@ def test_a_result_does_not_know_its_shards_and_is_not_made_twice(tmp_path):
     others = [("b", 1, ["in"], {"k": 2}), ("a", 2, ["in"], {"k": 2}), ("a", 1, ["on"], {"k": 2}), ("a", 1, ["in"], {"k": 3})]
     names = {stage(tmp_path / "3", *other, [(0, 10)], make).folder.name for other in others}
     assert len(names) == 4 and found[0].folder.name not in names
+
+
+def test_a_table_does_not_know_its_parts(tmp_path, monkeypatch):
+    import pyarrow
+    from pyarrow import parquet
+
+    monkeypatch.setattr(shards, "GROUP", 16)
+    for count in (1, 15, 16, 17, 32, 70):
+        records = {"name": [f"image {i}" for i in range(count)], "of": [i % 3 for i in range(count)], "none": [None] * count}
+        parquet.write_table(pyarrow.table(records), tmp_path / "want", row_group_size=16, use_dictionary=False)
+        for rows in (5, 16, 40, 100):
+            parts = ({name: values[slice(*span)] for name, values in records.items()} for span in shards.spans(count, rows))
+            shards.write_parquet(tmp_path / "found", parts)
+            assert (tmp_path / "found").read_bytes() == (tmp_path / "want").read_bytes(), (count, rows)
 
 
 def test_a_half_written_set_is_not_visible_and_its_shards_are_used(tmp_path):
@@ -252,6 +266,53 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="cannot write: No space left on device.*a-"):
         stage(tmp_path, "a", 1, [], {}, [0], lambda _: Made({"x": np.zeros(3)}))
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+class Embedded:
+    """In place of `stages.Images`."""
+
+    def __init__(self, folder, **arrays):
+        self.good = np.arange(len(next(iter(arrays.values()))))
+        self.result = stage(folder, "a", 1, [], {}, shards.spans(len(self.good), 7), lambda span: Made({
+            name: array[slice(*span)] for name, array in arrays.items()}))  # fmt: skip
+
+
+def test_hashes_that_begin_alike_are_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "PIECE", 8)
+    sha256 = np.random.default_rng(0).integers(0, 2, (100, 32), np.uint8)
+    sha256[:, 1:24] = 0  # many have the same first 8 bytes, some all
+    sha256[:, 25:29] = 0
+    good = np.arange(100) % 9 > 0
+    these = stages.Stages(config_of(tmp_path), tmp_path, None)
+    sets = [
+        Embedded(tmp_path / f"{span}", sha256=sha256[slice(*span)], good=good[slice(*span)]) for span in ((0, 30), (30, 100))
+    ]
+    found = these.order(sets)
+    words = [each.tobytes() for each in sha256]
+    first = {word: i for i, word in reversed(list(enumerate(words))) if good[i]}
+    names = sorted(first)
+    assert found.array("origin").tolist() == [first[word] for word in names] and 2 < len(names) < 70
+    assert found.array("member").tolist() == [names.index(word) if good[i] else -1 for i, word in enumerate(words)]
+    assert found.array("keys").tolist() == [int.from_bytes(word[:8]) for word in names]
+
+
+def test_an_image_is_asked_for_by_the_first_that_is_nearest(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "PIECE", 4)
+    rng, best = np.random.default_rng(0), {}
+    state = object.__new__(stages.Curation)
+    state.labels, state.candidates, retrieved = np.zeros(40), np.arange(5, 35), []
+    for number in range(2):
+        ids = np.argsort(rng.random((25, 30)), axis=1)[:, :3].astype(np.int32)
+        alike = rng.integers(0, 4, (25, 3)).astype(np.float32)  # many are equal
+        images = Embedded(tmp_path / f"{number}", ids=ids, similarity=alike)
+        retrieved.append((images, images.result))
+        for place, rank in np.ndindex(*ids.shape):
+            image = int(state.candidates[ids[place, rank]])
+            if image not in best or alike[place, rank] > best[image][0]:
+                best[image] = alike[place, rank], number, place
+    state.why = {"retrieved": retrieved}
+    sets, places = stages.asked_by(state)
+    assert {i: (sets[i], places[i]) for i in np.flatnonzero(sets >= 0)} == {i: best[i][1:] for i in best}
 
 
 # Copies
@@ -410,6 +471,7 @@ def test_any_division_of_the_work_gives_the_same_bytes(images, tmp_path, monkeyp
         monkeypatch.setattr("mim_jax.curate.embedders.Pixels.batch_size", 8)
         monkeypatch.setattr(neighbors, "BLOCK", block)
         monkeypatch.setattr(clusters, "CHUNK", chunk)
+        monkeypatch.setattr(stages, "PIECE", chunk)
         config = config_of(images, shard_rows=rows, workers=workers, **more)
         stages.run(config, tmp_path / f"{case}")
         found.append(outputs(tmp_path / f"{case}"))

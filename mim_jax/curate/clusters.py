@@ -39,12 +39,14 @@ def order(keys: np.ndarray, seed: int) -> np.ndarray:
 
 def mixed(keys: np.ndarray, seed: int) -> np.ndarray:
     """Uniform uint64 from keys and a seed: the finalizer of SplitMix64 (Steele et al. 2014), twice."""
-    x = np.asarray(keys, np.uint64)
+    x = np.array(keys, np.uint64)
     for add in (np.uint64(seed), np.uint64(0x9E3779B97F4A7C15)):
-        x = x + add
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
+        x += add
+        x ^= x >> np.uint64(30)
+        x *= np.uint64(0xBF58476D1CE4E5B9)
+        x ^= x >> np.uint64(27)
+        x *= np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
     return x
 
 
@@ -112,7 +114,8 @@ def kmeans(
         near, similarity = (found[:, 0] for found in assign(rows, centroids))
         if iteration >= iterations:
             break
-        new = quantized(sums(rows, near, k))
+        total = sums(rows, near, k)
+        new = np.concatenate([quantized(total[start : start + CHUNK]) for start in range(0, k, CHUNK)])
         new = np.where(new.any(axis=1, keepdims=True), new, centroids)
         empty = np.flatnonzero(np.bincount(near, minlength=k) == 0)
         if len(empty):

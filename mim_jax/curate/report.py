@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from mim_jax.curate import clusters
-from mim_jax.curate.neighbors import NONE
 from mim_jax.curate.plants import Planted
 from mim_jax.data.decode import decode
 from mim_jax.data.sources import shown
@@ -164,11 +163,12 @@ def duplicate_groups(state: Any) -> Image.Image | None:
 def retrievals(state: Any) -> Image.Image | None:
     rows: list[list[Image.Image | None]] = []
     captions = []
-    for images, ids, similarity in state.why.get("retrieved", ()):
-        for i in np.unique(np.linspace(0, len(ids) - 1, GROUPS).astype(int)):
-            near = [int(j) for j in ids[i][: ACROSS - 1] if j != NONE]
+    for images, result in state.why.get("retrieved", ()):
+        shown_rows = np.unique(np.linspace(0, len(images.good) - 1, GROUPS).astype(int))
+        ids, similarity = (result.rows(name).take(shown_rows)[:, : ACROSS - 1] for name in ("ids", "similarity"))
+        for i, near, alike in zip(shown_rows, state.candidates[ids].tolist(), similarity):
             rows.append([of(images, int(images.good[i])), None, *(of_pool(state, j) for j in near)])
-            captions.append(["", "", *(f"{each:.3f}" for each in similarity[i][: len(near)])])
+            captions.append(["", "", *(f"{each:.3f}" for each in alike)])
     return sheet(rows, captions) if rows else None
 
 

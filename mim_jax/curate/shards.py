@@ -16,7 +16,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,7 +27,8 @@ from mim_jax import sharding
 from mim_jax.journal import named_errors, replacing, write_whole
 
 MANIFEST = "manifest.json"
-PIECE = 2**16  # rows that are digested at a time
+PIECE = 2**16  # rows that are read at a time
+GROUP = 2**20  # rows that a Parquet file has side by side
 
 
 class Made(NamedTuple):
@@ -85,7 +86,14 @@ class Files:
         self.shape, self.dtype = (int(self.starts[-1]), *maps[0].shape[1:]), maps[0].dtype
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        return self.take(np.arange(start, min(stop, len(self))))
+        stop = min(stop, len(self))
+        result = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        for file in range(np.searchsorted(self.starts, start, "right") - 1, np.searchsorted(self.starts, stop)):
+            first, last = max(start, self.starts[file]), min(stop, self.starts[file + 1])
+            if first < last:
+                mapped = _mapped(self.files[file])
+                result[first - start : last - start] = mapped[first - self.starts[file] : last - self.starts[file]]
+        return result
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         result = np.empty((len(ids), *self.shape[1:]), self.dtype)
@@ -126,16 +134,17 @@ class Result:
         rows = self.rows(name)
         return rows.read(0, len(rows))
 
-    def tables(self) -> Iterator[Any]:
-        """The records of one shard after the other, as pyarrow tables."""
+    def tables(self, *names: str) -> Iterator[Any]:
+        """These columns of the records of one shard after the other, as pyarrow tables."""
         from pyarrow import parquet
 
         for i in range(self.manifest["shards"]):
-            yield parquet.read_table(self.folder / f"{i:06}.parquet")
+            yield parquet.read_table(self.folder / f"{i:06}.parquet", columns=list(names))
 
-    def column(self, name: str) -> list[Any]:
-        """A column of the records, in memory."""
-        return [value for table in self.tables() for value in table[name].to_pylist()]
+    def column(self, name: str) -> Iterator[Any]:
+        """The values of a column of the records; memory holds those of a shard."""
+        for table in self.tables(name):
+            yield from table[name].to_pylist()
 
 
 def digest_of(*values: Any) -> str:
@@ -235,17 +244,47 @@ def _make(shards: Sequence[Any], make: Callable[..., Made], folder: Path, i: int
             with replacing(folder / f"{i:06}.{name}.npy") as file:
                 np.save(file, array)
         if made.records is not None:
-            write_parquet(folder / f"{i:06}.parquet", made.records)
+            write_parquet(folder / f"{i:06}.parquet", [made.records])
         write_whole(folder / f"{i:06}.json", json.dumps(dict(made.about), sort_keys=True).encode())  # last: now it is whole
 
 
-def write_parquet(path: Path, records: Mapping[str, Any]) -> None:
-    """Records, column by column, as a file whose bytes follow from them."""
-    import pyarrow
+def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> None:
+    """Records, part after part and each column by column, as a file whose bytes follow from them, not from their division.
+    Memory holds GROUP of them, as Arrow does, and a part of them."""
     from pyarrow import parquet
 
-    with replacing(path) as file:
-        parquet.write_table(pyarrow.table(dict(records)), file, use_dictionary=False)
+    with replacing(path) as file, contextlib.ExitStack() as opened:
+        writer = None
+        for group in _groups(parts):
+            writer = writer or opened.enter_context(parquet.ParquetWriter(file, group.schema, use_dictionary=False))
+            writer.write_table(group)
+
+
+def _groups(parts: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    """Of GROUP rows each, but for the last one, as pyarrow tables whose columns are in one piece: pages follow from pieces."""
+    import pyarrow
+
+    waiting: list[Any] = []
+    for part in parts:
+        table = pyarrow.table(dict(part))
+        while (room := GROUP - sum(map(len, waiting))) < len(table):
+            waiting.append(table.slice(0, room))
+            table = table.slice(room)
+            yield _in_one_piece(waiting)
+        waiting.append(table)
+    yield _in_one_piece(waiting)
+
+
+def _in_one_piece(tables: list[Any]) -> Any:
+    """Takes the tables out of the list; so only one column is in memory twice."""
+    import pyarrow
+
+    left, made = pyarrow.concat_tables(tables), {}
+    tables.clear()
+    for name in left.column_names:
+        made[name] = left[name].combine_chunks()
+        left = left.drop_columns(name)
+    return pyarrow.table(made)
 
 
 def _digest(work: Path, shards: int) -> str:

@@ -28,7 +28,20 @@ from mim_jax.config import leaves
 from mim_jax.curate import clusters, components, neighbors, plants, report
 from mim_jax.curate.embedders import Network, Pixels, dhash_distance
 from mim_jax.curate.neighbors import nearest
-from mim_jax.curate.shards import Files, Made, Memory, Result, Rows, Subset, digest_of, spans, stage, threads, write_parquet
+from mim_jax.curate.shards import (
+    PIECE,
+    Files,
+    Made,
+    Memory,
+    Result,
+    Rows,
+    Subset,
+    digest_of,
+    spans,
+    stage,
+    threads,
+    write_parquet,
+)
 from mim_jax.data import curated
 from mim_jax.data.sources import shown
 from mim_jax.journal import named_errors, write_whole
@@ -284,21 +297,32 @@ class Stages:
         """The different images in the order of their hashes."""
 
         def make(_: int) -> Made:
-            sha256 = np.concatenate([images.result.array("sha256") for images in uncurated])
-            good = np.flatnonzero(np.concatenate([images.result.array("good") for images in uncurated]))
-            words = sha256.view(">u8")[good]
-            by = np.lexsort(words.T[::-1])  # of exact copies the first comes first
-            words, rows = words[by], good[by]
-            new = np.concatenate([[True], (words[1:] != words[:-1]).any(axis=1)])
-            member = np.full(len(sha256), -1, np.int32)
+            sha256, total = all_of(uncurated, "sha256"), all_of(uncurated, "good")
+            rows = np.flatnonzero(total.read(0, len(total)))
+            heads = [sha256.take(rows[slice(*span)])[:, :8].view(">u8") for span in spans(len(rows), PIECE)]
+            keys = np.concatenate(heads, dtype=np.uint64)[:, 0]
+            del heads
+            by = np.argsort(keys, kind="stable")  # of exact copies the first comes first
+            keys, rows = keys[by], rows[by]
+            del by
+            # Only where the first 8 bytes agree are the others looked at, in pieces that end where these change.
+            new = np.concatenate([[True], keys[1:] != keys[:-1]])
+            tied = np.flatnonzero(~new | ~np.append(new[1:], True))
+            begins = np.flatnonzero(new[tied])
+            for part in np.split(tied, begins[np.flatnonzero(np.diff(begins // PIECE)) + 1]):
+                words = sha256.take(rows[part]).view(">u8")
+                inside = np.lexsort(words.T[::-1])
+                rows[part], words = rows[part][inside], words[inside]
+                new[part[1:]] = (words[1:] != words[:-1]).any(axis=1)
+            member = np.full(len(total), -1, np.int32)
             member[rows] = np.cumsum(new) - 1
-            return Made({"member": member, "origin": rows[new], "keys": words[new, 0].astype(np.uint64)})
+            return Made({"member": member, "origin": rows[new], "keys": keys[new]})
 
         return self.whole("order", 1, [images.result.digest for images in uncurated], {}, [0], make)
 
     def pool(self, uncurated: Sequence[Images], order: Result, origin: np.ndarray) -> Result:
         """The vectors of the different images, in their order."""
-        everything = Files([file for images in uncurated for file in images.result.rows("vectors").files])
+        everything = all_of(uncurated, "vectors")
 
         def make(span: tuple[int, int]) -> Made:
             return Made({"vectors": everything.take(origin[slice(*span)])})
@@ -383,7 +407,7 @@ class Stages:
         good = np.logical_and(*embedded.array("good").reshape(-1, 2).T)
         kinds = [source.kind(pair) for pair in np.flatnonzero(good).tolist()]
         vectors = embedded.array("vectors").reshape(len(good), 2, -1)[good].astype(np.float32) / neighbors.UNIT
-        dhash = np.array(embedded.column("dhash"), np.uint64).reshape(-1, 2)[good, 0]
+        dhash = np.array(list(embedded.column("dhash")), np.uint64).reshape(-1, 2)[good, 0]
         products = vectors[:, 1] @ vectors[:, 0].T  # exact, in any order
         same = dhash_distance(dhash, dhash) <= DHASH  # also an image and itself
         curve = plants.curve(np.diagonal(products), kinds, products[~same], count / max(1, len(vectors)))
@@ -426,7 +450,7 @@ class Stages:
     def leakage(self, pool: Result, images: Images) -> Result:
         """Array similarity, float32 [pool]: to the nearest image of an evaluation set; row: which one that is."""
         rows, good = pool.rows("vectors"), images.good
-        base = Memory(images.vectors.read(0, len(good)))
+        base = images.vectors
 
         def make(span: tuple[int, int]) -> Made:
             found = nearest(rows.read(*span), base, 1)
@@ -456,12 +480,14 @@ class Stages:
         """What the curated sets ask for."""
         config, found = self.config.retrieve, list[Any]()
         if config.by == "image":
-            candidates = Subset(state.pool, state.candidates)
+            candidates, asked = Subset(state.pool, state.candidates), np.zeros(len(state.candidates), bool)
             for images in state.curated:
                 k = config.k or (4 if len(images.good) >= LARGE else 32)
                 result = self.by_image(images, candidates, inputs, min(k, len(state.candidates)))
-                found.append((images, state.candidates[result.array("ids")], result.array("similarity")))
-            return np.unique(np.concatenate([ids.reshape(-1) for _, ids, _ in found])), {"retrieved": found}
+                for span in spans(len(images.good), PIECE):
+                    asked[result.rows("ids").read(*span)] = True
+                found.append((images, result))
+            return state.candidates[asked], {"retrieved": found}
         made = self.clustered(state, inputs, min(config.clusters, len(state.candidates)))
         near, sizes = made.array("nearest"), np.bincount(made.array("nearest"), minlength=made.rows("centroids").shape[0])
         keys = state.keys[state.candidates]
@@ -599,22 +625,34 @@ def listed(state: Curation) -> np.ndarray:
         made["draw"] = (clusters.mixed(row.astype(np.uint64), state.config.seed) >> np.uint64(40)) / 2.0**24
         return made
 
-    found = [rows(*state.places(np.sort(state.origin[state.chosen])), 1.0)]
+    chosen = np.sort(state.origin[state.chosen])
+    found = [rows(*state.places(chosen[slice(*span)]), 1.0) for span in spans(len(chosen), PIECE)]
     weight = state.config.write.curated
     for i, images in enumerate(state.curated if weight else []):
-        found.append(rows(len(state.uncurated) + i, images.good, weight))
+        found += [rows(len(state.uncurated) + i, images.good[slice(*span)], weight) for span in spans(len(images.good), PIECE)]
     return np.concatenate(found)
 
 
-def asked_by(state: Curation) -> dict[int, str]:
-    """Of images that were retrieved: a curated image to which they are nearest."""
-    best: dict[int, tuple[float, str]] = {}
-    for images, ids, similarity in state.why.get("retrieved", ()):
-        for row, near, alike in zip(images.good.tolist(), ids.tolist(), similarity.tolist()):
-            for number, each in zip(near, alike):
-                if number not in best or each > best[number][0]:
-                    best[number] = each, images.source.name(row)
-    return {number: name for number, (_, name) in best.items()}
+def all_of(uncurated: Sequence[Images], name: str) -> Files:
+    """An array of the rows of all these sets, one after the other."""
+    return Files([file for images in uncurated for file in images.result.rows(name).files])
+
+
+def asked_by(state: Curation) -> tuple[np.ndarray, np.ndarray]:
+    """Of each image of the pool a curated image that it is nearest to, of those that it was retrieved for: the set, int16
+    [pool], -1 if it was retrieved for none, and the place among the good ones, int32 [pool]. Of equal ones the first."""
+    best = np.full(len(state.labels), -np.inf, np.float32)
+    sets, places = np.full(len(best), -1, np.int16), np.zeros(len(best), np.int32)
+    for number, (images, result) in enumerate(state.why.get("retrieved", ())):
+        for start, stop in spans(len(images.good), PIECE):
+            ids = state.candidates[result.rows("ids").read(start, stop)]
+            similarity = result.rows("similarity").read(start, stop)
+            before = best[ids]
+            np.maximum.at(best, ids, similarity)
+            place, rank = np.nonzero((similarity > before) & (similarity == best[ids]))
+            asked = ids[place, rank][::-1]  # of those that are set several times the last one stays
+            sets[asked], places[asked] = number, start + place[::-1]
+    return sets, places
 
 
 def provenance(state: Curation, path: Path) -> None:
@@ -627,12 +665,16 @@ def provenance(state: Curation, path: Path) -> None:
         ["bad image", "exact copy of another image", "copy of an evaluation image", "in one component with such a copy"]
         + ["near-duplicate of another image", "not chosen", "chosen"]
     )
-    sha256 = np.concatenate([images.result.array("sha256") for images in state.uncurated])
-    asked = asked_by(state)
-    columns: dict[str, list[Any]] = {}
-    start = 0
-    for images in state.uncurated:
-        count = len(images.source)
+    sha256, (asked, place) = all_of(state.uncurated, "sha256"), asked_by(state)
+
+    def asking(m: int) -> str:
+        if asked[m] < 0:
+            return ""
+        images = state.curated[asked[m]]
+        return images.source.name(int(images.good[place[m]]))
+
+    def part(images: Images, table: Any, first_row: int, start: int) -> dict[str, list[Any]]:
+        count = len(table)
         member, where = state.member[start : start + count], np.arange(start, start + count)
         there = np.maximum(member, 0)
         code = np.select(
@@ -641,24 +683,30 @@ def provenance(state: Curation, path: Path) -> None:
             6,
         )
         label = state.labels[there]
-        first = state.origin[label]
-        made = {
+        first = sha256.take(state.origin[label])
+        return {
             "set": [shown(images.source.description)] * count,
-            "row": list(range(count)),
-            "name": images.result.column("name"),
-            "label": images.result.column("label"),
-            "sha256": [each.tobytes().hex() for each in sha256[where]],
-            "dhash": [f"{each:016x}" for each in images.result.column("dhash")],
-            "why_bad": images.result.column("bad"),
-            "component": [sha256[i].tobytes().hex() if m >= 0 else "" for i, m in zip(first.tolist(), member.tolist())],
+            "row": list(range(first_row, first_row + count)),
+            "name": table["name"].to_pylist(),
+            "label": table["label"].to_pylist(),
+            "sha256": [each.tobytes().hex() for each in sha256.read(start, start + count)],
+            "dhash": [f"{each:016x}" for each in table["dhash"].to_pylist()],
+            "why_bad": table["bad"].to_pylist(),
+            "component": [each.tobytes().hex() if m >= 0 else "" for each, m in zip(first, member.tolist())],
             "component_size": np.where(member < 0, 0, sizes[label]).tolist(),
             "evaluation_similarity": np.max([leak[there] for leak in state.leaks], axis=0).tolist()
             if state.leaks
             else [None] * count,
             "fate": reasons[code].tolist(),
-            "asked_by": [asked.get(i, "") if c == 6 else "" for i, c in zip(member.tolist(), code.tolist())],
+            "asked_by": [asking(m) if c == 6 else "" for m, c in zip(member.tolist(), code.tolist())],
         }
-        for name, values in made.items():
-            columns.setdefault(name, []).extend(values)
-        start += count
-    write_parquet(path, columns)
+
+    def parts() -> Iterator[dict[str, list[Any]]]:
+        start = 0
+        for images in state.uncurated:
+            row = 0
+            for table in images.result.tables("name", "label", "dhash", "bad"):
+                yield part(images, table, row, start)
+                row, start = row + len(table), start + len(table)
+
+    write_parquet(path, parts())
