@@ -335,7 +335,7 @@ MUTATIONS = (
       "test_export.py::test_a_run_is_told_nothing"),
     M("a wrong export stays", "export.py", "if found is not None and not found <= TOLERANCE:", "if False:",
       "test_export.py::test_what_is_not_compared_is_not_there"),
-    M("an export overwrites", "export.py", "    journal.fresh_folder(out)\n    out = Path(out)\n    if form", "    out = Path(out)\n    if form",
+    M("an export overwrites", "export.py", "    journal.fresh_folder(out)\n    out = Path(out)\n", "    out = Path(out)\n",
       "test_export.py::test_nothing_is_overwritten"),
     M("the date is in the file", "embed.py", 'zipfile.ZipInfo(f"{name}.npy")',
       'zipfile.ZipInfo(f"{name}.npy", time.localtime()[:6])', "test_embed.py::test_kills_leave_the_same_bytes"),
