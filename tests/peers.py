@@ -110,8 +110,13 @@ def hidden_state(model, images):
     if "noise" in takes:  # MAE's encoder sorts the patches by it
         patches = images[0, 0].numel() // model.config.patch_size**2
         more["noise"] = torch.arange(patches).expand(len(images), -1) / patches
-    hidden = model(images, **more).last_hidden_state
-    return model.post_layernorm(hidden) if hasattr(model, "post_layernorm") else hidden  # CLIP's is not normed
+    return model(images, **more).last_hidden_state
+
+
+def normed(model, images):
+    """The hidden state after the norm, which that of CLIP is not."""
+    hidden = hidden_state(model, images)
+    return model.post_layernorm(hidden) if hasattr(model, "post_layernorm") else hidden
 
 
 def of_open_clip(state, meta):
@@ -146,7 +151,7 @@ def theirs(form, folder, images):
     given = torch.tensor(images.transpose(0, 3, 1, 2))
     with torch.no_grad():
         if form == "hf":
-            return {"tokens": hidden_state(from_pretrained(folder), given).flatten(1, -2).numpy()}
+            return {"tokens": normed(from_pretrained(folder), given).flatten(1, -2).numpy()}
         import timm
 
         config = json.loads((folder / "config.json").read_text())
