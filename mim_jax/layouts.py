@@ -232,7 +232,7 @@ def read(path: str | Path, told: Told = NOTHING) -> Weights:
         message = str(error) if str(path) in str(error) else f"{path}: {error}"
         if flag := re.search(r"--[a-z]+=[^\s,;]+", message):  # which many commands have not
             command = f"python -m mim_jax.convert {path} {flag[0]} --out=DIR"
-            message += f". `{command}` writes a folder DIR that can be named instead"
+            message += f" (`{command}` writes a folder that can be named instead)"
         raise ValueError(message) from None
 
 

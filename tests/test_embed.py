@@ -455,7 +455,7 @@ def test_a_file_of_weights(golden, tmp_path):
     model = mim_jax.load(file, heads=2)
     out = model.features(images)
     assert out["cls"].shape == (2, 16) and out["patch"].shape == (2, 16, 16) and "30 of 30 tensors" in model.description
-    asked = r"number of heads .*: say --heads=\.\.\.\. `.*convert .*backbone.npz --heads=\.\.\. --out=DIR` writes a folder DIR"
+    asked = r"number of heads .*: say --heads=\.\.\. \(`.*convert .*backbone.npz --heads=\.\.\. --out=DIR` writes a folder"
     with pytest.raises(ValueError, match=asked):
         mim_jax.load(file)
     for wrong in ({"heads": "2"}, {"heads": True}, {"heads": 2.0}, {"eps": True}, {"without": 3}, {"encoder": 3}):
