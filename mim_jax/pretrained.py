@@ -257,9 +257,9 @@ def load(
             f"the network takes images of {len(weights.mean)} channels, and those that are read here have 3: use "
             "mim_jax.layouts.read(...).network.features(parts, images)"
         )
-    seen, share, who = weights.seen, RESIZE, "as no configuration says it"
-    if resize or seen.crop:
-        share, who = (resize, "as asked for") if resize else (seen.crop, "as its configuration says")
+    seen, share = weights.seen, resize or weights.seen.crop or RESIZE
+    configured = "as its configuration says" if seen.crop else "as no configuration says it"
+    who = "as asked for" if resize else configured
     lines = [*weights.lines, f"of each image the central square of {share:.4g} of the short side is seen, {who}"]
     size, what = seen.size or weights.settings["img_size"], f"{folder}: {'; '.join(lines)}"
     return Model(weights.network, weights.parts, size, what, share, seen.canvas, levels)

@@ -138,8 +138,8 @@ def batches(make: Make, like: Batch, rows: int, start: int, workers: int, thread
                 memory.arrays(slot)
                 ahead.append(slot)
                 left[slot] = len(firsts)
-                for first in firsts:
-                    with contextlib.suppress(BrokenPipeError):  # no process is left: what they sent last says why
+                with contextlib.suppress(BrokenPipeError):  # no process is left: what they sent last says why
+                    for first in firsts:
                         os.write(queue.fileno(), TASK.pack(number, slot, first))
             while left[ahead[0]]:
                 for key, _ in selector.select():
