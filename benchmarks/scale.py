@@ -71,7 +71,7 @@ def cell(recipe: str, name: str) -> list[str]:
     sums = [(float(size.replace(",", "")), dtype) for _, kind, dtype, size in sent if kind in ("all-reduce", "reduce-scatter")]
     broken += [f"{size} MiB summed in {dtype}" for size, dtype in sums if dtype in ("bf16", "f16") and size > 0.1]
     broken += ["involuntary rematerialization"] * ("nvoluntary full rematerialization" in done.stderr)
-    donated = re.search(r"state donated +([\d,.]+) MiB of ([\d,.]+)", done.stdout)
+    donated = re.search(r"state donated +([\d,]+) arrays of ([\d,]+)", done.stdout)
     if donated is None or donated[1] != donated[2]:
         broken.append("state not donated")
     way, flops = found(r"model\.remat is (.*?):"), found(r"([\d,.]+) GFLOP per image")

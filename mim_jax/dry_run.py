@@ -144,7 +144,7 @@ def of_program(
     config: ml_collections.ConfigDict, program: Program, mesh: jax.sharding.Mesh, slice_: Slice | None
 ) -> Sequence[str]:
     """Memory, communication and arithmetic of a step."""
-    state, memory = program.state, program.memory
+    state, memory, text = program.state, program.memory, program.compiled.as_text() or ""
     trees = {"parameters": state.params, "teacher": state.teacher, "optimizer": state.opt_state}
     trees |= {"frozen target": program.target}
     lines = ["per device:", *(f"  {name:<15} {device_bytes(tree) / 2**20:>10,.1f} MiB" for name, tree in trees.items() if tree)]
@@ -152,7 +152,7 @@ def of_program(
     lines += [
         f"  peak            {program.peak / 2**20:>10,.1f} MiB   (as compiled for {'them' if slice_ else 'this machine'})"
     ]
-    lines += [f"  state donated   {memory.alias_size_in_bytes / 2**20:>10,.1f} MiB of {device_bytes(state) / 2**20:,.1f}"]
+    lines += [f"  state donated   {donated(text):>10,} arrays of {len(jax.tree.leaves(state)):,}"]
     if slice_:
         each = config.data.batch_size // mesh.size
         room = slice_.chip.memory - program.peak
@@ -162,9 +162,11 @@ def of_program(
             f"about {more} images a device would fill it, and it has {each}"
         ]
     lines += ["sent between devices in a step:" if mesh.size > 1 else ""]
-    for (name, dtype), (count, size) in communication(program.compiled.as_text() or "").items():
+    for (name, dtype), (count, size) in communication(text).items():
         lines.append(f"  {count:>4} {name:<18} {dtype:<5} {size / 2**20:>10,.1f} MiB")
-    nominal, executed = step_flops(config, remat="none"), step_flops(config)
+    nominal = step_flops(config, remat="none")
+    again = config.model.get("remat", "none") != "none" or config.model.get("microbatches", 1) > 1
+    executed = step_flops(config) if again else nominal
     lines += [
         f"FLOPs per step: {nominal:.3e} in all, {nominal / mesh.size:.3e} per device, "
         f"{nominal / config.data.batch_size / 1e9:,.2f} GFLOP per image"
@@ -178,6 +180,12 @@ def of_program(
             f"{seconds * 1e3:,.1f} ms a step, {config.data.batch_size / seconds:,.0f} images/s"
         )
     return list(filter(None, lines))
+
+
+def donated(program: str) -> int:
+    """How many arguments a compiled program's text gives the memory of to a result."""
+    aliases = re.search(r"input_output_alias=\{(.*?)\}, entry_computation_layout", program)
+    return len(re.findall(r"\{[\d, ]*\}: \(", aliases[1])) if aliases else 0
 
 
 def communication(program: str) -> dict[tuple[str, str], tuple[int, int]]:

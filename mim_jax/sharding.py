@@ -64,11 +64,13 @@ def pin_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, BATCH)
 
 
-def of_each_device(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` on each device's part of the batch, axis 0 of all arguments and results: for kernels that XLA cannot cut."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return run
-    return jax.shard_map(run, in_specs=BATCH, out_specs=BATCH, check_vma=False)
+def of_each_device(run: Callable[..., Any], *batch: Any, whole: Any = ()) -> Any:
+    """`run(*batch, *whole)` on each device's part of the `batch`, axis 0 of these arrays and of the results: for kernels that
+    XLA cannot cut. Each device has the arrays `whole`; their gradients are summed over devices in their own dtype."""
+    if jax.sharding.get_abstract_mesh().empty or len(batch[0]) % device_count():
+        return run(*batch, *whole)
+    specs = (BATCH,) * len(batch) + (P(),) * len(whole)
+    return jax.shard_map(run, in_specs=specs, out_specs=BATCH, check_vma=False)(*batch, *whole)
 
 
 def replicate(tree: Any) -> Any:

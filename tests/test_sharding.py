@@ -227,6 +227,25 @@ def test_the_state_is_cut_and_donated(single, mesh):
     assert cut == {"params": matrices, "teacher": matrices, "opt_state": 2 * (matrices - 1), "extra": 0, "step": 0}
     on_one_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(r.last))
     assert r.compiled.memory_analysis().alias_size_in_bytes == on_one_device
+    assert dry_run.donated(r.compiled.as_text()) == len(jax.tree.leaves(r.last))
+
+
+def test_what_each_device_has_whole_gets_its_gradient_in_its_own_dtype():
+    def run(x: jax.Array, bias: jax.Array) -> jax.Array:
+        parts.append(len(x))
+        return x * bias.astype(x.dtype)
+
+    def loss(bias: jax.Array, x: jax.Array) -> jax.Array:
+        return sharding.of_each_device(run, x, whole=(bias,)).astype(jnp.float32).sum()
+
+    parts: list[int] = []
+    x, bias, mesh = jnp.arange(24, dtype=jnp.bfloat16).reshape(8, 3), jnp.ones(3), sharding.make_mesh(2, 4)
+    whole, places = jax.grad(loss)(bias, x), tuple(NamedSharding(mesh, spec) for spec in (P(), sharding.BATCH))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.grad(loss), in_shardings=places).lower(bias, x).compile()
+        np.testing.assert_array_equal(compiled(*jax.device_put((bias, x), places)), whole)
+        loss(bias, x[:6])  # not divisible by 8
+    assert parts == [8, 1, 6] and set(dry_run.communication(compiled.as_text())) == {("all-reduce", "f32")}
 
 
 # Two processes

@@ -222,27 +222,35 @@ def attention_weights(q: jax.Array, k: jax.Array, bias: jax.Array | None = None)
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
     """Softmax attention, q, k, v [B, T, H, d] -> [B, T, H, d]; `bias` [1 or B, H, T, T] is added to the logits.
 
-    On a GPU in half precision it is cuDNN's fused kernel. In training this refuses odd T (in the newest jax only with a bias),
-    so a zero token is added, which the softmax ignores. On a TPU in half precision it is JAX's splash attention for LONG rows.
+    On a GPU in half precision it is cuDNN's fused kernel, on a TPU in half precision JAX's splash attention for LONG rows.
     Elsewhere it is the plain product over [B * H, T, d].
     """
     batch, length, heads, depth = q.shape
     if platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16):
-        odd = length % 2
-        q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
-        if bias is not None:
-            bias = jnp.pad(bias.astype(q.dtype), ((0, 0), (0, 0), (0, odd), (0, odd)))
-        lengths = jnp.full((batch,), length, jnp.int32) if odd else None
-        out = jax.nn.dot_product_attention(
-            q, k, v, bias, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
-        )
-        return out[:, :length]
+        if bias is not None and len(bias) == 1 < batch:
+            return of_each_device(cudnn_attention, q, k, v, whole=(bias,))  # else its gradient is summed in half precision
+        return cudnn_attention(q, k, v, bias)
     if platform() == "tpu" and q.dtype == jnp.bfloat16 and bias is None and length >= LONG:
-        return of_each_device(splash_attention)(q, k, v)
+        return of_each_device(splash_attention, q, k, v)
     q, k, v = (x.transpose(0, 2, 1, 3).reshape(batch * heads, length, depth) for x in (q, k, v))
     if bias is not None:
         bias = jnp.broadcast_to(bias, (batch, heads, length, length)).reshape(batch * heads, length, length)
     return _attend(q, k, v, bias).reshape(batch, heads, length, depth).transpose(0, 2, 1, 3)
+
+
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """`attention` in cuDNN's fused kernel. In training this refuses odd T (in the newest jax only with a bias): so a zero token
+    is added, which the softmax ignores."""
+    batch, length, *_ = q.shape
+    odd = length % 2
+    q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
+    if bias is not None:
+        bias = jnp.pad(bias.astype(q.dtype), ((0, 0), (0, 0), (0, odd), (0, odd)))
+    lengths = jnp.full((batch,), length, jnp.int32) if odd else None
+    out = jax.nn.dot_product_attention(
+        q, k, v, bias, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return out[:, :length]
 
 
 def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool = False) -> jax.Array:
