@@ -52,8 +52,9 @@ def get_config(variant: str = "web") -> ml_collections.ConfigDict:
 
     config.calibrate = ml_collections.ConfigDict()
     # Copies are made of images of the largest curated or evaluation set, as these are supposed to differ; else of the pool.
-    config.calibrate.images = 2000
+    config.calibrate.images = 6000  # fewer make fewer pairs: too few to see rare mistakes
     config.calibrate.precision = 0.99  # of the pairs above the threshold, in the whole pool
+    config.calibrate.share = 0.1  # of the pool, images that are supposed to be copies: the fewer, the higher the threshold
 
     config.retrieve = ml_collections.ConfigDict()
     config.retrieve.by = "image"  # or "cluster"

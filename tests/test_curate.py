@@ -332,14 +332,14 @@ def test_copies_are_of_their_kinds():
 
 def test_the_threshold_is_the_lowest_that_is_precise_from_there_on():
     copies, others = np.array([0.9, 0.8, 0.6, 0.2]), np.array([0.5, 0.3, 0.1])
-    curve = plants.curve(copies, ["jpeg", "jpeg", "crop", "crop"], others, factor=2)
+    curve = plants.curve(copies, ["jpeg", "jpeg", "crop", "crop"], np.split(others, [1]), factor=2)
     place = curve.lowest(0.99)
     assert curve.thresholds[place] == 0.505 and curve.recall[place] == 0.75
     assert curve.by_kind["jpeg"][place] == 1 and curve.by_kind["crop"][place] == 0.5
     at = np.searchsorted(curve.thresholds, 0.25)
     assert curve.precision[at] == 3 / (3 + 2 * 2)
     with pytest.raises(ValueError, match="no threshold has a precision of 0.99: other images are as similar"):
-        plants.curve(copies, [""] * 4, np.ones(3), 1).lowest(0.99)
+        plants.curve(copies, [""] * 4, [np.ones(3)], 1).lowest(0.99)
 
 
 def test_dhash_tells_where_it_gets_darker():
@@ -607,6 +607,10 @@ def test_a_small_demo(images, tmp_path, monkeypatch):
     page = (tmp_path / "report.html").read_text()
     assert "<h2>Calibration" in page and "<h2>Planted" in page
     assert len(open_source("curated", tmp_path)) == len(state.chosen) + 30
+    config.calibrate.share /= 10
+    rarer, at = stages.run(config, tmp_path), int(np.flatnonzero((0 < state.curve.precision) & (state.curve.precision < 1))[0])
+    wrong, more = (1 / each.curve.precision[at] - 1 for each in (state, rarer))
+    assert rarer.threshold >= state.threshold and more == pytest.approx(10 * wrong)
 
 
 @pytest.mark.slow

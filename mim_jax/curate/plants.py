@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -183,12 +183,13 @@ class Curve:
         return place
 
 
-def curve(copies: np.ndarray, kinds: Sequence[str], others: np.ndarray, factor: float) -> Curve:
-    """Args: the similarities of images and their copies, [n]; the kinds of these; the similarities of all pairs of an image
-    and a copy of another one; by how many these are more in the whole pool than in the sample."""
+def curve(copies: np.ndarray, kinds: Sequence[str], others: Iterable[np.ndarray], factor: float) -> Curve:
+    """Args: the similarities of images and their copies, [n]; the kinds of these; the similarities of pairs of an image and a
+    copy of another one, in parts; by how much these pairs are more, beside those of copies, in the whole pool than here."""
     thresholds = np.round(np.arange(0.0, 1.0, 0.005), 3)
     true = np.array([(copies >= t).sum() for t in thresholds])
-    false = np.array([(others >= t).sum() for t in thresholds]) * factor
+    inside = sum((np.histogram(part, [*thresholds, np.inf])[0] for part in others), np.zeros(len(thresholds), np.int64))
+    false = np.cumsum(inside[::-1])[::-1] * factor
     by = {
         kind: np.array([(copies[[each == kind for each in kinds]] >= t).mean() for t in thresholds])
         for kind in dict.fromkeys(kinds)

@@ -51,6 +51,7 @@ from mim_jax.pretrained import load
 LEAST = 0.001  # share of the pool that must be left after deduplication
 SMALL = 10  # images; a component of fewer is no giant
 LARGE = 1_000_000  # curated images from which on a set is large
+CALIBRATED = 1024  # images whose copies are compared with all others at a time
 DHASH = 12  # bits of 64; images whose hashes differ by no more may be copies without our doing
 A_CELL = 64  # images for each cell that the cells are learned of
 
@@ -174,7 +175,7 @@ def check(config: ml_collections.ConfigDict) -> None:
                 raise wrong(key, "in [0, inf)")
             if key in counts and each is not None and each < 1:
                 raise wrong(key, "1 or more")
-    for key in ("dedup.threshold", "leakage.threshold", "dedup.giant", "calibrate.precision", "dedup.cut"):
+    for key in ("dedup.threshold", "leakage.threshold", "dedup.giant", "calibrate.precision", "calibrate.share", "dedup.cut"):
         if values[key] is not None and not 0 <= values[key] <= 1:
             raise wrong(key, "in [0, 1]")
     if len(config.balance.clusters) != len(config.balance.points):
@@ -408,9 +409,17 @@ class Stages:
         kinds = [source.kind(pair) for pair in np.flatnonzero(good).tolist()]
         vectors = embedded.array("vectors").reshape(len(good), 2, -1)[good].astype(np.float32) / neighbors.UNIT
         dhash = np.array(list(embedded.column("dhash")), np.uint64).reshape(-1, 2)[good, 0]
-        products = vectors[:, 1] @ vectors[:, 0].T  # exact, in any order
-        same = dhash_distance(dhash, dhash) <= DHASH  # also an image and itself
-        curve = plants.curve(np.diagonal(products), kinds, products[~same], count / max(1, len(vectors)))
+        similarity = np.einsum("nd,nd->n", vectors[:, 0], vectors[:, 1])  # exact, in any order
+
+        def others() -> Iterator[np.ndarray]:
+            for start in range(0, len(vectors), CALIBRATED):
+                part = slice(start, start + CALIBRATED)
+                far = dhash_distance(dhash[part], dhash) > DHASH  # so not an image and itself
+                yield (vectors[part, 1] @ vectors[:, 0].T)[far]
+
+        # The pool has share * count pairs of an image and its copy, the sample one for each row; and count**2 / 2 other pairs.
+        factor = count / (2 * config.calibrate.share * max(1, len(vectors)))
+        curve = plants.curve(similarity, kinds, others(), factor)
         place = curve.lowest(config.calibrate.precision)
         threshold = float(curve.thresholds[place])
         tell(f"calibrated threshold {threshold:g}: precision {curve.precision[place]:.4f}, recall {curve.recall[place]:.4f}")
