@@ -266,7 +266,7 @@ def test_a_run_of_several_processes_is_stopped_killed_and_finished(images, tmp_p
 
 @pytest.mark.slow
 def test_before_all_train_a_signal_ends_all_at_once(images, tmp_path):
-    run = Run(tmp_path, images, 2)
+    run = Run(tmp_path, images, 2, "--config.eval.every=9999 steps")
     run.wait_for(lambda: "measuring the baselines" in run.written()[0])
     run.processes[1].send_signal(signal.SIGTERM)
     assert run.finish(60) == [0, 0], run.written()
