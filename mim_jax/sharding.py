@@ -66,11 +66,13 @@ def pin_batch(x: jax.Array) -> jax.Array:
 
 def of_each_device(run: Callable[..., Any], *batch: Any, whole: Any = ()) -> Any:
     """`run(*batch, *whole)` on each device's part of the `batch`, axis 0 of these arrays and of the results: for kernels that
-    XLA cannot cut. Each device has the arrays `whole`; their gradients are summed over devices in their own dtype."""
-    if jax.sharding.get_abstract_mesh().empty or len(batch[0]) % device_count():
+    XLA cannot cut. A batch that the devices do not divide is run whole on each of them. The gradients of `whole`, arrays that
+    each device has, are summed over devices in their own dtype."""
+    if jax.sharding.get_abstract_mesh().empty:
         return run(*batch, *whole)
-    specs = (BATCH,) * len(batch) + (P(),) * len(whole)
-    return jax.shard_map(run, in_specs=specs, out_specs=BATCH, check_vma=False)(*batch, *whole)
+    part = P() if len(batch[0]) % device_count() else BATCH
+    specs = (part,) * len(batch) + (P(),) * len(whole)
+    return jax.shard_map(run, in_specs=specs, out_specs=part, check_vma=False)(*batch, *whole)
 
 
 def replicate(tree: Any) -> Any:

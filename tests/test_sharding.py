@@ -240,12 +240,13 @@ def test_what_each_device_has_whole_gets_its_gradient_in_its_own_dtype():
 
     parts: list[int] = []
     x, bias, mesh = jnp.arange(24, dtype=jnp.bfloat16).reshape(8, 3), jnp.ones(3), sharding.make_mesh(2, 4)
-    whole, places = jax.grad(loss)(bias, x), tuple(NamedSharding(mesh, spec) for spec in (P(), sharding.BATCH))
+    places = tuple(NamedSharding(mesh, spec) for spec in (P(), sharding.BATCH))
+    whole, rest = (jax.grad(loss)(bias, x[:count]) for count in (8, 6))  # 6: the devices do not divide it
     with jax.set_mesh(mesh):
         compiled = jax.jit(jax.grad(loss), in_shardings=places).lower(bias, x).compile()
         np.testing.assert_array_equal(compiled(*jax.device_put((bias, x), places)), whole)
-        loss(bias, x[:6])  # not divisible by 8
-    assert parts == [8, 1, 6] and set(dry_run.communication(compiled.as_text())) == {("all-reduce", "f32")}
+        np.testing.assert_array_equal(jax.jit(jax.grad(loss))(bias, x[:6]), rest)
+    assert parts == [8, 6, 1, 6] and set(dry_run.communication(compiled.as_text())) == {("all-reduce", "f32")}
 
 
 # Two processes
