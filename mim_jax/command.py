@@ -166,6 +166,8 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
             sys.exit(f"error: --workdir is missing, for example {EXAMPLE}")
         if not PLAN.value and hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value) and stop:
             stop.join()
+        if PLAN.value and stop:
+            stop.release()
         if DRY_RUN.value or PLAN.value:
             print(dry_run.plan(config, PLAN.value))
         else:

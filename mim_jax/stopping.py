@@ -82,6 +82,13 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
         if self._listener is not None:
             self._listener.join()  # Python's own end and a thread that waits in C++ do not go together
 
+    def release(self) -> None:
+        """From here on signals end the program as if it did not listen. For a plan, which loses nothing: compilers for other
+        devices let no thread of Python run until they are done."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._before)
+
     def join(self) -> None:
         """Listens to the other processes, too, where there are several."""
         from mim_jax import hosts

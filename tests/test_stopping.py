@@ -240,6 +240,27 @@ def test_a_program_ends_during_any_call(training, numbers, code, line):
         program.kill()
 
 
+COMPILER = """
+import ctypes
+from mim_jax.stopping import Stop
+with Stop(program=True) as stop:
+    stop.release()
+    print("ready", flush=True)
+    ctypes.PyDLL(None).sleep(100)  # no other thread of Python runs
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_program_that_was_released_ends_though_nothing_of_python_runs(number):
+    program = subprocess.Popen([sys.executable, "-c", COMPILER], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert program.stdout.readline() == "ready\n"
+    program.send_signal(number)
+    try:
+        assert program.wait(20) == -number
+    finally:
+        program.kill()
+
+
 def test_the_command_listens_before_it_imports_jax():
     code = "import sys, mim_jax.main; print({'jax', 'numpy', 'absl'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
