@@ -613,6 +613,27 @@ def test_a_small_demo(images, tmp_path, monkeypatch):
     assert rarer.threshold >= state.threshold and more == pytest.approx(10 * wrong)
 
 
+def test_classes_of_what_was_retrieved(tmp_path):
+    for name, count in (("heap", 20), ("good", 4)):
+        for i in range(count):
+            (tmp_path / name / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / "ab"[i % 2] / f"{i}.png").write_bytes(encode(smooth(i + 100 * count)))
+    (tmp_path / "heap/b/1.png").write_bytes(encode(plants.copied(smooth(400), "jpeg", (0,))))  # of class b, as one of class a
+    state = stages.run(config_of(tmp_path, evaluation=""), tmp_path / "run")
+    rows = {name: (count, float(precision)) for name, count, precision, _ in stages.report.by_class(state)}
+    named = [str(name) for name in state.uncurated[0].result.column("name")]
+    pool = ["ab"["/b/" in f"/{named[where]}"] for where in state.origin[state.candidates]]
+    (images, result), right = state.why["retrieved"][0], {"a": [], "b": []}
+    for name, ids in zip((str(each) for each in images.result.column("name")), result.array("ids")):
+        own = "ab"["/b/" in f"/{name}"]
+        right[own] += [pool[i] == own for i in ids]
+    expected = {name: (len(of) // 2, np.mean(of)) for name, of in right.items()} | {
+        "all": (4, np.mean(right["a"] + right["b"]))
+    }
+    assert rows == {name: (count, pytest.approx(share, abs=5e-4)) for name, (count, share) in expected.items()}
+    assert rows["a"][1] < 1 and "<h2>Retrieved, by class" in (tmp_path / "run/report.html").read_text()
+
+
 @pytest.mark.slow
 def test_kills_at_random_moments(images, tmp_path):
     """kill -9 of the command, until it ends by itself."""

@@ -32,6 +32,12 @@ def page(state: Any) -> str:
         picture(
             "Retrieved", retrievals(state), "Images of the curated sets, and their nearest of the pool after deduplication."
         ),
+        table(
+            "Retrieved, by class",
+            ("class", "curated images", "of retrieved, share of this class", "of those to choose from"),
+            by_class(state),
+            "How often an image that was retrieved has the class of the curated one that it was retrieved for.",
+        ),
         balance(state),
     ]
     facts = {
@@ -170,6 +176,22 @@ def retrievals(state: Any) -> Image.Image | None:
             rows.append([of(images, int(images.good[i])), None, *(of_pool(state, j) for j in near)])
             captions.append(["", "", *(f"{each:.3f}" for each in alike)])
     return sheet(rows, captions) if rows else None
+
+
+def by_class(state: Any) -> list[tuple[str, int, str, str]]:
+    """Where all sets have the same classes: how often an image that was retrieved has the class of the one that asked."""
+    rows, classes = [], state.uncurated[0].source.classes
+    if not classes or any(tuple(each.source.classes) != tuple(classes) for each in (*state.uncurated, *state.curated)):
+        return []
+    for images, result in state.why.get("retrieved", ()):
+        pool = np.concatenate([np.array(list(each.result.column("label"))) for each in state.uncurated])
+        pool, own = pool[state.origin[state.candidates]], np.array(list(images.result.column("label")))[images.good]
+        right = (pool[result.array("ids")] == own[:, None]).mean(axis=1)
+        for label in np.unique(own[own >= 0]):
+            found, share = right[own == label], (pool == label).mean()
+            rows.append((classes[label], len(found), f"{found.mean():.3f}", f"{share:.3f}"))
+        rows.append(("all", len(own), f"{right.mean():.3f}", ""))
+    return rows
 
 
 def of_pool(state: Any, i: int) -> Image.Image:
