@@ -543,6 +543,7 @@ BAD = [
         r"balance.clusters\[0\] is 200, but 150 images are left: ask for fewer",
     ),
     ({"plant.evaluation": 7}, "plant.evaluation is 7, but there are 6 evaluation images"),
+    ({"calibrate.share": 0.0}, r"calibrate.share is 0.0, but must be in \(0, 1\]"),
     ({"engine": "spark"}, "engine is 'spark', but must be local or beam"),
     ({"retrieve.by": "cluster", "retrieve.clusters": 4, "retrieve.hits": 99}, "no cluster has more than retrieve.hits=99"),
 ]

@@ -178,6 +178,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     for key in ("dedup.threshold", "leakage.threshold", "dedup.giant", "calibrate.precision", "calibrate.share", "dedup.cut"):
         if values[key] is not None and not 0 <= values[key] <= 1:
             raise wrong(key, "in [0, 1]")
+    if not config.calibrate.share:
+        raise wrong("calibrate.share", "in (0, 1]")
     if len(config.balance.clusters) != len(config.balance.points):
         raise wrong("balance.points", f"one number for each of balance.clusters={tuple(config.balance.clusters)}")
 
