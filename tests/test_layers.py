@@ -1,12 +1,14 @@
 """Attention and what is around it, against plain re-derivations."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mim_jax import sharding
 from mim_jax.models import layers
@@ -51,6 +53,29 @@ def test_lengths_are_padded_for_the_fused_kernel_and_nobody_sees_it(monkeypatch,
     got = layers.attention(q, k, v, bias)
     assert lengths == [6] and got.shape == q.shape
     np.testing.assert_allclose(got.astype(float), by_hand(q, k, v, bias), atol=0.03)
+
+
+def test_on_gpus_the_gradient_of_a_shared_bias_is_summed_in_float32(monkeypatch):
+    fused = jax.nn.dot_product_attention
+
+    def with_xla(*args, implementation, **kwargs):
+        return fused(*args, implementation="xla", **kwargs)
+
+    monkeypatch.setattr(layers, "platform", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", with_xla)
+    mesh, bias = sharding.make_mesh(2, 1, jax.devices()[:2]), jnp.ones((1, 3, 6, 6))
+    q, k, v = (jnp.tile(x, (2, 1, 1, 1)) for x in qkv(6))
+
+    def loss(bias, q, k, v):
+        return layers.attention(q, k, v, bias).astype(jnp.float32).var()
+
+    with jax.set_mesh(mesh):
+        places = (NamedSharding(mesh, PartitionSpec()), *[NamedSharding(mesh, sharding.BATCH)] * 3)
+        lowered = jax.jit(jax.grad(loss), in_shardings=places).lower(bias, q, k, v)
+        sums = re.findall(r"stablehlo.all_reduce.*?-> tensor<(\S+)>", lowered.as_text(), re.DOTALL)
+        got = lowered.compile()(*jax.device_put((bias, q, k, v), places))
+    assert sums == ["1x3x6x6xf32"]
+    np.testing.assert_allclose(got, jax.grad(loss)(bias, q, k, v), atol=1e-4)
 
 
 def test_a_tpu_s_fused_attention_is_attention(monkeypatch):
