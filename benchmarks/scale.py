@@ -59,8 +59,11 @@ def cell(recipe: str, name: str) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True)
     seconds = f"{time.monotonic() - start:.0f} s"
     if done.returncode:
-        why = re.search(r"error: (.*)", done.stderr)
-        return [recipe, name, "", "", "", "", "", why[1] if why else done.stderr.strip().splitlines()[-1], seconds]
+        match = re.search(r"error: (.*)", done.stderr)
+        why = match[1] if match else done.stderr.strip().splitlines()[-1]
+        if re.search("not installed|lockfile", why):
+            raise SystemExit(f"{recipe} on {name}: {why}")
+        return [recipe, name, "", "", "", "", "", why, seconds]
 
     def found(pattern: str) -> str:
         return match[1] if (match := re.search(pattern, done.stdout)) else ""
