@@ -9,7 +9,6 @@ accuracy is that of all 10,000 test images of CIFAR-10, after the last step, wit
 no list.
 """
 
-import dataclasses
 import hashlib
 import json
 import statistics
@@ -25,6 +24,7 @@ from mim_jax.compare import Run
 from mim_jax.data import curated
 from mim_jax.data.sources import open_source
 from mim_jax.evaluators.knn import knn_accuracy
+from mim_jax.evaluators.probe import standardize
 
 LIST = flags.DEFINE_string("list", "runs/curated", "Folder of curate:demo.")
 OUT = flags.DEFINE_string("folder", "runs/pretrained", "Folder of the runs.")
@@ -53,12 +53,10 @@ def images_of(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def score(workdir: Path, images: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> float:
     model, settings = mim_jax.load(workdir), json.loads((workdir / "config.json").read_text())["eval"]
-    model = dataclasses.replace(model, resize=settings["resize"])
     kind = {"cls": "cls", "patch": "mean"}[settings["tokens"]]
-    bank, test = (model.features(images[split][0], size=settings["img_size"])[kind] for split in (BANK, TEST))
+    bank, test = (model.features(images[split][0])[kind] for split in (BANK, TEST))
     if settings["standardize"]:
-        mean, std = bank.mean(0), bank.std(0) + 1e-6
-        bank, test = (bank - mean) / std, (test - mean) / std
+        bank, test = standardize(bank, test)
     return knn_accuracy(bank, images[BANK][1], test, images[TEST][1], 10, 20, 0.07)[0]
 
 

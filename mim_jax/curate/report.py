@@ -183,15 +183,22 @@ def by_class(state: Any) -> list[tuple[str, int, str, str]]:
     rows, classes = [], state.uncurated[0].source.classes
     if not classes or any(tuple(each.source.classes) != tuple(classes) for each in (*state.uncurated, *state.curated)):
         return []
-    for images, result in state.why.get("retrieved", ()):
-        pool = np.concatenate([np.array(list(each.result.column("label"))) for each in state.uncurated])
-        pool, own = pool[state.origin[state.candidates]], np.array(list(images.result.column("label")))[images.good]
+    if not (retrieved := state.why.get("retrieved", ())):
+        return []
+    pool = np.concatenate([labels_of(each) for each in state.uncurated])[state.origin[state.candidates]]
+    for images, result in retrieved:
+        own = labels_of(images)[images.good]
         right = (pool[result.array("ids")] == own[:, None]).mean(axis=1)
         for label in np.unique(own[own >= 0]):
             found, share = right[own == label], (pool == label).mean()
             rows.append((classes[label], len(found), f"{found.mean():.3f}", f"{share:.3f}"))
         rows.append(("all", len(own), f"{right.mean():.3f}", ""))
     return rows
+
+
+def labels_of(images: Any) -> np.ndarray:
+    """int32, of all rows; -1 where unknown."""
+    return np.fromiter(images.result.column("label"), np.int32)
 
 
 def of_pool(state: Any, i: int) -> Image.Image:
