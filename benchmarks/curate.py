@@ -1,12 +1,16 @@
 """k-NN and k-means of curation on synthetic vectors: recall, products, rates, and the peak of memory.
 
-    python benchmarks/curate.py --rows=200000 [--width=384] [--cells=4096] [--probes=256] [--sample=500]
+    python benchmarks/curate.py --rows=200000 [--width=384] [--cells=4096] [--probes=256] [--queries=65536] [--sample=500]
 
 Rows lie near a mixture of curved sheets of 16 dimensions in `width`, with groups of very different sizes, and are on the disk
 as in a run. What is measured: the search in cells (recall@64 against the exact neighbors of a sample, products of two rows as a
-share of all pairs, rows a second), the exact search (rows a second on the sample), and the k-means.
+share of all pairs, rows a second), the exact search (rows a second on the sample), and the k-means. If it is installed
+(`pip install faiss-cpu`), faiss does the same on the same vectors, which it holds in memory, with as many threads as there are
+CPUs: IndexIVFFlat with as many cells and probes, and IndexFlatIP.
 """
 
+import importlib.util
+import os
 import resource
 import tempfile
 import time
@@ -24,7 +28,8 @@ ROWS = flags.DEFINE_integer("rows", 200_000, "Vectors.")
 WIDTH = flags.DEFINE_integer("width", 384, "Of a vector.")
 CELLS = flags.DEFINE_integer("cells", 4096, "Cells.")
 PROBES = flags.DEFINE_integer("probes", 256, "Cells in which the neighbors of a row are looked for.")
-SAMPLE = flags.DEFINE_integer("sample", 500, "Rows whose exact neighbors are found.")
+QUERIES = flags.DEFINE_integer("queries", None, "Rows, the first, whose neighbors are found; by default all.")
+SAMPLE = flags.DEFINE_integer("sample", 500, "Of these, rows whose exact neighbors are found.")
 K, CHUNK, GROUPS = 64, 2**16, 2000
 
 
@@ -43,6 +48,39 @@ def write(folder: Path, count: int, width: int) -> Files:
     return Files(files)
 
 
+def beside(rows: Files, learned: np.ndarray, queries: int, sample: np.ndarray, exact: np.ndarray) -> None:
+    """The same by faiss; `exact` are the neighbors of the sample, int32 [n, K]."""
+    import faiss
+
+    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
+    vectors = rows.read(0, rows.shape[0]).astype(np.float32) / neighbors.UNIT
+    what = f"faiss {faiss.__version__}, {len(os.sched_getaffinity(0))} threads"
+
+    def search(index: "faiss.Index", chosen: slice | np.ndarray) -> tuple[np.ndarray, float]:
+        begin = time.monotonic()
+        ids = index.search(vectors[chosen], K + 1)[1]
+        return ids, len(ids) / (time.monotonic() - begin)
+
+    def recall(ids: np.ndarray) -> float:
+        """Of the neighbors of the sample; an image is not its own."""
+        return np.mean([len(set(a) & (set(b) - {i})) / K for a, b, i in zip(exact.tolist(), ids.tolist(), sample.tolist())])
+
+    begin, quantizer = time.monotonic(), faiss.IndexFlatIP(rows.shape[1])
+    index = faiss.IndexIVFFlat(quantizer, rows.shape[1], CELLS.value, faiss.METRIC_INNER_PRODUCT)
+    index.cp.niter = 10
+    index.train(vectors[learned])
+    told(f"{what}: k-means {time.monotonic() - begin:.1f} s")
+    begin, index.nprobe = time.monotonic(), PROBES.value
+    index.add(vectors)
+    told(f"{what}: cells of all rows {time.monotonic() - begin:.1f} s")
+    ids, rate = search(index, slice(queries))
+    told(f"{what}, cells: {rate:,.0f} rows/s; recall@{K} {recall(ids[sample]):.4f}")
+    flat = faiss.IndexFlatIP(rows.shape[1])
+    flat.add(vectors)
+    ids, rate = search(flat, sample)
+    told(f"{what}, exact: {rate:,.0f} rows/s; recall@{K} {recall(ids):.4f}")
+
+
 def told(what: str) -> None:
     print(f"{what}; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB", flush=True)
 
@@ -59,20 +97,25 @@ def main(_: list[str]) -> None:
         told(f"k-means, {cells:,} cells of {len(learned):,} rows, at most 10 iterations: {seconds:.1f} s")
         begin = time.monotonic()
         own = clusters.assign(rows, centroids)[0][:, 0]
-        found, ids, products = neighbors.cells(own, cells), np.empty((count, K), np.int32), count * cells
-        for start in range(0, count, CHUNK):
-            query = np.arange(start, min(start + CHUNK, count), dtype=np.int32)
+        told(f"cells of all rows: {time.monotonic() - begin:.1f} s")
+        begin, queries = time.monotonic(), QUERIES.value or count
+        found, ids, products = neighbors.cells(own, cells), np.empty((queries, K), np.int32), queries * cells
+        for start in range(0, queries, CHUNK):
+            query = np.arange(start, min(start + CHUNK, queries), dtype=np.int32)
             probed, _ = clusters.assign(Subset(rows, query), centroids, PROBES.value)
             near, more = neighbors.within_cells(rows, found, query, probed, K)
             ids[query], products = near.ids, products + more
         seconds = time.monotonic() - begin
-        fewer = count**2 / products
-        told(f"cells: {seconds:.1f} s, {count / seconds:,.0f} rows/s, {fewer:.1f} times fewer products than all pairs")
-        sample = np.unique(np.linspace(0, count - 1, SAMPLE.value).astype(np.int64))
+        fewer = queries * count / products
+        told(f"cells: {seconds:.1f} s, {queries / seconds:,.0f} rows/s, {fewer:.1f} times fewer products than all pairs")
+        sample = np.unique(np.linspace(0, queries - 1, SAMPLE.value).astype(np.int64))
         begin = time.monotonic()
-        recall = neighbors.recall(rows, sample, ids[sample], K)
+        exact = neighbors.nearest(rows.take(sample), rows, K, own=sample).ids
         seconds = time.monotonic() - begin
+        recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(exact.tolist(), ids[sample].tolist())])
         told(f"exact: {len(sample) / seconds:,.0f} rows/s of {len(sample):,}; recall@{K} of the cells {recall:.4f}")
+        if importlib.util.find_spec("faiss"):
+            beside(rows, learned, queries, sample, exact)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,19 @@ from ml_collections.config_dict import placeholder
 def get_config(variant: str = "web") -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
-    # Sets: a folder, or a data set as in the recipes, with "@SPLIT" for another split than "train"; several with commas.
+    # Sets: a folder, or a data set as in the recipes, with "@SPLIT" for another split than "train"; several with commas. The
+    # workdir of a finished curation is the set of its images.
     config.uncurated = ""
     config.curated = ""
     config.evaluation = ""
     config.data_dir = placeholder(str)  # of TFDS data sets
+    config.levels = placeholder(tuple)  # (black, white) of images of more than 8 bits; None: as the network, or measured
 
     config.embedder = placeholder(str)  # a run's workdir, or a file or folder of weights; None: whitened pixels
     config.heads, config.act = 0, ""  # of a file of weights that does not say it
     config.kind = "cls"  # or "mean" (of the patches), or "cls+mean", joined
+    config.block = placeholder(int)  # of the network, after which features are taken, from 1 on; None: the last
+    config.whiten = 128  # components of the network's features, made white; 0: the features as they are
     config.size = placeholder(int)  # side, in pixels, that the network sees; None: that of the run
 
     config.shard_rows = 65_536  # images of a shard: what a kill can lose
@@ -73,7 +77,9 @@ def get_config(variant: str = "web") -> ml_collections.ConfigDict:
     config.balance.images = 1_000_000  # that are chosen
 
     config.write = ml_collections.ConfigDict()
-    config.write.curated = 1.0  # how often an epoch has each image of the curated sets; 0: only what was chosen from the pool
+    # How often an epoch has each image of the curated sets; 0: only what was chosen from the pool. Otherwise images of the pool
+    # that are also in a curated set are not chosen: they are in the list already.
+    config.write.curated = 1.0
 
     config.plant = ml_collections.ConfigDict()  # into the first uncurated set; for demonstrations
     config.plant.copies = 0

@@ -374,6 +374,8 @@ def named_errors(path: Path) -> Iterator[None]:
             raise OSError(f"cannot write {path}: {storage.reason(error)}") from error
         if not isinstance(error, OSError):
             raise
+        if error.errno is None:  # NumPy's, of an array that was not written whole
+            raise OSError(errno.ENOSPC, f"cannot write: {error}; is the disk full?", str(path)) from error
         raise OSError(error.errno, f"cannot write: {error.strerror}", str(path)) from error
 
 

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,19 @@ def test_fewer_rows_than_neighbors():
     found = nearest(x, Memory(x), 4, own=np.arange(3))
     assert (found.ids[:, 2:] == neighbors.NONE).all() and np.isinf(found.similarity[:, 2:]).all()
     assert sorted(found.ids[0, :2].tolist()) == [1, 2]
+
+
+@pytest.mark.peers
+def test_neighbors_are_those_of_faiss():
+    faiss, x = pytest.importorskip("faiss"), vectors(3000, 64, centers=[300] * 10)
+    index = faiss.IndexFlatIP(64)
+    index.add(x.astype(np.float32) / 2048)
+    similarity, ids = index.search(x.astype(np.float32) / 2048, 21)
+    other = ids != np.arange(3000)[:, None]
+    assert (other.sum(axis=1) == 20).all()
+    found = nearest(x, Memory(x), 20, own=np.arange(3000))
+    assert np.array_equal(found.similarity, similarity[other].reshape(3000, 20))
+    assert (found.ids == ids[other].reshape(3000, 20)).mean() > 0.99  # equal ones it has in another order
 
 
 def test_cells_find_what_is_near():
@@ -237,7 +251,8 @@ def test_a_table_does_not_know_its_parts(tmp_path, monkeypatch):
         parquet.write_table(pyarrow.table(records), tmp_path / "want", row_group_size=16, use_dictionary=False)
         for rows in (5, 16, 40, 100):
             parts = ({name: values[slice(*span)] for name, values in records.items()} for span in shards.spans(count, rows))
-            shards.write_parquet(tmp_path / "found", parts)
+            with (tmp_path / "found").open("wb") as file:
+                shards.write_parquet(file, parts)
             assert (tmp_path / "found").read_bytes() == (tmp_path / "want").read_bytes(), (count, rows)
 
 
@@ -350,12 +365,78 @@ def test_dhash_tells_where_it_gets_darker():
     assert np.array_equal(dhash_distance(hashes, hashes) < 6, [[1, 1, 0], [1, 1, 0], [0, 0, 1]])  # a few are equally dark
 
 
+def small_network(depth=1):
+    network = Encoder(vit.ViT(patch_size=8, img_size=16, dim=8, depth=depth, heads=2), (0.5,) * 3, (0.2,) * 3)
+    return Model(network, network.init_parts(jax.random.key(0)), 16, "small", resize=1.0)
+
+
+def noise(count):
+    return ArraySource(np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8), np.zeros(count, np.int32), 1)
+
+
+def test_features_of_a_block_made_white(monkeypatch):
+    monkeypatch.setattr(Model, "batch_size", lambda *_: 32)
+    model, source = small_network(depth=3), noise(80)
+    features = model.features(source.images, layers=2)
+    for kind in ("cls", "mean", "cls+mean"):
+        wanted = np.concatenate([features[each][:, :8] for each in kind.split("+")], axis=1).astype(np.float64)
+        plain = Network(model, kind, block=2)
+        found = np.concatenate([batch.vectors for batch in plain.batches(source, None, 0, 80)])
+        np.testing.assert_allclose(found, quantized(wanted), atol=1)
+        white = plain.whitening(source, 6)
+        moved = (wanted - white[0]) @ white[1]
+        np.testing.assert_allclose(np.cov(moved.T, bias=True), np.eye(6), atol=1e-3)
+        embedder = plain.whitened(white)
+        found = np.concatenate([batch.vectors for batch in embedder.batches(source, None, 64, 80)])
+        np.testing.assert_allclose(found, quantized(moved[64:]), atol=2)
+        assert embedder.dims == 6 and embedder.identity != plain.identity != Network(model, kind).identity
+    assert Network(model, "cls", block=3).identity == Network(model, "cls").identity
+    for block in (0, 4):
+        with pytest.raises(ValueError, match=f"block is {block}, but of this network 1 to 3 can be used"):
+            Network(model, "cls", block=block)
+
+
+def test_bad_images_do_not_count_for_the_whitening():
+    class Broken(ArraySource):
+        def __getitem__(self, row):
+            if row % 3 == 1:
+                raise OSError("gone")
+            return super().__getitem__(row)
+
+    source, zeros = noise(60), np.zeros(60, np.int32)
+    left = ArraySource(source.images[np.arange(60) % 3 != 1], zeros[:40], 1)
+    for embedder in (Network(small_network(), "cls"), Pixels()):
+        for one, other in zip(embedder.whitening(Broken(source.images, zeros, 1), 4), embedder.whitening(left, 4)):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+        with pytest.raises(ValueError, match="fewer than two of 2 sampled images can be read"):
+            embedder.whitening(Broken(source.images[:2], zeros[:2], 1), 4)
+
+
+def test_a_network_and_a_curated_list_as_a_set(images, tmp_path, monkeypatch):
+    """As in DINOv2: copies are removed with one embedder, what is left is retrieved from with another."""
+    model = small_network(depth=2)
+    monkeypatch.setattr(stages, "load", lambda *_, **__: model)
+    monkeypatch.setattr(Model, "batch_size", lambda *_: 32)
+    network = {"embedder": f"{tmp_path}/network", "dedup.threshold": 0.99}
+    config = config_of(images, select="all", curated="", block=1, whiten=5, **network)
+    first = stages.run(config, tmp_path / "first")
+    assert first.pool.shape[1] == 5 and "cls after block 1, 16 pixels, 5 white components" in first.embedder.description
+    monkeypatch.setattr(Network, "whitening", None)  # a second start does not look at the images again
+    again = stages.run(config, tmp_path / "first")
+    assert again.embedder.identity == first.embedder.identity
+
+    config = config_of(images, uncurated=f"{tmp_path}/first", **{**network, "dedup.threshold": 1.0, "whiten": 0})
+    second = stages.run(config, tmp_path / "second")
+    assert len(second.labels) == len(first.chosen) < len(first.labels) and second.pool.shape[1] == 8
+    names = {first.uncurated[0].source.name(int(row)) for row in first.origin[first.chosen]}
+    assert {second.uncurated[0].source.name(row) for row in range(len(second.uncurated[0].source))} == names
+
+
 @pytest.mark.slow
 def test_an_embedder_goes_to_another_process():
-    network = Encoder(vit.ViT(patch_size=8, img_size=16, dim=8, depth=1, heads=2), (0.5,) * 3, (0.2,) * 3)
-    model = Model(network, network.init_parts(jax.random.key(0)), 16, "small")
-    source = ArraySource(np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8), np.zeros(5, np.int32), 1)
-    for embedder in (Network(model, "cls", None), Pixels(source)):
+    model, source = small_network(), noise(5)
+    plain = Pixels()
+    for embedder in (Network(model, "cls"), plain.whitened(plain.whitening(source, 2))):
         (batch,) = embedder.batches(source, None, 0, 5)
         (there,) = cloudpickle.loads(cloudpickle.dumps(embedder)).batches(source, None, 0, 5)
         assert batch.vectors.any() and all(map(np.array_equal, batch, there))
@@ -537,13 +618,25 @@ BAD = [
     ({"select": "best"}, "select is 'best', but must be retrieve or balance or all"),
     ({"dedup.threshold": 1.5}, r"dedup.threshold is 1.5, but must be in \[0, 1\]"),
     ({"neighbors.k": 0}, "neighbors.k is 0, but must be 1 or more"),
-    ({"dedup.threshold": 0.0, "leakage.threshold": 0.0}, r"only \d+ of 156 images .*: at dedup.threshold=0 .* the embedder"),
+    ({"dedup.threshold": 0.0, "leakage.threshold": 0.9}, r"only 0 of 156 images .*: at dedup.threshold=0 .* the embedder"),
+    ({"dedup.threshold": 0.0, "evaluation": ""}, "only 1 of 156 images would be left"),
+    ({"leakage.threshold": 0.0}, "all images of .*good .* are copies of evaluation images, at leakage.threshold=0"),
+    ({"uncurated": ","}, "uncurated is missing"),
+    ({"uncurated": "@"}, "'@' is no set: a folder, or a data set such as cifar10@test"),
+    ({"seed": 10**20}, r"seed is 100000000000000000000, but must be below 2\*\*63"),
+    ({"dedup.giant": -0.1}, r"dedup.giant is -0.1, but must be in \[0, 1\]"),
+    ({"balance.clusters": (0, 3)}, "balance.clusters is .*, but must be 1 or more"),
+    ({"balance.clusters": ()}, "balance.clusters is .*, but must be numbers of clusters"),
+    ({"retrieve.cap": 0}, "retrieve.cap is 0, but must be 1 or more"),
+    ({"write.curated": 1e12}, "write.curated is 1000000000000.0, but must be at most 1,000"),
+    ({"levels": (5, 5)}, "levels is .*, but must be .* with black below white"),
     (
         {"select": "balance", "balance.clusters": (200, 3)},
-        r"balance.clusters\[0\] is 200, but 150 images are left: ask for fewer",
+        r'balance.clusters\[0\] is 200, but 150 images are left: ask for fewer clusters, such as .*="\(15, 1\)"',
     ),
     ({"plant.evaluation": 7}, "plant.evaluation is 7, but there are 6 evaluation images"),
     ({"calibrate.share": 0.0}, r"calibrate.share is 0.0, but must be in \(0, 1\]"),
+    ({"block": 2}, "block is 2, but there is no embedder whose block it could be"),
     ({"engine": "spark"}, "engine is 'spark', but must be local or beam"),
     ({"retrieve.by": "cluster", "retrieve.clusters": 4, "retrieve.hits": 99}, "no cluster has more than retrieve.hits=99"),
 ]
@@ -567,7 +660,7 @@ def test_beam_is_missing(images, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_sources_and_another_embedder(images, tmp_path):
+def test_bad_sources_and_another_embedder(images, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="No images below"):
         stages.run(config_of(images, uncurated=f"{tmp_path}/empty"), tmp_path / "run")
@@ -578,8 +671,81 @@ def test_bad_sources_and_another_embedder(images, tmp_path):
         stages.run(config_of(images, uncurated=f"{tmp_path}/broken"), tmp_path / "run")
     with pytest.raises(ValueError, match="none of the 3 images of .*broken.* can be read: .*0.png: no image of the formats"):
         stages.run(config_of(images, curated=f"{tmp_path}/broken"), tmp_path / "run")
+    monkeypatch.setattr(stages, "DIMS", 3)
     with pytest.raises(ValueError, match="has vectors of another embedder, .* of 19 dimensions; now it is .* of 3. Thresholds"):
-        stages.run(config_of(images, uncurated=f"{images}/good"), tmp_path / "run")
+        stages.run(config_of(images), tmp_path / "run")
+
+
+def test_images_that_are_curated_too(images, tmp_path, capsys):
+    """Evaluation images leave a curated set; what a curated set has is not chosen once more."""
+    from pyarrow import parquet
+
+    heap, good = tmp_path / "the,heap@home", tmp_path / "good"
+    shutil.copytree(images / "heap", heap)
+    shutil.copytree(images / "good", good)
+    (good / "leak.png").write_bytes(encode(smooth(402)[:, ::-1]))
+    (good / "also.png").write_bytes(encode(smooth(20)))  # of 020.png, and of its copy
+    (heap / "also.png").write_bytes(encode(plants.copied(smooth(20), "jpeg", (0,))))
+    changes = {"uncurated": str(heap), "curated": str(good), "retrieve.k": 150}
+    state = stages.run(config_of(images, **changes), tmp_path / "run")
+    told = f"1 of 32 images of {good} (32 image files, no labels) are left out: copies of evaluation images, such as "
+    assert f"{told}{good}/leak.png" in capsys.readouterr().err
+    table = parquet.read_table(tmp_path / "run/provenance.parquet").to_pydict()
+    fate = {Path(name).name: fate for name, fate in zip(table["name"], table["fate"])}
+    assert fate["020.png"] == fate["also.png"] == "also in a curated set, or in one component with such"
+    source = open_source("curated", tmp_path / "run")
+    names = [Path(source.name(row)) for row in range(len(source))]
+    assert len(names) == len(set(names)) == len(state.chosen) + 31 and good / "leak.png" not in names
+    assert {name.name for name in names if name.parent == heap} == {name for name, told in fate.items() if told == "chosen"}
+
+    page = (tmp_path / "run/report.html").read_text()
+    assert "<td>31 x 1</td>" in page and "bad.png</td><td>no image of the formats" in page
+    assert "without images that are also in a curated set" in page
+
+    # Without curated images in the list these are chosen; other images can be added to a workdir.
+    (heap / "new.png").write_bytes(encode(smooth(500)))
+    stages.run(config_of(images, **changes, **{"write.curated": 0.0}), tmp_path / "run")
+    assert "the features are whitened as they were in this workdir before, for" in capsys.readouterr().err
+    table = parquet.read_table(tmp_path / "run/provenance.parquet").to_pydict()
+    fate = {Path(name).name: fate for name, fate in zip(table["name"], table["fate"])}
+    assert sorted((fate["020.png"], fate["also.png"]))[0] == "chosen" and fate["new.png"] == "chosen"
+    size = (heap / "new.png").stat().st_size
+    (heap / "new.png").write_bytes(encode(smooth(403)))  # the same name, and an image to evaluate with
+    assert (heap / "new.png").stat().st_size != size
+    stages.run(config_of(images, **changes), tmp_path / "run")
+    table = parquet.read_table(tmp_path / "run/provenance.parquet").to_pydict()
+    fate = {Path(name).name: fate for name, fate in zip(table["name"], table["fate"])}
+    assert fate["new.png"] == "copy of an evaluation image"
+    assert table["evaluation_similarity"][list(fate).index("bad.png")] is None
+    heap.rename(tmp_path / "moved")
+    stages.run(config_of(images, **changes | {"uncurated": f"{tmp_path}/moved"}), tmp_path / "run")
+    table = parquet.read_table(tmp_path / "run/provenance.parquet").to_pydict()
+    assert {str(Path(name).parent) for name in table["name"]} == {f"{tmp_path}/moved"}
+    (tmp_path / "moved").rename(heap)
+    with pytest.raises(FileNotFoundError, match="lists the images of .*moved, which are not there any more: move them back"):
+        open_source("curated", tmp_path / "run")
+
+
+def test_parts_of_a_list_share_no_image(images, tmp_path):
+    stages.run(config_of(images, **{"write.curated": 2.5}), tmp_path)
+    parts = [open_source("curated", tmp_path, f"train[{part}]") for part in (":30%", "30%:60%", "60%:")]
+    names = [{part.name(row) for row in range(len(part))} for part in parts]
+    whole = open_source("curated", tmp_path)
+    assert sum(map(len, parts)) == len(whole) and sum(map(len, names)) == len(set().union(*names))
+    assert all(abs(len(part) - len(whole) / 3) < len(whole) / 15 for part in parts)
+
+
+def test_a_full_disk_leaves_the_outputs_as_they_were(images, tmp_path, monkeypatch):
+    stages.run(config_of(images), tmp_path)
+    before = outputs(tmp_path)
+
+    def full(*_):
+        raise OSError("400 requested and 0 written")
+
+    monkeypatch.setattr(stages, "write_parquet", full)
+    with pytest.raises(OSError, match="cannot write: 400 requested and 0 written; is the disk full?"):
+        stages.run(config_of(images, select="all"), tmp_path)
+    assert outputs(tmp_path) == before and not list(tmp_path.glob("*.tmp"))
 
 
 def test_words_of_the_command(images, tmp_path, capsys):
@@ -588,6 +754,7 @@ def test_words_of_the_command(images, tmp_path, capsys):
         ("--config=curate:dem --workdir=x", "error: .*has no variant"),
         ("--config.neighbours.k=3 --workdir=x", "error: the config has no key neighbours.k; did you mean neighbors.k"),
         ("--workdir=x more", "error: not understood: more"),
+        ("--config=mae:demo --workdir=x", "error: --config=mae:demo is a recipe for training; here it is curate"),
         ("--workdir=gs://b/x", "error: --workdir is gs://b/x, but must be a folder of this machine"),
         (f"--config.uncurated={tmp_path}/none/ --config.select=all --workdir={tmp_path}/run", "error: There is no folder"),
     ]:
@@ -601,6 +768,10 @@ def test_a_small_demo(images, tmp_path, monkeypatch):
     config = config_of(images, **{"plant.copies": 18, "plant.evaluation": 4, "calibrate.images": 30})
     config.dedup.threshold = None
     config.calibrate.precision = 0.9
+    with pytest.raises(ValueError, match="30 images are too few to calibrate a threshold with, 100 are needed: give dedup"):
+        stages.run(config, tmp_path)
+    monkeypatch.setattr(stages, "LEAST_CALIBRATED", 30)
+    monkeypatch.setattr(stages, "ENOUGH", 30)
     state = stages.run(config, tmp_path)
     found = stages.report.planted_found(state)
     assert state.curve is not None and 0 < state.threshold < 1
@@ -622,10 +793,11 @@ def test_classes_of_what_was_retrieved(tmp_path):
     (tmp_path / "heap/b/1.png").write_bytes(encode(plants.copied(smooth(400), "jpeg", (0,))))  # of class b, as one of class a
     state = stages.run(config_of(tmp_path, evaluation="", **{"retrieve.k": 5}), tmp_path / "run")
     rows = {name: (count, float(precision)) for name, count, precision, _ in stages.report.by_class(state)}
-    named = [str(name) for name in state.uncurated[0].result.column("name")]
+    source = state.uncurated[0].source
+    named = [source.name(row) for row in range(len(source))]
     pool = ["ab"["/b/" in f"/{named[where]}"] for where in state.origin[state.candidates]]
     (images, result), right = state.why["retrieved"][0], {"a": [], "b": []}
-    for name, ids in zip((str(each) for each in images.result.column("name")), result.array("ids")):
+    for name, ids in zip(map(images.source.name, range(4)), result.array("ids")):
         own = "ab"["/b/" in f"/{name}"]
         right[own] += [pool[i] == own for i in ids]
     expected = {name: (len(of) // 5, np.mean(of)) for name, of in right.items()} | {

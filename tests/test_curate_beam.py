@@ -36,8 +36,8 @@ def small_batches(monkeypatch):
     """So that embedding has several shards. Workers get it with the embedder."""
     begin = stages.Pixels.__init__
 
-    def begun(self, source):
-        begin(self, source)
+    def begun(self, given):
+        begin(self, given)
         self.batch_size = 8
 
     monkeypatch.setattr(stages.Pixels, "__init__", begun)

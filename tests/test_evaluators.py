@@ -222,6 +222,16 @@ def evaluation(method=color_features, source=None, held_out=None, views=VIEWS, *
     return Evaluation(config, method, source, held_out)
 
 
+def test_a_divided_source_that_has_images_several_times():
+    class Twice(type(colored(60))):
+        def name(self, row):
+            return f"image {row // 2}"
+
+    made = evaluation(source=(source := Twice(**vars(colored(60)))), held_out=source)
+    bank, test = ({row // 2 for row in rows.tolist()} for rows in (made.bank_rows, made.test_rows))
+    assert len(made.test_rows) == 12 and len(made.bank_rows) > 30 and not bank & test
+
+
 def state_of(gain, patch_gain=0.0, **changes):
     params = {"gain": jnp.float32(gain), "patch_gain": jnp.float32(patch_gain)}
     return TrainState(jnp.int32(0), params, {}, (), {}).replace(**changes)

@@ -34,6 +34,8 @@ def main(argv: list[str]) -> None:
         spec = next((arg.partition("=")[2] for arg in argv if arg.startswith("--config=")), "curate")
         rest = [arg for arg in argv if not arg.startswith("--config=")]
         config, found = load_config(spec), flags.FlagValues()
+        if "uncurated" not in config:
+            raise ValueError(f"--config={spec} is a recipe for training; here it is curate, or a file like configs/curate.py")
         refuse_unknown_keys(rest, config)
         config_flags.DEFINE_config_dict("config", config, flag_values=found, sys_argv=rest)
         given, _ = cli.begin(Flags, rest, __doc__ or "", given=found)

@@ -1,5 +1,6 @@
 """What makes vectors of images: a trained network, or, where none is given, pixels. Images are hashed on the way."""
 
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -11,12 +12,14 @@ from PIL import Image
 from mim_jax import checkpoint
 from mim_jax.curate.neighbors import quantized
 from mim_jax.data import pipeline
-from mim_jax.data.decode import BadImage, Levels, decode
+from mim_jax.data.decode import Levels
 from mim_jax.data.sources import Example
 from mim_jax.evaluators.knn import pixel_features, whitening
 from mim_jax.pretrained import Model, Readable
 
-CANVAS, SIDE, DIMS, FITTED = 64, 12, 64, 4096  # of pixels: decoded to fit, then scaled to; components; images they are of
+CANVAS, SIDE, DIMS = 64, 12, 64  # of pixels: decoded to fit, then scaled to; components
+RAW = 3 * SIDE**2
+FITTED = 4096  # images that a whitening is of
 
 
 class Batch(NamedTuple):
@@ -70,73 +73,101 @@ def dhash_distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.minimum(*(np.bitwise_count(one[:, None] ^ each) for each in (other, mirrored)))
 
 
-class Network:
-    """A trained network as an embedder. Batches have one size, whatever is embedded, so that no row depends on its batch."""
+class Embedder:
+    """Makes vectors of images. Batches have one size, whatever is embedded, so that no row depends on its batch."""
 
-    def __init__(self, model: Model, kind: str, size: int | None):
-        if kind not in ("cls", "mean", "cls+mean"):
-            raise ValueError(f'kind is "{kind}", but must be "cls", "mean" or "cls+mean"')
-        self.model, self.kinds, self.size = model, kind.split("+"), model.checked(size, 1)
-        self.batch_size = model.batch_size(2**30, self.size)
-        self.dims = sum(shape[-1] for shape in model.shapes(self.kinds, self.size, 1))
-        self.description = f"{model.description}, {kind}, {self.size} pixels"
-        self.identity = [checkpoint.fingerprint(model.parts), kind, self.size, model.resize, model.canvas_of(self.size)]
+    batch_size: int
+    canvas: int  # side, in pixels, of what images are decoded to
+    given: Levels | None  # of images of more than 8 bits; None: measured
+    max_pixels: int
+    dims: int  # of a vector
+    description: str
+    identity: list[Any]  # what the vectors depend on besides the images, as JSON
+    white: tuple[np.ndarray, np.ndarray] | None = None
+
+    def raw(self, readable: Hashed, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Features float32 [b, D] of the rows, not white, and labels, batch by batch; the last one is padded."""
+        raise NotImplementedError
 
     def levels(self, source: Any) -> tuple[Levels | None, Sequence[str]]:
-        found = pipeline.survey(source, self.model.canvas_of(self.size), self.model.levels, self.model.max_pixels)
+        found = pipeline.survey(source, self.canvas, self.given, self.max_pixels)
         return found.levels, found.lines
 
     def batches(self, source: Any, levels: Levels | None, start: int, stop: int) -> Iterator[Batch]:
         """Of the rows start..stop-1; `start` is a multiple of the batch size."""
-        model = self.model
-        readable = Hashed(source, model.canvas_of(self.size), levels, model.max_pixels)
-        rows = np.arange(start, stop, dtype=np.int32)
-        with jax.set_mesh(model.mesh):
-            stream = model.stream(readable, rows, self.kinds, self.size, 1, self.batch_size)
-            for first, batch in zip(range(start, stop, self.batch_size), stream, strict=True):
-                features = np.concatenate([batch[kind] for kind in self.kinds], axis=-1)
-                yield readable.batch(range(first, min(first + self.batch_size, stop)), features, batch["label"])
+        readable = Hashed(source, self.canvas, levels, self.max_pixels)
+        made = self.raw(readable, np.arange(start, stop, dtype=np.int32))
+        for first, (features, labels) in zip(range(start, stop, self.batch_size), made, strict=True):
+            if self.white is not None:
+                features = (features - self.white[0]) @ self.white[1]
+            yield readable.batch(range(first, min(first + self.batch_size, stop)), features, labels)
 
+    def whitening(self, source: Any, dims: int) -> tuple[np.ndarray, np.ndarray]:
+        """The mean and the basis in which the features of FITTED images of a source are white, see `knn.whitening`. Of few
+        images there are fewer components: of as many as images all images would be equally far from each other.
 
-class Pixels:
-    """The whitened pixels of an image and its mirror image, small. No network: it tells copies from others, not kinds."""
-
-    batch_size = 256
-
-    def __init__(self, source: Any):
-        """The whitening is that of a sample of `source`."""
-        rows = np.unique(np.linspace(0, len(source) - 1, FITTED).astype(int)).tolist()
-        found = []
-        for row in rows:
-            try:
-                found.append(self.raw(decode(source[row].image, CANVAS, (0, 255))))
-            except (BadImage, OSError):
-                continue
-        if len(found) < 2:
+        Raises ValueError if there are fewer than two good images.
+        """
+        levels, _ = self.levels(source)
+        readable = Hashed(source, self.canvas, levels, self.max_pixels)
+        rows = np.unique(np.linspace(0, len(source) - 1, FITTED).astype(np.int32))
+        bank = np.concatenate([features for features, _ in self.raw(readable, rows)])[: len(rows)]
+        bank = bank[np.isfinite(bank).all(axis=1) & ~np.isin(rows, [*readable.bad])]
+        if len(bank) < 2:
             raise ValueError(f"{source.description}: fewer than two of {len(rows)} sampled images can be read")
-        bank = np.concatenate(found)
-        # Of as many components as images all images would be equally far from each other.
-        self.mean, self.basis = whitening(bank, min(DIMS, len(bank) // 8 or 1))
-        self.dims = self.basis.shape[1]
-        self.description = f"whitened pixels, {SIDE} x {SIDE}, {self.dims} components"
-        self.identity = ["pixels", 1, CANVAS, SIDE, hashlib.sha256(bank.tobytes()).hexdigest()[:16]]
+        return whitening(bank, min(dims, len(bank) // 8 or 1))
+
+    def whitened(self, white: tuple[np.ndarray, np.ndarray]) -> "Embedder":
+        """With white features, by a result of `whitening`."""
+        made = copy.copy(self)
+        made.white, made.dims = white, white[1].shape[1]
+        made.description = f"{self.description}, {made.dims} white components"
+        made.identity = [*self.identity, [hashlib.sha256(array.tobytes()).hexdigest()[:16] for array in white]]
+        return made
+
+
+class Network(Embedder):
+    """A trained network. Its features are those of `kind` after block `block`, 1 being the first; by default after the last."""
+
+    def __init__(self, model: Model, kind: str, size: int | None = None, block: int | None = None):
+        depth = getattr(model.network.backbone, "depth", 1)
+        if block is not None and not 1 <= block <= depth:
+            raise ValueError(f"block is {block}, but of this network 1 to {depth} can be used")
+        self.model, self.kinds, self.layers = model, kind.split("+"), 1 if block is None else depth + 1 - block
+        self.size = model.checked(size, self.layers)
+        self.canvas, self.given, self.max_pixels = model.canvas_of(self.size), model.levels, model.max_pixels
+        self.batch_size = model.batch_size(2**30, self.size)
+        self.widths = [shape[-1] for shape in model.shapes(self.kinds, self.size, 1)]
+        self.dims = sum(self.widths)
+        after = "" if block is None else f" after block {block}"
+        self.description = f"{model.description}, {kind}{after}, {self.size} pixels"
+        self.identity = [checkpoint.fingerprint(model.parts), kind, self.size, model.resize, self.canvas, self.layers]
+
+    def raw(self, readable: Hashed, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        with jax.set_mesh(self.model.mesh):
+            for batch in self.model.stream(readable, rows, self.kinds, self.size, self.layers, self.batch_size):
+                parts = [batch[kind][:, :width] for kind, width in zip(self.kinds, self.widths)]  # of the oldest block
+                yield np.concatenate(parts, axis=-1), batch["label"]
+
+
+class Pixels(Embedder):
+    """The pixels of an image and its mirror image, small. No network: whitened, it tells copies from others, not kinds."""
+
+    batch_size, canvas, max_pixels, dims = 256, CANVAS, 2**27, RAW
+    description = f"pixels, {SIDE} x {SIDE}"
+
+    def __init__(self, given: Levels | None = None):
+        self.given, self.identity = given, ["pixels", 2, CANVAS, SIDE]
+
+    def raw(self, readable: Hashed, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(rows), self.batch_size):
+            examples = [readable[int(row)] for row in rows[start : start + self.batch_size]]
+            features = np.zeros((self.batch_size, RAW), np.float32)
+            features[: len(examples)] = np.concatenate([self.of_image(np.asarray(example.image)) for example in examples])
+            yield features, np.array([example.label for example in examples], np.int32)
 
     @staticmethod
-    def raw(image: np.ndarray) -> np.ndarray:
+    def of_image(image: np.ndarray) -> np.ndarray:
         small = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX)
         pixels = np.asarray(small, np.float32)[None]
         return pixel_features((pixels + pixels[:, :, ::-1]) / 2)
-
-    def levels(self, source: Any) -> tuple[Levels | None, Sequence[str]]:
-        found = pipeline.survey(source, CANVAS)
-        return found.levels, found.lines
-
-    def batches(self, source: Any, levels: Levels | None, start: int, stop: int) -> Iterator[Batch]:
-        readable = Hashed(source, CANVAS, levels, 2**27)
-        for first in range(start, stop, self.batch_size):
-            rows = range(first, min(first + self.batch_size, stop))
-            examples = [readable[row] for row in rows]
-            raw = np.concatenate([self.raw(np.asarray(example.image)) for example in examples])
-            padded = np.concatenate([raw, np.zeros((self.batch_size - len(raw), raw.shape[1]), np.float32)])
-            labels = np.array([example.label for example in examples], np.int32)
-            yield readable.batch(rows, (padded - self.mean) @ self.basis, labels)

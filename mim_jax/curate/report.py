@@ -1,6 +1,7 @@
 """report.html of a curation: one self-contained page, a function of what was found (no date, no time)."""
 
 import io
+import itertools
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -17,6 +18,10 @@ from mim_jax.evaluators.pictures import table as sheet
 from mim_jax.report import COLORED, STYLE, Chart, described, document, embedded, legend_item, number, plot
 
 GROUPS, ACROSS, CANVAS = 12, 8, 96  # pictures: rows, columns, pixels
+MOST_BAD = 20  # images in the table of bad ones
+UNREAD = f"What could not be read, of all sets, at most {MOST_BAD}; provenance.parquet has all of the uncurated sets."
+GROUPED = "Components, largest first. Of each the first is kept, whose pixels have the smallest hash."
+LISTED = "Copies of evaluation images are left out. How often the others are in an epoch is write.curated."
 LEFT = "th:first-child, td:first-child { text-align: left; } td { padding-left: .7rem; }"
 
 
@@ -24,11 +29,13 @@ def page(state: Any) -> str:
     """`state`: a `stages.Curation`."""
     sections = [
         table("Counts", ("stage", "images"), counts(state), "What each stage leaves of the uncurated sets."),
+        table("Bad images", ("image", "why"), bad(state), UNREAD),
+        table("Curated sets", ("set", "images", "copies of evaluation images", "in the list"), curated_sets(state), LISTED),
         table("Duplicates", ("images of a component", "components"), sizes(state), duplicates_told(state)),
         leakage(state),
         truth(state),
         calibration(state),
-        picture("Duplicate groups", duplicate_groups(state), "Components, largest first; the first of each is kept."),
+        picture("Duplicate groups", duplicate_groups(state), GROUPED),
         picture(
             "Retrieved", retrievals(state), "Images of the curated sets, and their nearest of the pool after deduplication."
         ),
@@ -60,8 +67,24 @@ def counts(state: Any) -> list[tuple[str, int]]:
     total, bad = len(state.member), int((state.member < 0).sum())
     parts = len(np.unique(state.labels))
     found = [("all", total), ("readable", total - bad), ("without exact copies", len(state.labels))]
-    found += [("one of each component", parts), ("without copies of evaluation images", len(state.candidates))]
+    clean = state.labels[~state.leaked]
+    found += [("one of each component", parts), ("without copies of evaluation images", len(np.unique(clean)))]
+    if state.doubled.any():
+        found.append(("without images that are also in a curated set", len(state.candidates)))
     return [*found, ({"retrieve": "retrieved", "balance": "balanced", "all": "chosen"}[state.config.select], len(state.chosen))]
+
+
+def bad(state: Any) -> list[tuple[str, str]]:
+    found = (why for each in (*state.uncurated, *state.curated, *state.evaluation) for why in each.result.column("bad") if why)
+    return [(name, why) for name, _, why in (shown(each).partition(": ") for each in itertools.islice(found, MOST_BAD))]
+
+
+def curated_sets(state: Any) -> list[tuple[str, int, int, str]]:
+    rows, weight = [], state.config.write.curated
+    for each in state.curated:
+        good, out = len(each.good), len(each.left_out)
+        rows.append((shown(each.source.description), good + out, out, f"{good:,} x {weight:g}"))
+    return rows
 
 
 def sizes(state: Any) -> list[tuple[str, int]]:

@@ -18,7 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -244,16 +244,17 @@ def _make(shards: Sequence[Any], make: Callable[..., Made], folder: Path, i: int
             with replacing(folder / f"{i:06}.{name}.npy") as file:
                 np.save(file, array)
         if made.records is not None:
-            write_parquet(folder / f"{i:06}.parquet", [made.records])
+            with replacing(folder / f"{i:06}.parquet") as file:
+                write_parquet(file, [made.records])
         write_whole(folder / f"{i:06}.json", json.dumps(dict(made.about), sort_keys=True).encode())  # last: now it is whole
 
 
-def write_parquet(path: Path, parts: Iterable[Mapping[str, Any]]) -> None:
+def write_parquet(file: BinaryIO, parts: Iterable[Mapping[str, Any]]) -> None:
     """Records, part after part and each column by column, as a file whose bytes follow from them, not from their division.
     Memory holds GROUP of them, as Arrow does, and a part of them."""
     from pyarrow import parquet
 
-    with replacing(path) as file, contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as opened:
         writer = None
         for group in _groups(parts):
             writer = writer or opened.enter_context(parquet.ParquetWriter(file, group.schema, use_dictionary=False))

@@ -7,6 +7,7 @@
 Each is a function of the results of others and of its settings, see `shards.stage`.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,7 +27,7 @@ import numpy as np
 from mim_jax import sharding, storage
 from mim_jax.config import leaves
 from mim_jax.curate import clusters, components, neighbors, plants, report
-from mim_jax.curate.embedders import Network, Pixels, dhash_distance
+from mim_jax.curate.embedders import DIMS, Embedder, Network, Pixels, dhash_distance
 from mim_jax.curate.neighbors import nearest
 from mim_jax.curate.shards import (
     PIECE,
@@ -44,13 +45,17 @@ from mim_jax.curate.shards import (
 )
 from mim_jax.data import curated
 from mim_jax.data.sources import shown
-from mim_jax.journal import named_errors, write_whole
+from mim_jax.journal import named_errors, replacing, write_whole
 from mim_jax.lock import locked
 from mim_jax.pretrained import load
 
-LEAST = 0.001  # share of the pool that must be left after deduplication
+LEAST = 0.001  # share of the pool that must be left after deduplication,
+FEW = 10  # and so many images, or a tenth of fewer than a hundred
+ENOUGH = 1000  # images of a curated or evaluation set to calibrate a threshold with; rather than smaller ones the pool is taken
+MOST = 1000  # times that an epoch has a curated image
 SMALL = 10  # images; a component of fewer is no giant
 LARGE = 1_000_000  # curated images from which on a set is large
+LEAST_CALIBRATED = 100  # images
 CALIBRATED = 1024  # images whose copies are compared with all others at a time
 DHASH = 12  # bits of 64; images whose hashes differ by no more may be copies without our doing
 A_CELL = 64  # images for each cell that the cells are learned of
@@ -67,11 +72,18 @@ class Images:
     how: dict[str, Any]  # see `curated.open_any`
     source: Any
     result: Result
+    left_out: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))  # copies of evaluation images
 
     @functools.cached_property
     def good(self) -> np.ndarray:
-        """int64, the rows of the images that could be read."""
-        return np.flatnonzero(self.result.array("good"))
+        """int64, the rows of the images that could be read and are not left out."""
+        good = self.result.array("good")
+        good[self.left_out] = False
+        return np.flatnonzero(good)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        return digest_of(self.result.digest, self.left_out.tolist()) if len(self.left_out) else self.result.digest
 
     @property
     def vectors(self) -> Subset:
@@ -104,7 +116,8 @@ class Curation:
     giants: list[components.Component]
     cut: bool
     leaks: list[np.ndarray]  # similarity to the nearest image of each evaluation set, float32 [pool]
-    candidates: np.ndarray  # int64, representatives that are no copies of evaluation images
+    doubled: np.ndarray  # bool [pool], in one component with an image that is also in a curated set of the list
+    candidates: np.ndarray  # int64, representatives that are neither copies of evaluation images nor doubled
     chosen: np.ndarray  # int64, numbers in the pool
     why: dict[str, Any]  # how they were chosen: for the report
 
@@ -158,41 +171,64 @@ def check(config: ml_collections.ConfigDict) -> None:
     def wrong(key: str, must: str) -> ValueError:
         return ValueError(f"{key} is {values[key]!r}, but must be {must}")
 
-    if not config.uncurated:
+    if not sets(config.uncurated, None):
         raise ValueError("uncurated is missing: --config.uncurated=FOLDER, or a data set such as cifar10")
     words = {"engine": ("local", "beam"), "select": ("retrieve", "balance", "all"), "retrieve.by": ("image", "cluster")}
     words["kind"] = ("cls", "mean", "cls+mean")
     for key, allowed in words.items():
         if values[key] not in allowed:
             raise wrong(key, " or ".join(allowed))
-    if config.select == "retrieve" and not config.curated:
+    if config.select == "retrieve" and not sets(config.curated, None):
         raise ValueError('curated is missing: --config.curated=FOLDER, or --config.select="balance" or "all" without')
+    for key in ("dedup.threshold", "leakage.threshold", "dedup.giant", "calibrate.precision", "calibrate.share", "dedup.cut"):
+        if values[key] is not None and not 0 <= values[key] <= 1:
+            raise wrong(key, "in [0, 1]")
     counts = {"shard_rows", "neighbors.k", "neighbors.cells", "neighbors.probes", "neighbors.sample"}
-    counts |= {"retrieve.k", "retrieve.clusters", "balance.images", "calibrate.images", "workers"}
+    counts |= {"retrieve.k", "retrieve.clusters", "balance.images", "calibrate.images", "workers", "block"}
+    counts |= {"retrieve.cap", "retrieve.per_cluster", "balance.clusters", "balance.points"}
     for key, value in values.items():
         for each in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(each, (int, float)) and not isinstance(each, bool) and not 0 <= each < float("inf"):
                 raise wrong(key, "in [0, inf)")
             if key in counts and each is not None and each < 1:
                 raise wrong(key, "1 or more")
-    for key in ("dedup.threshold", "leakage.threshold", "dedup.giant", "calibrate.precision", "calibrate.share", "dedup.cut"):
-        if values[key] is not None and not 0 <= values[key] <= 1:
-            raise wrong(key, "in [0, 1]")
     if not config.calibrate.share:
         raise wrong("calibrate.share", "in (0, 1]")
+    for key in ("block", "size"):
+        if values[key] is not None and not config.embedder:
+            raise ValueError(f"{key} is {values[key]!r}, but there is no embedder whose {key} it could be")
+    if config.seed >= 2**63:
+        raise wrong("seed", "below 2**63")
+    if config.write.curated > MOST:
+        raise wrong("write.curated", f"at most {MOST:,}")
+    if config.levels is not None and not (len(config.levels) == 2 and config.levels[0] < config.levels[1]):
+        raise wrong("levels", "(black, white) with black below white")
+    if not config.balance.clusters or not all(isinstance(each, int) for each in config.balance.clusters):
+        raise wrong("balance.clusters", "numbers of clusters, such as (5000, 500)")
     if len(config.balance.clusters) != len(config.balance.points):
         raise wrong("balance.points", f"one number for each of balance.clusters={tuple(config.balance.clusters)}")
 
 
 def sets(text: str, data_dir: str | None) -> list[dict[str, Any]]:
     """How the sets in "~/heap, cifar10@test" are opened, see `curated.open_any`."""
+
+    def is_folder(name: str) -> bool:
+        return bool(name) and not storage.remote(name) and storage.absolute(name).is_dir()
+
     found = []
-    for each in filter(None, (part.strip() for part in text.split(","))):
+    for each in [text] if is_folder(text) else filter(None, (part.strip() for part in text.split(","))):
         name, at, split = each.rpartition("@")
-        name, split = (name, split) if at else (each, "train")
-        folder = name[0] in "./~" or "://" in name or storage.absolute(name).is_dir()
+        if is_folder(each) or not at:
+            name, split = each, "train"
+        if not name:
+            raise ValueError(f"{each!r} is no set: a folder, or a data set such as cifar10@test")
+        folder = name[0] in "./~" or "://" in name or is_folder(name)
+        if folder and not storage.remote(name) and not is_folder(name):
+            raise FileNotFoundError(f"There is no folder {shown(str(storage.absolute(name)))}")
         place = str(storage.absolute(name)) if folder else data_dir
-        found.append({"name": "folder" if folder else name, "dir": place, "split": split, "plant": None})
+        if folder:
+            name = "curated" if (storage.absolute(name) / curated.LIST).exists() else "folder"
+        found.append({"name": name, "dir": place, "split": split, "plant": None})
     return found
 
 
@@ -218,22 +254,31 @@ class Stages:
         member, origin, keys = (order.array(name) for name in ("member", "origin", "keys"))
         pool = self.pool(uncurated, order, origin)
         found = self.neighbors(pool)
-        # Curated images are supposed to differ from each other; of a heap nobody knows.
-        clean = max([*evaluation, *wanted], key=lambda images: len(images.good), default=uncurated[0])
+        # Curated images are supposed to differ from each other; of a heap nobody knows. But few images tell little.
+        clean = max([*evaluation, *wanted, *uncurated], key=lambda images: min(len(images.good), ENOUGH))
         curve, threshold = self.threshold(clean, len(origin))
         joined = self.components(found, len(origin), threshold)
         labels, about = joined.array("label"), joined.abouts[0]
-        leaks = [self.leakage(pool, images) for images in evaluation]
+        leaks = [self.leakage(pool.rows("vectors"), pool.digest, images) for images in evaluation]
         leak_threshold = threshold if config.leakage.threshold is None else config.leakage.threshold
+        wanted = [self.without_leaks(images, evaluation, leak_threshold) for images in wanted]
+        doubled = np.isin(labels, labels[also_curated(uncurated, wanted, origin, keys)] if config.write.curated else [])
         giants = [components.Component(*each) for each in about["giants"]]
         state = Curation(
             config, self.embedder, uncurated, wanted, evaluation, member, origin, keys, pool.rows("vectors"), found, threshold,
-            leak_threshold, curve, labels, giants, about["cut"], [each.array("similarity") for each in leaks],
+            leak_threshold, curve, labels, giants, about["cut"], [each.array("similarity") for each in leaks], doubled,
             np.zeros(0, np.int64), np.zeros(0, np.int64), {},
         )  # fmt: skip
-        state.candidates = np.flatnonzero((labels == np.arange(len(labels))) & ~state.leaked)
+        for label, size, density in giants:
+            (at,), (row,) = state.places(origin[[label]])
+            hint = "it was cut" if state.cut else "see dedup.cut, or raise dedup.threshold"
+            what = f"{size:,} of {len(origin):,} images, edge density {density:.3f}"
+            tell(f"a giant component: {what}, with {uncurated[at].source.name(int(row))}; {hint}")
+        state.candidates = np.flatnonzero((labels == np.arange(len(labels))) & ~state.leaked & ~doubled)
         self.refuse_nothing(state)
         inputs = [joined.digest, pool.digest, *(each.digest for each in leaks), digest_of(leak_threshold)]
+        if doubled.any():
+            inputs += [images.digest for images in wanted]
         choose = {"retrieve": self.retrieve, "balance": self.balance, "all": self.all}[config.select]
         state.chosen, state.why = choose(state, inputs)
         self.write(state)
@@ -245,10 +290,12 @@ class Stages:
         """Raises ValueError if the workdir has vectors of another one."""
         config, file = self.config, self.workdir / "embedder.json"
         if config.embedder:
-            model = load(storage.absolute(config.embedder), heads=config.heads, act=config.act)
-            made: Any = Network(model, config.kind, config.size)
+            model = load(storage.absolute(config.embedder), heads=config.heads, act=config.act, levels=config.levels)
+            plain: Embedder = Network(model, config.kind, config.size, config.block)
         else:
-            made = Pixels(source)
+            plain = Pixels(config.levels)
+        dims = config.whiten if config.embedder else DIMS
+        made = self.whitened(plain, source, dims) if dims else plain
         now = {"dimensions": made.dims, "description": made.description, "identity": made.identity}
         if file.exists() and (before := json.loads(file.read_text())) != json.loads(json.dumps(now)):
             raise ValueError(
@@ -260,11 +307,23 @@ class Stages:
             write_whole(file, json.dumps(now, indent=1).encode())
         return made
 
+    def whitened(self, plain: Embedder, source: Any, dims: int) -> Embedder:
+        """The embedder, white for images such as those of the first source that this workdir had: so images can be added."""
+
+        def make(_: int) -> Made:
+            mean, basis = plain.whitening(source, dims)
+            return Made({"mean": mean, "basis": basis}, about={"of": shown(source.description)})
+
+        result = self.whole("whitening", 1, [], {"embedder": plain.identity, "dims": dims}, [0], make)
+        if (of := result.abouts[0]["of"]) != shown(source.description):
+            tell(f"the features are whitened as they were in this workdir before, for {of}")
+        return plain.whitened((result.array("mean"), result.array("basis")))
+
     def embed(self, how: dict[str, Any], source: Any) -> Images:
         levels, lines = self.embedder.levels(source)
         for line in (*source.notes, *lines):
             tell(line)
-        result = self.embedded(source, source.fingerprint, levels)
+        result = self.embedded(source, f"{source.fingerprint}{getattr(source, 'sizes', '')}", levels)
         images = Images(how, source, result)
         if not len(images.good):
             why = next(filter(None, result.column("bad")))
@@ -284,7 +343,6 @@ class Stages:
             good = np.array([not why for why in bad])
             records = {
                 "row": np.arange(*span),
-                "name": [source.name(row).encode(errors="backslashreplace").decode() for row in range(*span)],
                 "label": labels,
                 "dhash": dhash,
                 "bad": bad,
@@ -292,7 +350,7 @@ class Stages:
             return Made({"vectors": vectors, "sha256": sha256, "good": good}, records)
 
         settings = {"levels": levels, "embedder": embedder.identity}
-        return self.stage("embed", 1, [fingerprint], settings, spans(len(source), rows), make)
+        return self.stage("embed", 2, [fingerprint], settings, spans(len(source), rows), make)
 
     # Deduplicate
 
@@ -403,6 +461,11 @@ class Stages:
         if config.dedup.threshold is not None:
             return None, config.dedup.threshold
         rows = images.good[np.unique(np.linspace(0, len(images.good) - 1, config.calibrate.images).astype(int))]
+        if len(rows) < LEAST_CALIBRATED:
+            raise ValueError(
+                f"{len(rows):,} images are too few to calibrate a threshold with, {LEAST_CALIBRATED} are needed: give "
+                "dedup.threshold"
+            )
         levels, _ = self.embedder.levels(images.source)
         source = plants.Copies(images.source, rows, config.seed, levels)
         fingerprint = digest_of(images.source.fingerprint, config.seed, rows.tolist(), "copies", 1)
@@ -424,7 +487,8 @@ class Stages:
         curve = plants.curve(similarity, kinds, others(), factor)
         place = curve.lowest(config.calibrate.precision)
         threshold = float(curve.thresholds[place])
-        tell(f"calibrated threshold {threshold:g}: precision {curve.precision[place]:.4f}, recall {curve.recall[place]:.4f}")
+        found = f"precision {curve.precision[place]:.4f}, recall {curve.recall[place]:.4f}"
+        tell(f"calibrated threshold {threshold:g}: {found}, with copies of {len(vectors):,} of {images.source.description}")
         return curve, threshold
 
     def components(self, found: Result, count: int, threshold: float) -> Result:
@@ -443,9 +507,6 @@ class Stages:
         result = self.whole("components", 1, [found.digest], settings, [0], make)
         for folder in self.workdir.glob("stars-*"):
             shutil.rmtree(folder)
-        for label, size, density in result.abouts[0]["giants"]:
-            hint = "it was cut" if result.abouts[0]["cut"] else "see dedup.cut, or raise dedup.threshold"
-            tell(f"a giant component: {size:,} of {count:,} images, edge density {density:.3f}, around image {label}; {hint}")
         return result
 
     def labels(self, found: Result, count: int, threshold: float) -> np.ndarray:
@@ -458,28 +519,40 @@ class Stages:
 
         return self.engine.components(self.stage, found, pairs, {"threshold": threshold}, count, self.config.shard_rows)
 
-    def leakage(self, pool: Result, images: Images) -> Result:
-        """Array similarity, float32 [pool]: to the nearest image of an evaluation set; row: which one that is."""
-        rows, good = pool.rows("vectors"), images.good
-        base = images.vectors
+    def leakage(self, rows: Rows, digest: str, images: Images) -> Result:
+        """Array similarity, float32 [rows]: to the nearest image of an evaluation set; row: which one that is."""
+        good, base = images.good, images.vectors
 
         def make(span: tuple[int, int]) -> Made:
             found = nearest(rows.read(*span), base, 1)
             return Made({"row": good[found.ids[:, 0]], "similarity": found.similarity[:, 0]})
 
-        return self.stage(
-            "leakage", 1, [pool.digest, images.result.digest], {}, spans(rows.shape[0], self.config.shard_rows), make
-        )
+        return self.stage("leakage", 1, [digest, images.digest], {}, spans(rows.shape[0], self.config.shard_rows), make)
+
+    def without_leaks(self, wanted: Images, evaluation: Sequence[Images], threshold: float) -> Images:
+        """A curated set without copies of evaluation images, which it says. Raises ValueError if nothing is left."""
+        hit = np.zeros(len(wanted.good), bool)
+        for images in evaluation:
+            hit |= self.leakage(wanted.vectors, wanted.digest, images).array("similarity") >= threshold
+        if not hit.any():
+            return wanted
+        rows, what = wanted.good[hit], wanted.source.description
+        if hit.all():
+            raise ValueError(f"all images of {what} are copies of evaluation images, at leakage.threshold={threshold:g}")
+        example = wanted.source.name(int(rows[0]))
+        tell(f"{len(rows):,} of {len(hit):,} images of {what} are left out: copies of evaluation images, such as {example}")
+        return dataclasses.replace(wanted, left_out=rows)
 
     def refuse_nothing(self, state: Curation) -> None:
         count, left = len(state.labels), len(state.candidates)
-        if left >= max(1, LEAST * count):
+        if left >= max(LEAST * count, min(FEW, count / 10)):
             return
         parts = len(np.unique(state.labels))
         raise ValueError(
             f"only {left:,} of {count:,} images would be left: at dedup.threshold={state.threshold:g} they are {parts:,} "
-            f"components, and {int(state.leaked.sum()):,} images go with evaluation images at "
-            f"leakage.threshold={state.leakage_threshold:g}. Raise the thresholds: they belong to the embedder"
+            f"components, {int(state.leaked.sum()):,} images go with evaluation images at "
+            f"leakage.threshold={state.leakage_threshold:g}, {int(state.doubled.sum()):,} with images that a curated set has, "
+            "too. Raise the thresholds: they belong to the embedder"
         )
 
     # Choose
@@ -524,7 +597,7 @@ class Stages:
             return Made({"ids": found.ids, "similarity": found.similarity})
 
         shards = spans(len(images.good), self.config.shard_rows)
-        return self.stage("retrieve", 1, [*inputs, images.result.digest], {"k": k}, shards, make)
+        return self.stage("retrieve", 1, [*inputs, images.digest], {"k": k}, shards, make)
 
     def clustered(self, state: Curation, inputs: list[str], count: int) -> Result:
         """Arrays centroids, and nearest of each candidate."""
@@ -544,8 +617,10 @@ class Stages:
         settings = {key: config[key] for key in ("clusters", "points", "rounds", "iterations")} | {"seed": self.config.seed}
         settings = json.loads(json.dumps(settings))
         if config.clusters[0] > len(state.candidates):
-            left = f"balance.clusters[0] is {config.clusters[0]:,}, but {len(state.candidates):,} images are left"
-            raise ValueError(f"{left}: ask for fewer clusters")
+            count = len(state.candidates)
+            fewer = tuple(max(1, each * count // (10 * config.clusters[0])) for each in config.clusters)
+            left = f"balance.clusters[0] is {config.clusters[0]:,}, but {count:,} images are left"
+            raise ValueError(f'{left}: ask for fewer clusters, such as --config.balance.clusters="{fewer}"')
 
         def step(level: int, number: int, make: clusters.Make) -> clusters.Clusters:
             def shard(_: int) -> Made:
@@ -569,27 +644,36 @@ class Stages:
 
     def write(self, state: Curation) -> None:
         """list.json and its rows, provenance.parquet, report.html: each is replaced at once, the list last."""
+        page = report.page(state).encode(errors="backslashreplace")
+        rows = listed(state)
+        content = io.BytesIO()
+        np.save(content, rows)
+        digest = hashlib.sha256(content.getvalue()).hexdigest()
+        file = f"rows-{digest[:16]}.npy"
+        everything = state.uncurated + (state.curated if self.config.write.curated else [])
+        about = {
+            "sources": [images.how | {"fingerprint": images.source.fingerprint} for images in everything],
+            "file": file,
+            "sha256": digest,
+            "held_out": state.evaluation[0].how if state.evaluation else None,
+        }
+        with named_errors(self.workdir), contextlib.ExitStack() as drafts:
+            # All are written before the first takes the place of an older one: the list is the last.
+            listing, reported = (drafts.enter_context(replacing(self.workdir / name)) for name in (curated.LIST, "report.html"))
+            told, array = (drafts.enter_context(replacing(self.workdir / name)) for name in ("provenance.parquet", file))
+            listing.write(json.dumps(about, indent=1).encode())
+            reported.write(page)
+            write_parquet(told, provenance(state))
+            array.write(content.getvalue())
+            for draft in (listing, reported, told, array):
+                draft.flush()
         with named_errors(self.workdir):
-            provenance(state, self.workdir / "provenance.parquet")
-            write_whole(self.workdir / "report.html", report.page(state).encode(errors="backslashreplace"))
-            rows = listed(state)
-            content = io.BytesIO()
-            np.save(content, rows)
-            digest = hashlib.sha256(content.getvalue()).hexdigest()
-            file = f"rows-{digest[:16]}.npy"
-            everything = state.uncurated + (state.curated if self.config.write.curated else [])
-            about = {
-                "sources": [images.how | {"fingerprint": images.source.fingerprint} for images in everything],
-                "file": file,
-                "sha256": digest,
-                "held_out": state.evaluation[0].how if state.evaluation else None,
-            }
-            write_whole(self.workdir / file, content.getvalue())
-            write_whole(self.workdir / curated.LIST, json.dumps(about, indent=1).encode())
             for old in self.workdir.glob("rows-*.npy"):
                 if old.name != file:
                     old.unlink()
-        tell(f"{len(state.chosen):,} of {len(state.member):,} images, and {len(rows) - len(state.chosen):,} curated ones")
+        weight, more = self.config.write.curated, len(rows) - len(state.chosen)
+        times = "" if weight == 1 else f", each {weight:g} times in an epoch"
+        tell(f"chosen: {len(state.chosen):,} of {len(state.member):,} images; in the list also {more:,} curated ones{times}")
         tell(f"train on them: mim_jax --config=NAME --config.data.name=curated --config.data.dir={self.workdir}")
         tell(f"report: {self.workdir / 'report.html'}")
 
@@ -666,15 +750,27 @@ def asked_by(state: Curation) -> tuple[np.ndarray, np.ndarray]:
     return sets, places
 
 
-def provenance(state: Curation, path: Path) -> None:
-    """A row for each image of the uncurated sets: which it is, and what has become of it and why."""
+def also_curated(uncurated: Sequence[Images], wanted: Sequence[Images], origin: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """The numbers in the pool of images that are in a curated set, too, with the same pixels."""
+    sha256, there = all_of(uncurated, "sha256"), set[bytes]()
+    for images in wanted:
+        there |= {each.tobytes() for each in Subset(images.result.rows("sha256"), images.good).read(0, len(images.good))}
+    maybe = np.flatnonzero(np.isin(keys, np.array([int.from_bytes(each[:8]) for each in there], np.uint64)))
+    return maybe[[each.tobytes() in there for each in sha256.take(origin[maybe])]] if len(maybe) else maybe
+
+
+def provenance(state: Curation) -> Iterator[dict[str, list[Any]]]:
+    """A row for each image of the uncurated sets, in parts: which it is, and what has become of it and why."""
+    import pyarrow
+
     sizes = np.bincount(state.labels, minlength=len(state.labels))
+    most = np.max(state.leaks, axis=0).astype(np.float64) if state.leaks else None
     candidate, chosen, leaked = (np.zeros(len(state.labels), bool) for _ in range(3))
     candidate[state.candidates], chosen[state.chosen], leaked[:] = True, True, state.leaked
     hit = state.hit
     reasons = np.array(
         ["bad image", "exact copy of another image", "copy of an evaluation image", "in one component with such a copy"]
-        + ["near-duplicate of another image", "not chosen", "chosen"]
+        + ["near-duplicate of another image", "not chosen", "chosen", "also in a curated set, or in one component with such"]
     )
     sha256, (asked, place) = all_of(state.uncurated, "sha256"), asked_by(state)
 
@@ -688,36 +784,30 @@ def provenance(state: Curation, path: Path) -> None:
         count = len(table)
         member, where = state.member[start : start + count], np.arange(start, start + count)
         there = np.maximum(member, 0)
+        copy, doubled = state.origin[there] != where, state.doubled[there]
         code = np.select(
-            [member < 0, hit[there], leaked[there], state.origin[there] != where, ~candidate[there], ~chosen[there]],
-            [0, 2, 3, 1, 4, 5],
-            6,
+            [member < 0, hit[there], leaked[there], copy, doubled, ~candidate[there], ~chosen[there]], [0, 2, 3, 1, 7, 4, 5], 6
         )
         label = state.labels[there]
         first = sha256.take(state.origin[label])
         return {
             "set": [shown(images.source.description)] * count,
             "row": list(range(first_row, first_row + count)),
-            "name": table["name"].to_pylist(),
+            "name": [images.source.name(row) for row in range(first_row, first_row + count)],
             "label": table["label"].to_pylist(),
             "sha256": [each.tobytes().hex() for each in sha256.read(start, start + count)],
             "dhash": [f"{each:016x}" for each in table["dhash"].to_pylist()],
             "why_bad": table["bad"].to_pylist(),
             "component": [each.tobytes().hex() if m >= 0 else "" for each, m in zip(first, member.tolist())],
             "component_size": np.where(member < 0, 0, sizes[label]).tolist(),
-            "evaluation_similarity": np.max([leak[there] for leak in state.leaks], axis=0).tolist()
-            if state.leaks
-            else [None] * count,
+            "evaluation_similarity": [None] * count if most is None else pyarrow.array(most[there], mask=member < 0),
             "fate": reasons[code].tolist(),
             "asked_by": [asking(m) if c == 6 else "" for m, c in zip(member.tolist(), code.tolist())],
         }
 
-    def parts() -> Iterator[dict[str, list[Any]]]:
-        start = 0
-        for images in state.uncurated:
-            row = 0
-            for table in images.result.tables("name", "label", "dhash", "bad"):
-                yield part(images, table, row, start)
-                row, start = row + len(table), start + len(table)
-
-    write_parquet(path, parts())
+    start = 0
+    for images in state.uncurated:
+        row = 0
+        for table in images.result.tables("label", "dhash", "bad"):
+            yield part(images, table, row, start)
+            row, start = row + len(table), start + len(table)

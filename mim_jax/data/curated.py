@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mim_jax import storage
-from mim_jax.data.sources import Example, fingerprint, open_source, sliced
+from mim_jax.data.sources import Example, fingerprint, mixed_order, open_source
 
 LIST = "list.json"
 # An image is row `row` of the source `source`; in an epoch it is drawn `weight` times on average.
@@ -64,7 +64,15 @@ class CuratedSource:
         return self.sources[self.source[row]].name(int(self.row[row]))
 
     def part(self, places: range) -> "CuratedSource":
-        chosen, note = sliced(np.zeros(len(self), np.int32), places)
+        """An image that is there several times is wholly in the part that has the first of them, so parts share no image."""
+        _, image = np.unique(np.stack([self.source, self.row]), axis=1, return_inverse=True)
+        order = mixed_order(np.zeros(int(image.max()) + 1, np.int32))
+        rank = np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        rows = np.argsort(rank[image], kind="stable")  # all of an image, then all of the next one
+        first = np.searchsorted(rank[image][rows], rank[image][rows])  # the place of the first of each
+        chosen = np.sort(rows[(first >= places.start) & (first < places.stop)])
+        note = f"[{places.start}:{places.stop}] of {len(self):,} images, cut from a fixed random order, repeated ones together"
         return dataclasses.replace(
             self,
             source=self.source[chosen],
@@ -104,7 +112,11 @@ def open_curated(data_dir: str | os.PathLike | None, split: str) -> Any:
     rows = np.load(io.BytesIO(content))
     sources = []
     for how in about["sources"]:
-        sources.append(source := open_any(how))
+        try:
+            sources.append(source := open_any(how))
+        except FileNotFoundError as error:
+            where = f"the images of {how['dir'] or how['name']}, which are not there any more"
+            raise FileNotFoundError(f"{folder} lists {where}: move them back, or run python -m mim_jax.curate again") from error
         if source.fingerprint != how["fingerprint"]:
             raise ValueError(f"{source.description} has changed since {folder} was written: run python -m mim_jax.curate again")
     times = np.floor(rows["weight"].astype(np.float64) + rows["draw"]).astype(np.int64)

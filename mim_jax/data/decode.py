@@ -334,8 +334,8 @@ def _mapped(values: np.ndarray, levels: Levels | None) -> np.ndarray:
         raise BadImage("it has values that are not finite (NaN or infinity)")
     if levels is None:
         raise BadImage(
-            f"more than 8 bits ({values.dtype}, {values.min():g} to {values.max():g}): set data.levels (in Python: levels) "
-            "to (black, white), the values that are to become 0 and 255"
+            f"more than 8 bits ({values.dtype}, {values.min():g} to {values.max():g}): set data.levels (levels in Python and "
+            "for curate) to (black, white), the values that are to become 0 and 255"
         )
     black, white = levels
     result = np.empty(values.shape, np.uint8)

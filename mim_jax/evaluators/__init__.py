@@ -89,7 +89,9 @@ class Evaluation:
         bank, test = config.eval.bank, config.eval.test
         if held_out.description == source.description:
             test = min(test, len(source) // 5)
-            self.test_rows, self.bank_rows = np.split(pipeline.choose(source, bank + test, self.seed), [test])
+            self.test_rows, rest = np.split(pipeline.choose(source, bank + test, self.seed), [test])
+            names = {source.name(int(row)) for row in self.test_rows}  # a list of images may have one several times
+            self.bank_rows = rest[[source.name(int(row)) not in names for row in rest]]
         else:
             self.bank_rows, self.test_rows = (pipeline.choose(s, n, self.seed) for s, n in ((source, bank), (held_out, test)))
         if not all(self.sizes):
