@@ -25,6 +25,7 @@ UNCURATED = flags.DEFINE_string("uncurated", "cifar10", "A folder of images, or 
 IMAGES = flags.DEFINE_integer("images", 1200, "Images that are copied.")
 FITTED = flags.DEFINE_integer("fitted", 2000, "Images that a whitening is of.")
 POOL = flags.DEFINE_integer("pool", 20_000, "Images of the pool that the threshold is for.")
+AT_A_TIME = 512
 PRECISION, SHARE = 0.99, 0.1  # calibrate.precision and calibrate.share of configs/curate.py
 
 
@@ -36,12 +37,13 @@ def features(images: list[np.ndarray]) -> list[tuple[str, np.ndarray]]:
     depth = model.network.backbone.depth
     side = model.checked(SIZE.value, 1)
     scaled = np.stack([np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)) for image in images])
-    made = model.features(scaled, side, depth)
-    return [
-        (f"{kind}, block {block + 1}", part)
-        for kind in ("cls", "mean")
-        for block, part in enumerate(np.split(made[kind], depth, axis=1))
-    ]
+    found: dict[str, list[np.ndarray]] = {"cls": [], "mean": []}
+    for start in range(0, len(scaled), AT_A_TIME):  # the features of all patches are large
+        made = model.features(scaled[start : start + AT_A_TIME], side, depth)
+        for kind, parts in found.items():
+            parts.append(made[kind])
+    split = {kind: np.split(np.concatenate(parts), depth, axis=1) for kind, parts in found.items()}
+    return [(f"{kind}, block {block + 1}", part) for kind, parts in split.items() for block, part in enumerate(parts)]
 
 
 def main(_: list[str]) -> None:

@@ -61,7 +61,7 @@ class Drawn:
         return None, []
 
     def batches(self, source: Any, levels: None, start: int, stop: int) -> Iterator[Batch]:
-        seed = len(source.description)
+        seed = sum(source.description.encode())
         for first in range(start, stop, self.batch_size):
             row = np.arange(first, min(first + self.batch_size, stop), dtype=np.uint64)
             rng = np.random.default_rng((seed, first))

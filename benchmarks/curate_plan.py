@@ -104,8 +104,9 @@ def stages_of(plan: Plan) -> list[Stage]:
     products = p * plan.cells + p * plan.probes * p / plan.cells * plan.skew
     add("neighbors", read, arrays(p, plan.shard, 4, 4 * plan.k, 4 * plan.k), memory, products, shards)
     add("components", 2 * p * (4 + 8 * plan.k), arrays(p, p, 4), state + 24 * p)
-    read = p * vector + math.ceil(p / queries) * plan.evaluation * vector
-    add("leakage", read, arrays(p, plan.shard, 8, 4), plan.shard * vector, p * plan.evaluation, shards)
+    read = (p + plan.curated + (math.ceil(p / queries) + math.ceil(plan.curated / queries)) * plan.evaluation) * vector
+    written = arrays(p, plan.shard, 8, 4) + arrays(plan.curated, plan.shard, 8, 4)
+    add("leakage", read, written, plan.shard * vector, (p + plan.curated) * plan.evaluation, shards)
     read, written = math.ceil(plan.curated / queries) * left * vector, arrays(plan.curated, plan.shard, *[4 * plan.asked] * 2)
     asking = math.ceil(plan.curated / plan.shard)
     add("retrieve", read, written, 8 * left + plan.shard * vector, plan.curated * left, asking)
@@ -255,7 +256,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("evaluation", 50_000, "Evaluation images.")
     flags.DEFINE_integer("chosen", 10**8, "Images that are chosen.")
     flags.DEFINE_integer("image_bytes", 100_000, "Of a file: an assumption.")
-    flags.DEFINE_integer("record", 40, "Bytes of an image in the Parquet files of embed, see --check.")
+    flags.DEFINE_integer("record", 16, "Bytes of an image in the Parquet files of embed, see --check.")
     flags.DEFINE_integer("provenance", 180, "Bytes of an image in provenance.parquet, see --check.")
     flags.DEFINE_integer("dim", 1024, "Of a vector.")
     flags.DEFINE_enum("embedder", "vitl14", list(EMBEDDERS), "At 224 pixels.")
