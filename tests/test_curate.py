@@ -25,7 +25,7 @@ from mim_jax.curate.clusters import kmeans
 from mim_jax.curate.embedders import Network, Pixels, dhash, dhash_distance
 from mim_jax.curate.neighbors import nearest, quantized
 from mim_jax.curate.shards import Made, Memory, Subset, stage, threads
-from mim_jax.data.sources import ArraySource, open_source
+from mim_jax.data.sources import ArraySource, open_source, sample
 from mim_jax.methods.base import Encoder
 from mim_jax.models import vit
 from mim_jax.pretrained import Model
@@ -709,13 +709,15 @@ def test_images_that_are_curated_too(images, tmp_path, capsys):
     table = parquet.read_table(tmp_path / "run/provenance.parquet").to_pydict()
     fate = {Path(name).name: fate for name, fate in zip(table["name"], table["fate"])}
     assert sorted((fate["020.png"], fate["also.png"]))[0] == "chosen" and fate["new.png"] == "chosen"
-    size = (heap / "new.png").stat().st_size
-    (heap / "new.png").write_bytes(encode(smooth(403)))  # the same name, and an image to evaluate with
-    assert (heap / "new.png").stat().st_size != size
+    there = open_source("folder", heap)
+    unseen = Path(there.name(next(row for row in range(50, len(there)) if row not in sample(there))))
+    size = unseen.stat().st_size
+    unseen.write_bytes(encode(smooth(403)))  # the same name, and an image to evaluate with
+    assert unseen.stat().st_size != size
     stages.run(config_of(images, **changes), tmp_path / "run")
     table = parquet.read_table(tmp_path / "run/provenance.parquet").to_pydict()
     fate = {Path(name).name: fate for name, fate in zip(table["name"], table["fate"])}
-    assert fate["new.png"] == "copy of an evaluation image"
+    assert fate[unseen.name] == "copy of an evaluation image"
     assert table["evaluation_similarity"][list(fate).index("bad.png")] is None
     heap.rename(tmp_path / "moved")
     stages.run(config_of(images, **changes | {"uncurated": f"{tmp_path}/moved"}), tmp_path / "run")
