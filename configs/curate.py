@@ -65,7 +65,7 @@ def get_config(variant: str = "web") -> ml_collections.ConfigDict:
     config.retrieve.k = placeholder(int)  # nearest of each curated image; None: 4 for sets of a million or more, else 32
     config.retrieve.clusters = 100_000
     config.retrieve.iterations = 20
-    config.retrieve.hits = 3  # a cluster with more curated images is drawn from
+    config.retrieve.hits = 3  # clusters with more than so many curated images are drawn from
     config.retrieve.per_cluster = 10_000
     config.retrieve.cap = 1_000_000  # images for one curated set, by cluster
 

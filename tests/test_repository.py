@@ -20,7 +20,7 @@ import mim_jax
 ROOT = Path(__file__).parent.parent
 REQUIREMENTS = [Requirement(line) for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SCRIPTS = [*sorted(ROOT.glob("launch/*.sh")), *sorted(ROOT.glob("benchmarks/*.sh")), ROOT / ".ci/run"]
+SCRIPTS = [*sorted(ROOT.glob("launch/*.sh")), *sorted(ROOT.glob("benchmarks/*.sh")), *sorted(ROOT.glob(".ci/*"))]
 FRAMEWORKS = {"tensorflow", "tf-nightly", "torch", "torchvision", "keras"}
 
 

@@ -468,7 +468,7 @@ class Stages:
             )
         levels, _ = self.embedder.levels(images.source)
         source = plants.Copies(images.source, rows, config.seed, levels)
-        fingerprint = digest_of(images.source.fingerprint, config.seed, rows.tolist(), "copies", 1)
+        fingerprint = digest_of(images.result.digest, config.seed, rows.tolist(), "copies", 1)
         embedded = self.embedded(source, fingerprint, levels)
         good = np.logical_and(*embedded.array("good").reshape(-1, 2).T)
         kinds = [source.kind(pair) for pair in np.flatnonzero(good).tolist()]
