@@ -673,7 +673,8 @@ class Stages:
                     old.unlink()
         weight, more = self.config.write.curated, len(rows) - len(state.chosen)
         times = "" if weight == 1 else f", each {weight:g} times in an epoch"
-        tell(f"chosen: {len(state.chosen):,} of {len(state.member):,} images; in the list also {more:,} curated ones{times}")
+        curated_ones = f"; in the list also {more:,} curated ones{times}" if more else ""
+        tell(f"chosen: {len(state.chosen):,} of {len(state.member):,} images{curated_ones}")
         tell(f"train on them: mim_jax --config=NAME --config.data.name=curated --config.data.dir={self.workdir}")
         tell(f"report: {self.workdir / 'report.html'}")
 
