@@ -396,7 +396,9 @@ def test_features_of_a_block_made_white(monkeypatch):
             Network(model, "cls", block=block)
 
 
-def test_bad_images_do_not_count_for_the_whitening():
+def test_bad_images_do_not_count_for_the_whitening(monkeypatch):
+    monkeypatch.setattr(Model, "batch_size", lambda *_: 32)
+
     class Broken(ArraySource):
         def __getitem__(self, row):
             if row % 3 == 1:
