@@ -16,7 +16,7 @@ from mim_jax.curate import embedders, plants
 from mim_jax.curate.stages import DHASH
 from mim_jax.data import pipeline
 from mim_jax.data.decode import decode
-from mim_jax.data.sources import open_source
+from mim_jax.data.sources import open_source, sample
 from mim_jax.evaluators.knn import normalize, whitening
 
 EMBEDDER = flags.DEFINE_string("embedder", None, "A run's workdir, or a file or folder of weights; by default pixels.")
@@ -26,7 +26,6 @@ IMAGES = flags.DEFINE_integer("images", 1200, "Images that are copied.")
 FITTED = flags.DEFINE_integer("fitted", 2000, "Images that a whitening is of.")
 POOL = flags.DEFINE_integer("pool", 20_000, "Images of the pool that the threshold is for.")
 AT_A_TIME = 512
-PRECISION, SHARE = 0.99, 0.1  # calibrate.precision and calibrate.share of configs/curate.py
 
 
 def features(images: list[np.ndarray]) -> list[tuple[str, np.ndarray]]:
@@ -34,8 +33,7 @@ def features(images: list[np.ndarray]) -> list[tuple[str, np.ndarray]]:
     if EMBEDDER.value is None:
         return [("pixels", np.concatenate([embedders.Pixels.of_image(image) for image in images]))]
     model = mim_jax.load(EMBEDDER.value, resize=1.0)
-    depth = model.network.backbone.depth
-    side = model.checked(SIZE.value, 1)
+    depth, side = model.depth, model.checked(SIZE.value, 1)
     scaled = np.stack([np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR)) for image in images])
     found: dict[str, list[np.ndarray]] = {"cls": [], "mean": []}
     for start in range(0, len(scaled), AT_A_TIME):  # the features of all patches are large
@@ -54,13 +52,11 @@ def main(_: list[str]) -> None:
     )
     levels = pipeline.survey(second, plants.CANVAS).levels
 
-    def some(source, count: int) -> np.ndarray:
-        return np.unique(np.linspace(0, len(source) - 1, count).astype(int))
-
-    copies = plants.Copies(second, some(second, IMAGES.value), 0, levels)
+    calibrate = mim_jax.load_config("curate").calibrate
+    copies = plants.Copies(second, np.array(sample(second, IMAGES.value)), 0, levels)
     pairs = [decode(copies[row].image, plants.CANVAS, levels) for row in range(len(copies))]
     kinds = [copies.kind(pair) for pair in range(len(pairs) // 2)]
-    fit = [decode(first[int(row)].image, plants.CANVAS, levels) for row in some(first, FITTED.value)]
+    fit = [decode(first[row].image, plants.CANVAS, levels) for row in sample(first, FITTED.value)]
     hashes = np.array([embedders.dhash(image) for image in pairs[::2]], np.uint64)
     far = embedders.dhash_distance(hashes, hashes) > DHASH
     columns = ("features", "components", "threshold", "recall", *plants.KINDS)
@@ -73,10 +69,10 @@ def main(_: list[str]) -> None:
             mean, basis = whitening(bank, dims) if dims else (0, np.eye(bank.shape[1]))
             moved = np.asarray(normalize((rest - mean) @ basis))
             similarity = moved[1::2] @ moved[0::2].T
-            factor = POOL.value / (2 * SHARE * len(kinds))
+            factor = POOL.value / (2 * calibrate.share * len(kinds))
             curve = plants.curve(np.diagonal(similarity), kinds, [similarity[far]], factor)
             try:
-                at = curve.lowest(PRECISION)
+                at = curve.lowest(calibrate.precision)
                 values = [curve.recall[at], *(curve.by_kind[kind][at] for kind in plants.KINDS)]
                 told = [f"{curve.thresholds[at]:g}", *(f"{value:.3f}" for value in values)]
             except ValueError:

@@ -61,10 +61,6 @@ def beside(rows: Files, learned: np.ndarray, queries: int, sample: np.ndarray, e
         ids = index.search(vectors[chosen], K + 1)[1]
         return ids, len(ids) / (time.monotonic() - begin)
 
-    def recall(ids: np.ndarray) -> float:
-        """Of the neighbors of the sample; an image is not its own."""
-        return np.mean([len(set(a) & (set(b) - {i})) / K for a, b, i in zip(exact.tolist(), ids.tolist(), sample.tolist())])
-
     begin, quantizer = time.monotonic(), faiss.IndexFlatIP(rows.shape[1])
     index = faiss.IndexIVFFlat(quantizer, rows.shape[1], CELLS.value, faiss.METRIC_INNER_PRODUCT)
     index.cp.niter = 10
@@ -74,11 +70,11 @@ def beside(rows: Files, learned: np.ndarray, queries: int, sample: np.ndarray, e
     index.add(vectors)
     told(f"{what}: cells of all rows {time.monotonic() - begin:.1f} s")
     ids, rate = search(index, slice(queries))
-    told(f"{what}, cells: {rate:,.0f} rows/s; recall@{K} {recall(ids[sample]):.4f}")
+    told(f"{what}, cells: {rate:,.0f} rows/s; recall@{K} {neighbors.overlap(exact, ids[sample]):.4f}")
     flat = faiss.IndexFlatIP(rows.shape[1])
     flat.add(vectors)
     ids, rate = search(flat, sample)
-    told(f"{what}, exact: {rate:,.0f} rows/s; recall@{K} {recall(ids):.4f}")
+    told(f"{what}, exact: {rate:,.0f} rows/s; recall@{K} {neighbors.overlap(exact, ids):.4f}")
 
 
 def told(what: str) -> None:
@@ -112,7 +108,7 @@ def main(_: list[str]) -> None:
         begin = time.monotonic()
         exact = neighbors.nearest(rows.take(sample), rows, K, own=sample).ids
         seconds = time.monotonic() - begin
-        recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(exact.tolist(), ids[sample].tolist())])
+        recall = neighbors.overlap(exact, ids[sample])
         told(f"exact: {len(sample) / seconds:,.0f} rows/s of {len(sample):,}; recall@{K} of the cells {recall:.4f}")
         if importlib.util.find_spec("faiss"):
             beside(rows, learned, queries, sample, exact)

@@ -23,7 +23,7 @@ from mim_jax.checkpoint import is_checkpoint
 from mim_jax.config import of_run as config_of_run
 from mim_jax.data import decode, pipeline
 from mim_jax.data.augment import center_crop
-from mim_jax.data.sources import Example, open_source, user_cache
+from mim_jax.data.sources import Example, open_source, sample, user_cache
 from mim_jax.evaluators import IN_0_TO_1, PIXELS
 from mim_jax.learned import Run, load_run
 from mim_jax.methods.base import BackboneMethod, Encoder, Params
@@ -77,6 +77,11 @@ class Model:
         return state | {"parts": jax.device_get(self.parts)}
 
     @property
+    def depth(self) -> int:
+        """Blocks whose output can be used."""
+        return getattr(self.network.backbone, "depth", 1)
+
+    @property
     def patch_size(self) -> int:
         """Side, in pixels, of the square that a patch of the output stands for."""
         return self.network.stride
@@ -117,7 +122,7 @@ class Model:
     def checked(self, size: int | None, layers: int) -> int:
         """The side that is meant. Raises ValueError for one that the patches do not divide, and for blocks that are not
         there."""
-        size, depth = self.img_size if size is None else size, getattr(self.network.backbone, "depth", 1)
+        size, depth = self.img_size if size is None else size, self.depth
         for name, value in (("size", size), ("layers", layers)):
             if not isinstance(value, (int, np.integer)):
                 raise ValueError(f"{name} is {value!r}, but must be an integer")
@@ -200,7 +205,7 @@ class Model:
         canvas = self.canvas_of(size)
         levels = pipeline.survey(source, canvas, self.levels, self.max_pixels).levels
         readable = Readable(source, canvas, levels, self.max_pixels)
-        rows = np.unique(np.linspace(0, len(source) - 1, count).astype(np.int32))
+        rows = np.array(sample(source, count), np.int32)
         batch = pipeline.load(readable, rows, canvas)
         good = [place for place, row in enumerate(rows) if row not in readable.bad]
         if not good:

@@ -682,6 +682,10 @@ def test_images_that_are_curated_too(images, tmp_path, capsys):
     """Evaluation images leave a curated set; what a curated set has is not chosen once more."""
     from pyarrow import parquet
 
+    def fates():
+        table = parquet.read_table(tmp_path / "run/provenance.parquet").to_pydict()
+        return table, {Path(name).name: fate for name, fate in zip(table["name"], table["fate"])}
+
     heap, good = tmp_path / "the,heap@home", tmp_path / "good"
     shutil.copytree(images / "heap", heap)
     shutil.copytree(images / "good", good)
@@ -692,8 +696,7 @@ def test_images_that_are_curated_too(images, tmp_path, capsys):
     state = stages.run(config_of(images, **changes), tmp_path / "run")
     told = f"1 of 32 images of {good} (32 image files, no labels) are left out: copies of evaluation images, such as "
     assert f"{told}{good}/leak.png" in capsys.readouterr().err
-    table = parquet.read_table(tmp_path / "run/provenance.parquet").to_pydict()
-    fate = {Path(name).name: fate for name, fate in zip(table["name"], table["fate"])}
+    table, fate = fates()
     assert fate["020.png"] == fate["also.png"] == "also in a curated set, or in one component with such"
     source = open_source("curated", tmp_path / "run")
     names = [Path(source.name(row)) for row in range(len(source))]
@@ -708,8 +711,7 @@ def test_images_that_are_curated_too(images, tmp_path, capsys):
     (heap / "new.png").write_bytes(encode(smooth(500)))
     stages.run(config_of(images, **changes, **{"write.curated": 0.0}), tmp_path / "run")
     assert "the features are whitened as they were in this workdir before, for" in capsys.readouterr().err
-    table = parquet.read_table(tmp_path / "run/provenance.parquet").to_pydict()
-    fate = {Path(name).name: fate for name, fate in zip(table["name"], table["fate"])}
+    table, fate = fates()
     assert sorted((fate["020.png"], fate["also.png"]))[0] == "chosen" and fate["new.png"] == "chosen"
     there = open_source("folder", heap)
     unseen = Path(there.name(next(row for row in range(50, len(there)) if row not in sample(there))))
@@ -717,13 +719,12 @@ def test_images_that_are_curated_too(images, tmp_path, capsys):
     unseen.write_bytes(encode(smooth(403)))  # the same name, and an image to evaluate with
     assert unseen.stat().st_size != size
     stages.run(config_of(images, **changes), tmp_path / "run")
-    table = parquet.read_table(tmp_path / "run/provenance.parquet").to_pydict()
-    fate = {Path(name).name: fate for name, fate in zip(table["name"], table["fate"])}
+    table, fate = fates()
     assert fate[unseen.name] == "copy of an evaluation image"
     assert table["evaluation_similarity"][list(fate).index("bad.png")] is None
     heap.rename(tmp_path / "moved")
     stages.run(config_of(images, **changes | {"uncurated": f"{tmp_path}/moved"}), tmp_path / "run")
-    table = parquet.read_table(tmp_path / "run/provenance.parquet").to_pydict()
+    table, _ = fates()
     assert {str(Path(name).parent) for name in table["name"]} == {f"{tmp_path}/moved"}
     (tmp_path / "moved").rename(heap)
     with pytest.raises(FileNotFoundError, match="lists the images of .*moved, which are not there any more: move them back"):

@@ -13,7 +13,7 @@ from mim_jax import checkpoint
 from mim_jax.curate.neighbors import quantized
 from mim_jax.data import pipeline
 from mim_jax.data.decode import Levels
-from mim_jax.data.sources import Example
+from mim_jax.data.sources import Example, sample
 from mim_jax.evaluators.knn import pixel_features, whitening
 from mim_jax.pretrained import Model, Readable
 
@@ -110,7 +110,7 @@ class Embedder:
         """
         levels, _ = self.levels(source)
         readable = Hashed(source, self.canvas, levels, self.max_pixels)
-        rows = np.unique(np.linspace(0, len(source) - 1, FITTED).astype(np.int32))
+        rows = np.array(sample(source, FITTED), np.int32)
         bank = np.concatenate([features for features, _ in self.raw(readable, rows)])[: len(rows)]
         bank = bank[np.isfinite(bank).all(axis=1) & ~np.isin(rows, [*readable.bad])]
         if len(bank) < 2:
@@ -130,10 +130,9 @@ class Network(Embedder):
     """A trained network. Its features are those of `kind` after block `block`, 1 being the first; by default after the last."""
 
     def __init__(self, model: Model, kind: str, size: int | None = None, block: int | None = None):
-        depth = getattr(model.network.backbone, "depth", 1)
-        if block is not None and not 1 <= block <= depth:
-            raise ValueError(f"block is {block}, but of this network 1 to {depth} can be used")
-        self.model, self.kinds, self.layers = model, kind.split("+"), 1 if block is None else depth + 1 - block
+        if block is not None and not 1 <= block <= model.depth:
+            raise ValueError(f"block is {block}, but of this network 1 to {model.depth} can be used")
+        self.model, self.kinds, self.layers = model, kind.split("+"), 1 if block is None else model.depth + 1 - block
         self.size = model.checked(size, self.layers)
         self.canvas, self.given, self.max_pixels = model.canvas_of(self.size), model.levels, model.max_pixels
         self.batch_size = model.batch_size(2**30, self.size)

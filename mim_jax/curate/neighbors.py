@@ -155,6 +155,10 @@ def within_cells(rows: Rows, found: Cells, own: np.ndarray, probed: np.ndarray, 
 
 def recall(rows: Rows, queries: np.ndarray, found: np.ndarray, k: int) -> float:
     """The share of the exact k nearest of the rows `queries` that is in `found`, int32 [n, k]."""
-    exact = nearest(rows.take(queries), rows, k, own=queries).ids
+    return overlap(nearest(rows.take(queries), rows, k, own=queries).ids, found)
+
+
+def overlap(exact: np.ndarray, found: np.ndarray) -> float:
+    """The share of the exact neighbors, int32 [n, k], that is in `found`, int [n, any]."""
     pairs = [(set(a.tolist()) - {NONE}, set(b.tolist())) for a, b in zip(exact, found)]
     return sum(len(a & b) for a, b in pairs) / max(1, sum(len(a) for a, _ in pairs))

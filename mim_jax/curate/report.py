@@ -12,7 +12,7 @@ from PIL import Image
 from mim_jax.curate import clusters
 from mim_jax.curate.plants import Planted
 from mim_jax.data.decode import decode
-from mim_jax.data.sources import shown
+from mim_jax.data.sources import sample, shown
 from mim_jax.evaluators.pictures import enlarge
 from mim_jax.evaluators.pictures import table as sheet
 from mim_jax.report import COLORED, STYLE, Chart, described, document, embedded, legend_item, number, plot
@@ -193,7 +193,7 @@ def retrievals(state: Any) -> Image.Image | None:
     rows: list[list[Image.Image | None]] = []
     captions = []
     for images, result in state.why.get("retrieved", ()):
-        shown_rows = np.unique(np.linspace(0, len(images.good) - 1, GROUPS).astype(int))
+        shown_rows = np.array(sample(images.good, GROUPS))
         ids, similarity = (result.rows(name).take(shown_rows)[:, : ACROSS - 1] for name in ("ids", "similarity"))
         for i, near, alike in zip(shown_rows, state.candidates[ids].tolist(), similarity):
             rows.append([of(images, int(images.good[i])), None, *(of_pool(state, j) for j in near)])

@@ -44,7 +44,7 @@ from mim_jax.curate.shards import (
     write_parquet,
 )
 from mim_jax.data import curated
-from mim_jax.data.sources import shown
+from mim_jax.data.sources import sample, shown
 from mim_jax.journal import named_errors, replacing, write_whole
 from mim_jax.lock import locked
 from mim_jax.pretrained import load
@@ -460,7 +460,7 @@ class Stages:
         config = self.config
         if config.dedup.threshold is not None:
             return None, config.dedup.threshold
-        rows = images.good[np.unique(np.linspace(0, len(images.good) - 1, config.calibrate.images).astype(int))]
+        rows = images.good[sample(images.good, config.calibrate.images)]
         if len(rows) < LEAST_CALIBRATED:
             raise ValueError(
                 f"{len(rows):,} images are too few to calibrate a threshold with, {LEAST_CALIBRATED} are needed: give "
@@ -769,9 +769,9 @@ def provenance(state: Curation) -> Iterator[dict[str, list[Any]]]:
     candidate, chosen, leaked = (np.zeros(len(state.labels), bool) for _ in range(3))
     candidate[state.candidates], chosen[state.chosen], leaked[:] = True, True, state.leaked
     hit = state.hit
-    reasons = np.array(
-        ["bad image", "exact copy of another image", "copy of an evaluation image", "in one component with such a copy"]
-        + ["near-duplicate of another image", "not chosen", "chosen", "also in a curated set, or in one component with such"]
+    reasons = np.array(  # the first that holds
+        ["bad image", "copy of an evaluation image", "in one component with such a copy", "exact copy of another image"]
+        + ["also in a curated set, or in one component with such", "near-duplicate of another image", "not chosen", "chosen"]
     )
     sha256, (asked, place) = all_of(state.uncurated, "sha256"), asked_by(state)
 
@@ -786,9 +786,8 @@ def provenance(state: Curation) -> Iterator[dict[str, list[Any]]]:
         member, where = state.member[start : start + count], np.arange(start, start + count)
         there = np.maximum(member, 0)
         copy, doubled = state.origin[there] != where, state.doubled[there]
-        code = np.select(
-            [member < 0, hit[there], leaked[there], copy, doubled, ~candidate[there], ~chosen[there]], [0, 2, 3, 1, 7, 4, 5], 6
-        )
+        holds = [member < 0, hit[there], leaked[there], copy, doubled, ~candidate[there], ~chosen[there]]
+        fate = reasons[np.select(holds, list(range(len(holds))), len(holds))]
         label = state.labels[there]
         first = sha256.take(state.origin[label])
         return {
@@ -802,8 +801,8 @@ def provenance(state: Curation) -> Iterator[dict[str, list[Any]]]:
             "component": [each.tobytes().hex() if m >= 0 else "" for each, m in zip(first, member.tolist())],
             "component_size": np.where(member < 0, 0, sizes[label]).tolist(),
             "evaluation_similarity": [None] * count if most is None else pyarrow.array(most[there], mask=member < 0),
-            "fate": reasons[code].tolist(),
-            "asked_by": [asking(m) if c == 6 else "" for m, c in zip(member.tolist(), code.tolist())],
+            "fate": fate.tolist(),
+            "asked_by": [asking(m) if told == "chosen" else "" for m, told in zip(member.tolist(), fate.tolist())],
         }
 
     start = 0

@@ -69,7 +69,12 @@ class FolderSource:
         """16 hex digits of the sizes of all files, which tell of one that was replaced; at an address "", as it takes long."""
         if self.far:
             return ""
-        found = [path.stat().st_size if (path := self.root / file).is_file() else -1 for file in self.files]
+        found = []
+        for file in self.files:
+            try:
+                found.append(os.stat(self.root / file).st_size)
+            except OSError:  # it is a bad image
+                found.append(-1)
         return hashlib.sha256(np.array(found, "<i8").tobytes()).hexdigest()[:16]
 
     def __len__(self) -> int:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -161,9 +161,9 @@ def shown(name: str) -> str:
     )
 
 
-def sample(source: "Source") -> list[int]:
-    """SAMPLED evenly spaced rows, or all of fewer."""
-    return np.unique(np.linspace(0, len(source) - 1, SAMPLED).astype(int)).tolist()
+def sample(source: Sized, most: int = SAMPLED) -> list[int]:
+    """So many evenly spaced rows, or all of fewer."""
+    return np.unique(np.linspace(0, len(source) - 1, most).astype(int)).tolist()
 
 
 def fingerprint(source: "Source", names: str, labels: Sequence[int] | np.ndarray) -> str:
