@@ -12,8 +12,8 @@ from absl import app, flags
 from PIL import Image
 
 import mim_jax
-from mim_jax.curate import embedders, plants
-from mim_jax.curate.stages import DHASH
+from mim_jax.curate import calibration, embedders, plants
+from mim_jax.curate.calibration import DHASH, Pairs
 from mim_jax.data import pipeline
 from mim_jax.data.decode import decode
 from mim_jax.data.sources import open_source, sample
@@ -58,7 +58,7 @@ def main(_: list[str]) -> None:
     kinds = [copies.kind(pair) for pair in range(len(pairs) // 2)]
     fit = [decode(first[row].image, plants.CANVAS, levels) for row in sample(first, FITTED.value)]
     hashes = np.array([embedders.dhash(image) for image in pairs[::2]], np.uint64)
-    far = embedders.dhash_distance(hashes, hashes) > DHASH
+    far = embedders.dhash_distance(hashes[:, None], hashes) > DHASH
     columns = ("features", "components", "threshold", "recall", *plants.KINDS)
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}", flush=True)
     for name, found in features(fit + pairs):
@@ -70,7 +70,7 @@ def main(_: list[str]) -> None:
             moved = np.asarray(normalize((rest - mean) @ basis))
             similarity = moved[1::2] @ moved[0::2].T
             factor = POOL.value / (2 * calibrate.share * len(kinds))
-            curve = plants.curve(np.diagonal(similarity), kinds, [similarity[far]], factor)
+            curve = calibration.curve(Pairs(np.diagonal(similarity), [similarity[far]]), kinds, factor)
             try:
                 at = curve.lowest(calibrate.precision)
                 values = [curve.recall[at], *(curve.by_kind[kind][at] for kind in plants.KINDS)]

@@ -47,7 +47,10 @@ def get_config(variant: str = "web") -> ml_collections.ConfigDict:
     config.neighbors.sample = 1000  # images of which the recall of the cells is measured
 
     config.dedup = ml_collections.ConfigDict()
-    config.dedup.threshold = placeholder(float)  # cosine from which on two images are one; None: calibrated. Per embedder!
+    # How similar neighbors are: by "pixels", over crops and mirror images (mim_jax/curate/alignment.py), or the cosine of their
+    # "vectors", which also finds images that are much alike, but no copies. It holds for copies of evaluation images, too.
+    config.dedup.by = "pixels"
+    config.dedup.threshold = placeholder(float)  # from which on two images are one; None: calibrated. Of vectors: per embedder!
     config.dedup.giant = 0.01  # share of the pool from which on a component is reported as giant
     config.dedup.cut = 0.0  # giant components of a lower edge density are cut; 0: never
 
@@ -93,6 +96,7 @@ def get_config(variant: str = "web") -> ml_collections.ConfigDict:
 def demo(config):
     config.update(uncurated="cifar10@train[:80%]", curated="cifar10@train[98%:]", evaluation="cifar10@test")
     config.plant.update(copies=4000, evaluation=1000, imbalance=10.0)
+    config.calibrate.share = 0.19  # 4,000 of 21,241
     config.retrieve.k = 8
     config.balance.update(clusters=(1000, 100), points=(10, 5), rounds=3, iterations=15, images=8000)
 

@@ -202,17 +202,25 @@ def collectives(program: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
     """(operation, [(dtype, elements) of each result]) of what a compiled program's text sends between devices.
 
     A "ring" is a collective-permute of a TPU's product under FSDP: while it multiplies, the compiler passes the parts of a
-    kernel round (an all-gather), or those of its gradient (a reduce-scatter), one device further each time.
+    kernel round (an all-gather), or those of its gradient (a reduce-scatter), one device further each time. A "halo" is one of
+    columns of a gradient at the border between two devices: a TPU scatters blocks that are wider than the parts of the devices.
     """
     for shapes, name, start, rest in re.findall(rf"= (\(*[a-z]+\d*\[.*?) ({COLLECTIVES})(-start)?\((.*)", program):
         if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
             sources, targets = (sorted(re.findall(side, pairs[1])) for side in (r"\{(\d+),", r",(\d+)"))
             name = "ring" if sources == targets and re.search(r'op_name="[^"]*/dot_general"', rest) else name
+            name = "halo" if scattered(program, rest[: rest.index(")")]) else name
         results = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
-        if start and name in ("ring", "all-gather", "collective-permute"):  # operands, results, and u32[] of its own
+        if start and name in ("ring", "halo", "all-gather", "collective-permute"):  # operands, results, and u32[] of its own
             results = [each for each in results if each != ("u32", "")]
             results = results[len(results) // 2 :]
         yield name, [(dtype, math.prod(int(n) for n in sides.split(",") if n)) for dtype, sides in results]
+
+
+def scattered(program: str, name: str) -> bool:
+    """Whether a value in a compiled program's text is a slice of what a reduce-scatter has made."""
+    of = re.search(rf"{re.escape(name)} = \S+ slice\((%[\w.-]+)\)", program)
+    return bool(of and re.search(rf"{re.escape(of[1])} = .*(reduce-scatter\(|calls=%all-reduce-scatter)", program))
 
 
 def bits(dtype: str) -> int:

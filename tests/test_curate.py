@@ -15,12 +15,15 @@ import cloudpickle
 import jax
 import numpy as np
 import pytest
+import scipy.ndimage
 import scipy.sparse
 from pictures import encode
 
 from mim_jax import load_config
 from mim_jax.curate import __main__ as command
-from mim_jax.curate import clusters, components, neighbors, plants, shards, stages
+from mim_jax.curate import alignment, calibration, clusters, components, neighbors, plants, shards, stages
+from mim_jax.curate.alignment import aligned
+from mim_jax.curate.calibration import Known, Pairs
 from mim_jax.curate.clusters import kmeans
 from mim_jax.curate.embedders import Network, Pixels, dhash, dhash_distance
 from mim_jax.curate.neighbors import nearest, quantized
@@ -118,6 +121,90 @@ def test_cells_find_what_is_near():
     exact = brute(x, x, k, count)[0]
     assert recall == np.mean([len(set(a) & set(b)) / k for a, b in zip(exact.tolist(), near.ids.tolist())])
     assert recall > 0.95 and products == found.sizes[probed].sum() < 400 * 400 * 0.6
+
+
+# Alignment
+
+
+def textured(seed):
+    """Like a photograph: the lower the frequency, the stronger it is."""
+    noise = np.fft.fft2(np.random.default_rng(seed).normal(size=(3, 48, 48)))
+    image = np.fft.ifft2(noise / (0.02 + np.hypot(*np.meshgrid(np.fft.fftfreq(48), np.fft.fftfreq(48)))) ** 1.5).real
+    return np.clip(128 + 50 * (image - image.mean()) / image.std(), 0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def sketches(images):
+    return np.stack([alignment.sketch(image) for image in images])
+
+
+@pytest.mark.parametrize("level", [alignment.COARSE, alignment.FINE], ids=["coarse", "fine"])
+def test_alignment_is_the_best_correlation_of_all_crops(level):
+    one, other = sketches(map(textured, range(2))), sketches(map(textured, range(2, 4)))
+    side = level.side
+    reduced = [each.reshape(-1, side, 32 // side, side, 32 // side).mean(axis=(2, 4)) for each in (one, other)]
+
+    def band(image):
+        small, large = (scipy.ndimage.gaussian_filter(image, blur, mode="nearest") for blur in level.blurs)
+        return (small - large).ravel()
+
+    best = np.full((2, 2), -1.0)
+    for scale in np.linspace(0.7, 1, level.scales):
+        starts = np.linspace(0, (1 - scale) * side, int((1 - scale) * side / level.step + 1e-6) + 1)
+        for top, left, i, j in itertools.product(starts, starts, range(2), range(2)):
+            at = [start + (np.arange(side) + 0.5) * scale - 0.5 for start in (top, left)]
+            crop = scipy.ndimage.map_coordinates(reduced[0][i], np.meshgrid(*at, indexing="ij"), order=1, mode="nearest")
+            for turned in (crop, crop[:, ::-1]):
+                best[i, j] = max(best[i, j], np.corrcoef(band(turned), band(reduced[1][j]))[0, 1])
+    found = alignment._compared(level, one, Memory(other), np.tile(np.arange(2, dtype=np.int32), (2, 1)))
+    np.testing.assert_allclose(found, best, atol=2e-3)
+
+
+def test_copies_are_aligned_and_others_are_not():
+    images = [textured(seed) for seed in range(12)]
+    copies = [plants.copied(image, list(plants.KINDS)[i % 6], (i,)) for i, image in enumerate(images)]
+    ours, theirs, ids = sketches(images), sketches(copies), np.tile(np.arange(12, dtype=np.int32), (12, 1))
+    both = np.maximum(aligned(ours, Memory(theirs), ids), aligned(theirs, Memory(ours), ids).T)
+    assert np.diagonal(both).min() > 0.85 and both[~np.eye(12, dtype=bool)].max() < 0.6
+    crops = [i for i in range(12) if i % 6 == 1]
+    assert all(aligned(theirs, Memory(ours), ids)[i, i] < both[i, i] for i in crops)  # an image is no part of its crop
+    flat = np.full((2, 32, 32), [[[7]], [[250]]], np.uint8)
+    assert (aligned(flat, Memory(flat), ids[:2, :2]) == 0).all()
+
+
+def test_alignment_has_the_same_bits_in_any_division(monkeypatch):
+    base = sketches(textured(seed % 30) for seed in range(40))
+    ids = np.random.default_rng(0).integers(0, 40, (40, 6)).astype(np.int32)
+    ids[3, 4:], ids[:, 0] = neighbors.NONE, (np.arange(40) + 30) % 40  # for some their own copy
+    whole = aligned(base, Memory(base), ids)
+    assert np.isinf(whole[3, 4:]).all() and (whole[:10, 0] > 0.99).all() and (whole >= alignment.LOOSE).mean() < 0.5
+    monkeypatch.setattr(alignment, "QUERIES", 8)
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:2])):
+        parts = [aligned(base[i : i + 7], Memory(base), ids[i : i + 7]) for i in range(0, 40, 7)]
+    assert np.array_equal(np.concatenate(parts), whole)
+    assert aligned(base[:0], Memory(base), ids[:0]).shape == (0, 6)
+
+
+def test_pairs_that_are_near_either_way_are_compared_both_ways():
+    images = [textured(seed) for seed in range(10)]
+    copies = [plants.copied(image, "crop", (i,)) for i, image in enumerate(images)]
+    images[1] = images[0]  # copies by themselves
+    dhashes = np.array([dhash(image) for image in images], np.uint64)
+    one, other = (Known("", Memory(vectors(10, 4, seed)), Memory(sketches(each))) for seed, each in ((0, images), (1, copies)))
+    ids = np.tile(np.arange(10, dtype=np.int32), (10, 1))
+    forth, back = (aligned(a.sketches.array, b.sketches, ids) for a, b in ((one, other), (other, one)))
+    near = [np.array([[j in row for j in range(10)] for row in brute(a.vectors.array, b.vectors.array, 3, np.arange(10))[0]])
+            for a, b in ((one, other), (other, one))]  # fmt: skip
+    want = np.maximum(np.where(near[0], forth, -np.inf), np.where(near[1], back, -np.inf).T)
+    want[0, 1] = want[1, 0] = -np.inf
+    pool = vectors(6, 4, 2)
+    found = calibration.by_pixels(one, other, dhashes, Memory(pool), 3)
+    assert sorted(np.concatenate(list(found.others))) == sorted(want[np.isfinite(want) & ~np.eye(10, dtype=bool)])
+    for i in range(10):
+        ways = []
+        for a, b, similarity in ((one, other, forth), (other, one, back)):
+            rank = (pool.astype(int) @ a.vectors.array[i] > a.vectors.array[i].astype(int) @ b.vectors.array[i]).sum()
+            ways += [similarity[i, i]] * int(rank < 3)
+        assert found.own[i] == max(ways, default=-np.inf)
 
 
 # Components
@@ -347,14 +434,14 @@ def test_copies_are_of_their_kinds():
 
 def test_the_threshold_is_the_lowest_that_is_precise_from_there_on():
     copies, others = np.array([0.9, 0.8, 0.6, 0.2]), np.array([0.5, 0.3, 0.1])
-    curve = plants.curve(copies, ["jpeg", "jpeg", "crop", "crop"], np.split(others, [1]), factor=2)
+    curve = calibration.curve(Pairs(copies, np.split(others, [1])), ["jpeg", "jpeg", "crop", "crop"], factor=2)
     place = curve.lowest(0.99)
     assert curve.thresholds[place] == 0.505 and curve.recall[place] == 0.75
     assert curve.by_kind["jpeg"][place] == 1 and curve.by_kind["crop"][place] == 0.5
     at = np.searchsorted(curve.thresholds, 0.25)
     assert curve.precision[at] == 3 / (3 + 2 * 2)
     with pytest.raises(ValueError, match="no threshold has a precision of 0.99: other images are as similar"):
-        plants.curve(copies, [""] * 4, [np.ones(3)], 1).lowest(0.99)
+        calibration.curve(Pairs(copies, [np.ones(3)]), [""] * 4, 1).lowest(0.99)
 
 
 def test_dhash_tells_where_it_gets_darker():
@@ -362,7 +449,8 @@ def test_dhash_tells_where_it_gets_darker():
     assert dhash(rising) == 2**64 - 1 and dhash(rising[:, ::-1]) == 0
     image = np.random.default_rng(0).permutation(216).astype(np.uint8).reshape(8, 9, 3)
     hashes = np.array([dhash(image), dhash(image[:, ::-1]), dhash(image[::-1])], np.uint64)
-    assert np.array_equal(dhash_distance(hashes, hashes) < 6, [[1, 1, 0], [1, 1, 0], [0, 0, 1]])  # a few are equally dark
+    near = dhash_distance(hashes[:, None], hashes) < 6  # a few places are equally dark
+    assert np.array_equal(near, [[1, 1, 0], [1, 1, 0], [0, 0, 1]])
 
 
 def small_network(depth=1):
@@ -383,10 +471,10 @@ def test_features_of_a_block_made_white(monkeypatch):
         plain = Network(model, kind, block=2)
         found = np.concatenate([batch.vectors for batch in plain.batches(source, None, 0, 80)])
         np.testing.assert_allclose(found, quantized(wanted), atol=1)
-        white = plain.whitening(source, 6)
+        white = plain.basis(source, 6)
         moved = (wanted - white[0]) @ white[1]
         np.testing.assert_allclose(np.cov(moved.T, bias=True), np.eye(6), atol=1e-3)
-        embedder = plain.whitened(white)
+        embedder = plain.projected(white)
         found = np.concatenate([batch.vectors for batch in embedder.batches(source, None, 64, 80)])
         np.testing.assert_allclose(found, quantized(moved[64:]), atol=2)
         assert embedder.dims == 6 and embedder.identity != plain.identity != Network(model, kind).identity
@@ -408,10 +496,12 @@ def test_bad_images_do_not_count_for_the_whitening(monkeypatch):
     source, zeros = noise(60), np.zeros(60, np.int32)
     left = ArraySource(source.images[np.arange(60) % 3 != 1], zeros[:40], 1)
     for embedder in (Network(small_network(), "cls"), Pixels()):
-        for one, other in zip(embedder.whitening(Broken(source.images, zeros, 1), 4), embedder.whitening(left, 4)):
+        for one, other in zip(embedder.basis(Broken(source.images, zeros, 1), 4), embedder.basis(left, 4)):
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+            if isinstance(embedder, Pixels):  # its crops are drawn anew
+                break
         with pytest.raises(ValueError, match="fewer than two of 2 sampled images can be read"):
-            embedder.whitening(Broken(source.images[:2], zeros[:2], 1), 4)
+            embedder.basis(Broken(source.images[:2], zeros[:2], 1), 4)
 
 
 def test_a_network_and_a_curated_list_as_a_set(images, tmp_path, monkeypatch):
@@ -423,7 +513,7 @@ def test_a_network_and_a_curated_list_as_a_set(images, tmp_path, monkeypatch):
     config = config_of(images, select="all", curated="", block=1, whiten=5, **network)
     first = stages.run(config, tmp_path / "first")
     assert first.pool.shape[1] == 5 and "cls after block 1, 16 pixels, 5 white components" in first.embedder.description
-    monkeypatch.setattr(Network, "whitening", None)  # a second start does not look at the images again
+    monkeypatch.setattr(Network, "basis", None)  # a second start does not look at the images again
     again = stages.run(config, tmp_path / "first")
     assert again.embedder.identity == first.embedder.identity
 
@@ -460,12 +550,6 @@ def test_rounds_of_stars_end_with_the_components():
 # The command
 
 
-def smooth(seed):
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (4, 4, 3), np.uint8)
-    return plants.copied(small.repeat(8, 0).repeat(8, 1), "resize", (seed,))
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """A heap of 150 images with three exact and four other copies, two copies of images to test on, and a bad file."""
@@ -473,13 +557,13 @@ def images(tmp_path_factory):
     for name, seeds in (("heap", range(150)), ("good", range(300, 330)), ("test", range(400, 406))):
         (root / name).mkdir()
         for seed in seeds:
-            (root / name / f"{seed:03}.png").write_bytes(encode(smooth(seed)))
+            (root / name / f"{seed:03}.png").write_bytes(encode(textured(seed)))
     for i in range(3):
-        (root / "heap" / f"same{i}.png").write_bytes(encode(smooth(i)))
+        (root / "heap" / f"same{i}.png").write_bytes(encode(textured(i)))
     for i, kind in enumerate(("jpeg", "flip", "jpeg", "color")):
-        (root / "heap" / f"like{i}.png").write_bytes(encode(plants.copied(smooth(10 + i), kind, (i,))))
-    (root / "heap" / "leak0.png").write_bytes(encode(smooth(400)))
-    (root / "heap" / "leak1.png").write_bytes(encode(smooth(401)[:, ::-1]))
+        (root / "heap" / f"like{i}.png").write_bytes(encode(plants.copied(textured(10 + i), kind, (i,))))
+    (root / "heap" / "leak0.png").write_bytes(encode(textured(400)))
+    (root / "heap" / "leak1.png").write_bytes(encode(textured(401)[:, ::-1]))
     (root / "heap" / "bad.png").write_bytes(b"no image")
     return root
 
@@ -525,7 +609,7 @@ def test_what_becomes_of_each_image(images, tmp_path, capsys):
     train, held_out = open_source("curated", tmp_path), open_source("curated", tmp_path, "test")
     assert len(held_out) == 6 and len(train) == len(chosen) + 30
     assert {Path(train.name(row)).name for row in range(len(train))} == chosen | {f"{i}.png" for i in range(300, 330)}
-    assert len(open_source("curated", tmp_path, "train[:50%]")) == len(train) // 2
+    assert len(open_source("curated", tmp_path, "train[:50%]")) == (len(train) + 1) // 2
     (tmp_path / next(name for name in outputs(tmp_path) if name.startswith("rows-"))).write_bytes(b"")
     with pytest.raises(ValueError, match="is not what was written"):
         open_source("curated", tmp_path)
@@ -689,9 +773,9 @@ def test_images_that_are_curated_too(images, tmp_path, capsys):
     heap, good = tmp_path / "the,heap@home", tmp_path / "good"
     shutil.copytree(images / "heap", heap)
     shutil.copytree(images / "good", good)
-    (good / "leak.png").write_bytes(encode(smooth(402)[:, ::-1]))
-    (good / "also.png").write_bytes(encode(smooth(20)))  # of 020.png, and of its copy
-    (heap / "also.png").write_bytes(encode(plants.copied(smooth(20), "jpeg", (0,))))
+    (good / "leak.png").write_bytes(encode(textured(402)[:, ::-1]))
+    (good / "also.png").write_bytes(encode(textured(20)))  # of 020.png, and of its copy
+    (heap / "also.png").write_bytes(encode(plants.copied(textured(20), "jpeg", (0,))))
     changes = {"uncurated": str(heap), "curated": str(good), "retrieve.k": 150}
     state = stages.run(config_of(images, **changes), tmp_path / "run")
     told = f"1 of 32 images of {good} (32 image files, no labels) are left out: copies of evaluation images, such as "
@@ -708,15 +792,15 @@ def test_images_that_are_curated_too(images, tmp_path, capsys):
     assert "without images that are also in a curated set" in page
 
     # Without curated images in the list these are chosen; other images can be added to a workdir.
-    (heap / "new.png").write_bytes(encode(smooth(500)))
+    (heap / "new.png").write_bytes(encode(textured(500)))
     stages.run(config_of(images, **changes, **{"write.curated": 0.0}), tmp_path / "run")
-    assert "the features are whitened as they were in this workdir before, for" in capsys.readouterr().err
+    assert "the components of the features are those that this workdir had before, for" in capsys.readouterr().err
     table, fate = fates()
     assert sorted((fate["020.png"], fate["also.png"]))[0] == "chosen" and fate["new.png"] == "chosen"
     there = open_source("folder", heap)
     unseen = Path(there.name(next(row for row in range(50, len(there)) if row not in sample(there))))
     size = unseen.stat().st_size
-    unseen.write_bytes(encode(smooth(403)))  # the same name, and an image to evaluate with
+    unseen.write_bytes(encode(textured(403)))  # the same name, and an image to evaluate with
     assert unseen.stat().st_size != size
     stages.run(config_of(images, **changes), tmp_path / "run")
     table, fate = fates()
@@ -794,8 +878,8 @@ def test_classes_of_what_was_retrieved(tmp_path):
     for name, count in (("heap", 20), ("good", 4)):
         for i in range(count):
             (tmp_path / name / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-            (tmp_path / name / "ab"[i % 2] / f"{i}.png").write_bytes(encode(smooth(i + 100 * count)))
-    (tmp_path / "heap/b/1.png").write_bytes(encode(plants.copied(smooth(400), "jpeg", (0,))))  # of class b, as one of class a
+            (tmp_path / name / "ab"[i % 2] / f"{i}.png").write_bytes(encode(textured(i + 100 * count)))
+    (tmp_path / "heap/b/1.png").write_bytes(encode(plants.copied(textured(400), "jpeg", (0,))))  # of class b, as one of class a
     state = stages.run(config_of(tmp_path, evaluation="", **{"retrieve.k": 5}), tmp_path / "run")
     rows = {name: (count, float(precision)) for name, count, precision, _ in stages.report.by_class(state)}
     source = state.uncurated[0].source

@@ -191,7 +191,8 @@ def test_bad_programs_are_noticed():
 
 
 def test_rings_of_products_are_told_from_other_permutes():
-    """As a TPU's compiler writes them: a kernel that goes round, one that is moved, a gather, and a sum of gradients."""
+    """As a TPU's compiler writes them: a kernel that goes round, one that is moved, a gather, and sums of gradients, of which
+    one is cut into other parts than the devices have."""
     pair = "(bf16[8,16]{0,1:T(8,128)}, bf16[8,16]{0,1:T(8,128)S(1)}, u32[]{:S(2)}, u32[]{:S(2)})"
     product = 'metadata={op_name="jit(train_step)/jvp(ViT)/qkv/dot_general" stack_frame_id=1}'
     round, on = (f"source_target_pairs={{{{{pairs}}}}}" for pairs in ("0,3},{1,0},{2,1},{3,2", "0,1},{1,2},{2,3"))
@@ -201,10 +202,14 @@ def test_rings_of_products_are_told_from_other_permutes():
   %collective-permute-start.2 = {pair} collective-permute-start(%a), {on}, {product}
   %all-gather-start.3 = ((bf16[4]{{0}}, f32[2]{{0}}), (bf16[16]{{0}}, f32[8]{{0}})) all-gather-start(%a, %b), dimensions={{0}}
   %all-reduce.4 = (f32[4]{{0}}, bf16[6]{{0}}) all-reduce(%a, %b), to_apply=%add
+  %fusion.5 = f32[8,24]{{1,0}} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.5.clone
+  %slice.6 = f32[8,4]{{1,0}} slice(%fusion.5), slice={{[0:8], [20:24]}}
+  %collective-permute.7 = f32[8,4]{{1,0}} collective-permute(%slice.6), {on}
 """
     assert dry_run.communication(program) == {
         ("ring", "bf16"): (1, 256),
         ("collective-permute", "bf16"): (1, 256),
+        ("halo", "f32"): (1, 128),
         ("all-gather", "bf16"): (1, 32),
         ("all-gather", "f32"): (1, 32),
         ("all-reduce", "f32"): (1, 16),

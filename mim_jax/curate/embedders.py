@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import scipy.linalg  # type: ignore[import-untyped]
 from PIL import Image
 
 from mim_jax import checkpoint
+from mim_jax.curate import plants
+from mim_jax.curate.alignment import sketch
 from mim_jax.curate.neighbors import quantized
 from mim_jax.data import pipeline
 from mim_jax.data.decode import Levels
@@ -17,9 +20,12 @@ from mim_jax.data.sources import Example, sample
 from mim_jax.evaluators.knn import pixel_features, whitening
 from mim_jax.pretrained import Model, Readable
 
-CANVAS, SIDE, DIMS = 64, 12, 64  # of pixels: decoded to fit, then scaled to; components
-RAW = 3 * SIDE**2
-FITTED = 4096  # images that a whitening is of
+CANVAS, SIDE, DIMS = 64, 6, 24  # of pixels: decoded to fit, then scaled to; components
+EDGES, PLACES = 32, 4  # of edges: scaled to; places along each axis
+RAW = 3 * (SIDE**2 + PLACES**2)
+FITTED = 4096  # images that a basis is of
+NOISE = 1e-3  # of the mean variance of crops, in all directions
+EDGE = 60.0  # levels; what an edge of one standard deviation counts
 
 
 class Batch(NamedTuple):
@@ -29,31 +35,32 @@ class Batch(NamedTuple):
     labels: np.ndarray  # int32 [b], -1 if unknown
     sha256: np.ndarray  # uint8 [b, 32], of the pixels as they were decoded
     dhash: np.ndarray  # uint64 [b]
+    sketches: np.ndarray  # uint8 [b, SIDE, SIDE], see `alignment.sketch`
     bad: list[str]  # why an image is bad, "" for good ones
 
 
 class Hashed(Readable):
-    """A source whose images are decoded and hashed; `hashes` has those of the rows that were read."""
+    """A source whose images are decoded, hashed and sketched; `seen` has this of the rows that were read."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.hashes: dict[int, tuple[bytes, int]] = {}
+        self.seen: dict[int, tuple[bytes, int, np.ndarray]] = {}
 
     def __getitem__(self, row: int) -> Example:
         example = super().__getitem__(row)
         image = np.asarray(example.image)
-        self.hashes[row] = pixel_hash(image), dhash(image)
+        self.seen[row] = pixel_hash(image), dhash(image), sketch(image)
         return example
 
     def batch(self, rows: range, features: np.ndarray, labels: np.ndarray) -> Batch:
-        hashes = [self.hashes.pop(row) for row in rows]
+        digests, hashes, sketches = zip(*(self.seen.pop(row) for row in rows))
         bad = [self.bad.pop(row, "") for row in rows]
         features = features[: len(rows)].astype(np.float64)
         bad = [why or "" if np.isfinite(x).all() else "its features are not finite" for why, x in zip(bad, features)]
         vectors = quantized(features)
         vectors[[bool(why) for why in bad]] = 0
-        digests = np.frombuffer(b"".join(digest for digest, _ in hashes), np.uint8).reshape(-1, 32)
-        return Batch(vectors, labels[: len(rows)], digests, np.array([each for _, each in hashes], np.uint64), bad)
+        sha256 = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+        return Batch(vectors, labels[: len(rows)], sha256, np.array(hashes, np.uint64), np.stack(sketches), bad)
 
 
 def pixel_hash(image: np.ndarray) -> bytes:
@@ -67,10 +74,10 @@ def dhash(image: np.ndarray) -> int:
 
 
 def dhash_distance(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Bits that differ, uint8 [N, M], of hashes uint64 [N] and [M]; of one image as it is, or mirrored if that is nearer."""
+    """Bits that differ, uint8, of hashes uint64 [..., M] and [M]; of one image as it is, or mirrored if that is nearer."""
     bits = np.unpackbits(other.astype(">u8")[:, None].view(np.uint8), axis=1).reshape(-1, 8, 8)
     mirrored = np.packbits(1 - bits[:, :, ::-1], axis=2).reshape(-1, 8).view(">u8")[:, 0].astype(np.uint64)
-    return np.minimum(*(np.bitwise_count(one[:, None] ^ each) for each in (other, mirrored)))
+    return np.minimum(*(np.bitwise_count(one ^ each) for each in (other, mirrored)))
 
 
 class Embedder:
@@ -83,7 +90,8 @@ class Embedder:
     dims: int  # of a vector
     description: str
     identity: list[Any]  # what the vectors depend on besides the images, as JSON
-    white: tuple[np.ndarray, np.ndarray] | None = None
+    components: tuple[np.ndarray, np.ndarray] | None = None  # see `basis`
+    kind_of_components = "white components"
 
     def raw(self, readable: Hashed, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Features float32 [b, D] of the rows, not white, and labels, batch by batch; the last one is padded."""
@@ -98,31 +106,38 @@ class Embedder:
         readable = Hashed(source, self.canvas, levels, self.max_pixels)
         made = self.raw(readable, np.arange(start, stop, dtype=np.int32))
         for first, (features, labels) in zip(range(start, stop, self.batch_size), made, strict=True):
-            if self.white is not None:
-                features = (features - self.white[0]) @ self.white[1]
+            if self.components is not None:
+                features = (features - self.components[0]) @ self.components[1]
             yield readable.batch(range(first, min(first + self.batch_size, stop)), features, labels)
 
-    def whitening(self, source: Any, dims: int) -> tuple[np.ndarray, np.ndarray]:
+    def basis(self, source: Any, dims: int) -> tuple[np.ndarray, np.ndarray]:
         """The mean and the basis in which the features of FITTED images of a source are white, see `knn.whitening`. Of few
         images there are fewer components: of as many as images all images would be equally far from each other.
 
         Raises ValueError if there are fewer than two good images.
         """
-        levels, _ = self.levels(source)
-        readable = Hashed(source, self.canvas, levels, self.max_pixels)
         rows = np.array(sample(source, FITTED), np.int32)
-        bank = np.concatenate([features for features, _ in self.raw(readable, rows)])[: len(rows)]
-        bank = bank[np.isfinite(bank).all(axis=1) & ~np.isin(rows, [*readable.bad])]
-        if len(bank) < 2:
-            raise ValueError(f"{source.description}: fewer than two of {len(rows)} sampled images can be read")
-        return whitening(bank, min(dims, len(bank) // 8 or 1))
+        bank, good = self.features(source, self.levels(source)[0], rows)
+        return whitening(bank[good], min(dims, self.enough(source, good)))
 
-    def whitened(self, white: tuple[np.ndarray, np.ndarray]) -> "Embedder":
-        """With white features, by a result of `whitening`."""
+    def features(self, source: Any, levels: Levels | None, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of some rows, before `projected`: float32 [n, D], and which of them are good."""
+        readable = Hashed(source, self.canvas, levels, self.max_pixels)
+        found = np.concatenate([features for features, _ in self.raw(readable, rows)])[: len(rows)]
+        return found, np.isfinite(found).all(axis=1) & ~np.isin(rows, [*readable.bad])
+
+    def enough(self, source: Any, good: np.ndarray) -> int:
+        """For how many components there are images enough."""
+        if good.sum() < 2:
+            raise ValueError(f"{source.description}: fewer than two of {len(good)} sampled images can be read")
+        return int(good.sum()) // 8 or 1
+
+    def projected(self, basis: tuple[np.ndarray, np.ndarray]) -> "Embedder":
+        """With the components of a result of `basis`."""
         made = copy.copy(self)
-        made.white, made.dims = white, white[1].shape[1]
-        made.description = f"{self.description}, {made.dims} white components"
-        made.identity = [*self.identity, [hashlib.sha256(array.tobytes()).hexdigest()[:16] for array in white]]
+        made.components, made.dims = basis, basis[1].shape[1]
+        made.description = f"{self.description}, {made.dims} {self.kind_of_components}"
+        made.identity = [*self.identity, [hashlib.sha256(array.tobytes()).hexdigest()[:16] for array in basis]]
         return made
 
 
@@ -150,13 +165,30 @@ class Network(Embedder):
 
 
 class Pixels(Embedder):
-    """The pixels of an image and its mirror image, small. No network: whitened, it tells copies from others, not kinds."""
+    """Colors and edges of an image and its mirror image, as they are in crops, too. No network: it finds copies, not kinds."""
 
     batch_size, canvas, max_pixels, dims = 256, CANVAS, 2**27, RAW
-    description = f"pixels, {SIDE} x {SIDE}"
+    kind_of_components = "components in which crops agree"
+    description = f"pixels, {SIDE} x {SIDE}, and edges, {PLACES} x {PLACES}"
 
     def __init__(self, given: Levels | None = None):
-        self.given, self.identity = given, ["pixels", 2, CANVAS, SIDE]
+        self.given, self.identity = given, ["pixels", 4, CANVAS, SIDE, EDGES, PLACES]
+
+    def basis(self, source: Any, dims: int) -> tuple[np.ndarray, np.ndarray]:
+        """The mean and the basis of Fisher's discriminants of crops: the components in which images differ most, in units of
+        how much crops differ from their images. FITTED images and a crop of each are looked at. Other copies differ less."""
+        rows = np.array(sample(source, FITTED), np.int32)
+        levels, _ = self.levels(source)
+        pairs = plants.Copies(source, rows, 0, levels, ("crop",))
+        found, good = self.features(pairs, levels, np.arange(len(pairs), dtype=np.int32))
+        good = np.logical_and(*good.reshape(-1, 2).T)
+        dims = min(dims, self.enough(source, good))
+        images, copies = found.reshape(-1, 2, RAW)[good].astype(np.float64).transpose(1, 0, 2)
+        mean, apart = images.mean(axis=0), images - copies
+        within = apart.T @ apart / len(images)
+        within += NOISE * np.trace(within) / RAW * np.eye(RAW)
+        _, basis = scipy.linalg.eigh(np.cov(images.T, bias=True), within, subset_by_index=(RAW - dims, RAW - 1))
+        return mean, basis
 
     def raw(self, readable: Hashed, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start in range(0, len(rows), self.batch_size):
@@ -167,6 +199,13 @@ class Pixels(Embedder):
 
     @staticmethod
     def of_image(image: np.ndarray) -> np.ndarray:
-        small = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX)
-        pixels = np.asarray(small, np.float32)[None]
-        return pixel_features((pixels + pixels[:, :, ::-1]) / 2)
+        """Float32 [1, RAW]: the small image, and at each place the mean differences of gray to the right, down, and to either
+        side down, as shares of its standard deviation (plus 10 levels). All is the mean with the mirror image."""
+        small = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)[None]
+        gray = np.asarray(Image.fromarray(image).convert("L").resize((EDGES, EDGES), Image.Resampling.BOX), np.float32)
+        right, down = (np.diff(gray, axis=axis, append=np.take(gray, [-1], axis)) for axis in (1, 0))
+        places = np.stack([np.abs(right), np.abs(down), np.abs(right + down) + np.abs(right - down)])
+        edges = places.reshape(3, PLACES, EDGES // PLACES, PLACES, EDGES // PLACES).mean(axis=(2, 4))
+        edges *= EDGE / (gray.std() + 10)
+        pixels, edges = (small + small[:, :, ::-1]) / 2, (edges + edges[..., ::-1]) / 2
+        return np.concatenate([pixel_features(pixels), edges.reshape(1, -1)], axis=1)

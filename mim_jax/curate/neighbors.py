@@ -65,30 +65,31 @@ def nearest(
     found = Nearest(np.empty((count, k), np.int32), np.empty((count, k), np.float32))
     merge = _merge(sharding.current_mesh(), k)
     # Powers of two, so that few programs are compiled; small ones for small data.
-    rows = devices * _power(-(-count // devices), 32, QUERIES.get(sharding.platform(), 8192))
-    block = _power(base.shape[0], 256, BLOCK)
+    rows = devices * power(-(-count // devices), 32, QUERIES.get(sharding.platform(), 8192))
+    block = power(base.shape[0], 256, BLOCK)
     for start in range(0, count, rows):
         stop = min(start + rows, count)
         best: Any = (np.full((rows, k), -np.inf, np.float32), np.full((rows, k), NONE, np.int32))
         if begin:
-            best = _padded(begin.similarity[start:stop], rows, 0), _padded(begin.ids[start:stop], rows, NONE)
-        padded = {"query": _padded(queries[start:stop], rows, 0), "own": _padded(own[start:stop], rows, NONE - 1)}
-        these = sharding.global_batch(padded)
+            best = padded(begin.similarity[start:stop], rows, 0), padded(begin.ids[start:stop], rows, NONE)
+        these = sharding.global_batch(
+            {"query": padded(queries[start:stop], rows, 0), "own": padded(own[start:stop], rows, NONE - 1)}
+        )
         for first in range(0, base.shape[0], block):
             last = min(first + block, base.shape[0])
             numbers = np.arange(first, last, dtype=np.int32) if ids is None else ids[first:last].astype(np.int32)
-            rest = _padded(base.read(first, last), block, 0), _padded(numbers, block, NONE)
+            rest = padded(base.read(first, last), block, 0), padded(numbers, block, NONE)
             best = merge(*best, these["query"], these["own"], *rest)
         similarity, numbers = jax.device_get(best)
         found.ids[start:stop], found.similarity[start:stop] = numbers[: stop - start], similarity[: stop - start]
     return found
 
 
-def _power(count: int, least: int, most: int) -> int:
+def power(count: int, least: int, most: int) -> int:
     return min(most, max(least, 1 << max(count - 1, 0).bit_length()))
 
 
-def _padded(array: np.ndarray, rows: int, value: int) -> np.ndarray:
+def padded(array: np.ndarray, rows: int, value: int) -> np.ndarray:
     return np.concatenate([array, np.full((rows - len(array), *array.shape[1:]), value, array.dtype)])
 
 

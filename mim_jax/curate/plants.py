@@ -1,9 +1,9 @@
-"""Known copies of images: to choose a threshold by, and to count what the pipeline finds of them."""
+"""Known copies of images: to calibrate with, and to count what the pipeline finds of them."""
 
 import dataclasses
 import functools
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,15 +139,16 @@ def planted(pool: Any, evaluation: Any, settings: Mapping[str, Any]) -> Planted:
 
 @dataclasses.dataclass(frozen=True)
 class Copies:
-    """Images of a source, at the even rows, each followed by a copy of it. For calibration."""
+    """Images of a source, at the even rows, each followed by a copy of it."""
 
     source: Any
     rows: np.ndarray
     seed: int
     levels: Levels | None  # see `decode.decode`
+    kinds: Sequence[str] = tuple(KINDS)  # of the copies, in turn
 
     def kind(self, pair: int) -> str:
-        return list(KINDS)[pair % len(KINDS)]
+        return self.kinds[pair % len(self.kinds)]
 
     def __len__(self) -> int:
         return 2 * len(self.rows)
@@ -159,40 +160,3 @@ class Copies:
 
     def name(self, row: int) -> str:
         return self.source.name(int(self.rows[row // 2]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """What each threshold finds. `share` of edges that join an image and its copy, by the side of all edges: precision."""
-
-    thresholds: np.ndarray  # ascending
-    precision: np.ndarray
-    recall: np.ndarray
-    by_kind: dict[str, np.ndarray]  # recall
-
-    def lowest(self, precision: float) -> int:
-        """The place of the lowest threshold from which on the precision is at least so much. Raises ValueError if there is
-        none."""
-        bad = np.flatnonzero(self.precision < precision)
-        place = int(bad[-1]) + 1 if len(bad) else 0
-        if place == len(self.thresholds) or not self.recall[place]:
-            raise ValueError(
-                f"no threshold has a precision of {precision:g}: other images are as similar as copies. Give "
-                "dedup.threshold, lower calibrate.precision, or take another embedder"
-            )
-        return place
-
-
-def curve(copies: np.ndarray, kinds: Sequence[str], others: Iterable[np.ndarray], factor: float) -> Curve:
-    """Args: the similarities of images and their copies, [n]; the kinds of these; the similarities of pairs of an image and a
-    copy of another one, in parts; by how much these pairs are more, beside those of copies, in the whole pool than here."""
-    thresholds = np.round(np.arange(0.0, 1.0, 0.005), 3)
-    true = np.array([(copies >= t).sum() for t in thresholds])
-    inside = sum((np.histogram(part, [*thresholds, np.inf])[0] for part in others), np.zeros(len(thresholds), np.int64))
-    false = np.cumsum(inside[::-1])[::-1] * factor
-    by = {
-        kind: np.array([(copies[[each == kind for each in kinds]] >= t).mean() for t in thresholds])
-        for kind in dict.fromkeys(kinds)
-    }
-    precision = np.where(true + false > 0, true / np.maximum(true + false, 1), 1.0)
-    return Curve(thresholds, precision, true / max(1, len(copies)), by)

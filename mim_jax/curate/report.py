@@ -96,8 +96,12 @@ def sizes(state: Any) -> list[tuple[str, int]]:
     return [(f"{low:,}" if low == high else f"{low:,} to {high:,}", count) for low, high, count in found if count]
 
 
+def similarity(state: Any) -> str:
+    return {"pixels": "Correlation of pixels", "vectors": "Cosine"}[state.config.dedup.by]
+
+
 def duplicates_told(state: Any) -> str:
-    text = f"Cosine of at least {state.threshold:g} among the {state.found.rows('ids').shape[1]} nearest."
+    text = f"{similarity(state)} of at least {state.threshold:g} among the {state.found.rows('ids').shape[1]} nearest."
     for each in state.giants[:3]:
         text += f" A giant component had {each.size:,} images, edge density {each.density:.3f}{', and was cut' * state.cut}."
     return text
@@ -111,7 +115,8 @@ def leakage(state: Any) -> str:
         dropped = int(np.isin(state.labels, groups).sum())
         rows.append((shown(images.source.description), len(images.good), int(hit.sum()), len(groups), dropped))
     columns = ("evaluation set", "images", "copies in the pool", "components", "images dropped")
-    return table("Leakage", columns, rows, f"Cosine of at least {state.leakage_threshold:g}; whole components are dropped.")
+    caption = f"{similarity(state)} of at least {state.leakage_threshold:g}; whole components are dropped."
+    return table("Leakage", columns, rows, caption)
 
 
 def truth(state: Any) -> str:

@@ -1,8 +1,8 @@
 """The stages of curation, from sources to a list of images.
 
-    embed -> order -> pool -> [cells ->] neighbors -> components -+-> retrieve or balance -> list, provenance, report
-      calibrate ----------------------------------------^         |
-      leakage ----------------------------------------------------+
+    embed -> order -> pool -> [cells ->] neighbors -> aligned -> components -+-> retrieve or balance -> list, provenance, report
+      calibrate ---------------------------------------------------^         |
+      leakage ---------------------------------------------------------------+
 
 Each is a function of the results of others and of its settings, see `shards.stage`.
 """
@@ -26,8 +26,10 @@ import numpy as np
 
 from mim_jax import sharding, storage
 from mim_jax.config import leaves
-from mim_jax.curate import clusters, components, neighbors, plants, report
-from mim_jax.curate.embedders import DIMS, Embedder, Network, Pixels, dhash_distance
+from mim_jax.curate import calibration, clusters, components, neighbors, plants, report
+from mim_jax.curate.alignment import aligned
+from mim_jax.curate.calibration import Known
+from mim_jax.curate.embedders import DIMS, Embedder, Network, Pixels
 from mim_jax.curate.neighbors import nearest
 from mim_jax.curate.shards import (
     PIECE,
@@ -56,8 +58,6 @@ MOST = 1000  # times that an epoch has a curated image
 SMALL = 10  # images; a component of fewer is no giant
 LARGE = 1_000_000  # curated images from which on a set is large
 LEAST_CALIBRATED = 100  # images
-CALIBRATED = 1024  # images whose copies are compared with all others at a time
-DHASH = 12  # bits of 64; images whose hashes differ by no more may be copies without our doing
 A_CELL = 64  # images for each cell that the cells are learned of
 
 
@@ -86,9 +86,9 @@ class Images:
         return digest_of(self.result.digest, self.left_out.tolist()) if len(self.left_out) else self.result.digest
 
     @property
-    def vectors(self) -> Subset:
-        """Of the good ones."""
-        return Subset(self.result.rows("vectors"), self.good)
+    def known(self) -> Known:
+        """What is known of the good ones."""
+        return Known(self.digest, *(Subset(self.result.rows(name), self.good) for name in ("vectors", "sketch")))
 
 
 @dataclasses.dataclass
@@ -108,14 +108,14 @@ class Curation:
     origin: np.ndarray  # int64 [pool], where the first of each is
     keys: np.ndarray  # uint64 [pool], the first 8 bytes of the hash
     pool: Rows  # int16 [pool, D]
-    found: Result  # neighbors
+    found: Result  # neighbors, and how similar by `dedup.by`
     threshold: float
     leakage_threshold: float
-    curve: plants.Curve | None
+    curve: calibration.Curve | None
     labels: np.ndarray  # int32 [pool], component
     giants: list[components.Component]
     cut: bool
-    leaks: list[np.ndarray]  # similarity to the nearest image of each evaluation set, float32 [pool]
+    leaks: list[np.ndarray]  # similarity to the most similar image of each evaluation set, float32 [pool]
     doubled: np.ndarray  # bool [pool], in one component with an image that is also in a curated set of the list
     candidates: np.ndarray  # int64, representatives that are neither copies of evaluation images nor doubled
     chosen: np.ndarray  # int64, numbers in the pool
@@ -174,7 +174,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     if not sets(config.uncurated, None):
         raise ValueError("uncurated is missing: --config.uncurated=FOLDER, or a data set such as cifar10")
     words = {"engine": ("local", "beam"), "select": ("retrieve", "balance", "all"), "retrieve.by": ("image", "cluster")}
-    words["kind"] = ("cls", "mean", "cls+mean")
+    words |= {"kind": ("cls", "mean", "cls+mean"), "dedup.by": ("pixels", "vectors")}
     for key, allowed in words.items():
         if values[key] not in allowed:
             raise wrong(key, " or ".join(allowed))
@@ -253,20 +253,21 @@ class Stages:
         order = self.order(uncurated)
         member, origin, keys = (order.array(name) for name in ("member", "origin", "keys"))
         pool = self.pool(uncurated, order, origin)
-        found = self.neighbors(pool)
+        known = Known(pool.digest, pool.rows("vectors"), pool.rows("sketch"))
+        found = self.aligned(self.neighbors(pool), known)
         # Curated images are supposed to differ from each other; of a heap nobody knows. But few images tell little.
         clean = max([*evaluation, *wanted, *uncurated], key=lambda images: min(len(images.good), ENOUGH))
-        curve, threshold = self.threshold(clean, len(origin))
+        curve, threshold = self.threshold(clean, known)
         joined = self.components(found, len(origin), threshold)
         labels, about = joined.array("label"), joined.abouts[0]
-        leaks = [self.leakage(pool.rows("vectors"), pool.digest, images) for images in evaluation]
+        leaks = [self.leakage(known, images.known) for images in evaluation]
         leak_threshold = threshold if config.leakage.threshold is None else config.leakage.threshold
         wanted = [self.without_leaks(images, evaluation, leak_threshold) for images in wanted]
         doubled = np.isin(labels, labels[also_curated(uncurated, wanted, origin, keys)] if config.write.curated else [])
         giants = [components.Component(*each) for each in about["giants"]]
         state = Curation(
-            config, self.embedder, uncurated, wanted, evaluation, member, origin, keys, pool.rows("vectors"), found, threshold,
-            leak_threshold, curve, labels, giants, about["cut"], [each.array("similarity") for each in leaks], doubled,
+            config, self.embedder, uncurated, wanted, evaluation, member, origin, keys, known.vectors, found, threshold,
+            leak_threshold, curve, labels, giants, about["cut"], [similarity for similarity, _ in leaks], doubled,
             np.zeros(0, np.int64), np.zeros(0, np.int64), {},
         )  # fmt: skip
         for label, size, density in giants:
@@ -276,7 +277,7 @@ class Stages:
             tell(f"a giant component: {what}, with {uncurated[at].source.name(int(row))}; {hint}")
         state.candidates = np.flatnonzero((labels == np.arange(len(labels))) & ~state.leaked & ~doubled)
         self.refuse_nothing(state)
-        inputs = [joined.digest, pool.digest, *(each.digest for each in leaks), digest_of(leak_threshold)]
+        inputs = [joined.digest, pool.digest, *(digest for _, digest in leaks), digest_of(leak_threshold)]
         if doubled.any():
             inputs += [images.digest for images in wanted]
         choose = {"retrieve": self.retrieve, "balance": self.balance, "all": self.all}[config.select]
@@ -295,7 +296,7 @@ class Stages:
         else:
             plain = Pixels(config.levels)
         dims = config.whiten if config.embedder else DIMS
-        made = self.whitened(plain, source, dims) if dims else plain
+        made = self.projected(plain, source, dims) if dims else plain
         now = {"dimensions": made.dims, "description": made.description, "identity": made.identity}
         if file.exists() and (before := json.loads(file.read_text())) != json.loads(json.dumps(now)):
             raise ValueError(
@@ -307,17 +308,18 @@ class Stages:
             write_whole(file, json.dumps(now, indent=1).encode())
         return made
 
-    def whitened(self, plain: Embedder, source: Any, dims: int) -> Embedder:
-        """The embedder, white for images such as those of the first source that this workdir had: so images can be added."""
+    def projected(self, plain: Embedder, source: Any, dims: int) -> Embedder:
+        """The embedder, with components for images such as those of the first source that this workdir had: so images can be
+        added."""
 
         def make(_: int) -> Made:
-            mean, basis = plain.whitening(source, dims)
+            mean, basis = plain.basis(source, dims)
             return Made({"mean": mean, "basis": basis}, about={"of": shown(source.description)})
 
-        result = self.whole("whitening", 1, [], {"embedder": plain.identity, "dims": dims}, [0], make)
+        result = self.whole("basis", 1, [], {"embedder": plain.identity, "dims": dims}, [0], make)
         if (of := result.abouts[0]["of"]) != shown(source.description):
-            tell(f"the features are whitened as they were in this workdir before, for {of}")
-        return plain.whitened((result.array("mean"), result.array("basis")))
+            tell(f"the components of the features are those that this workdir had before, for {of}")
+        return plain.projected((result.array("mean"), result.array("basis")))
 
     def embed(self, how: dict[str, Any], source: Any) -> Images:
         levels, lines = self.embedder.levels(source)
@@ -338,7 +340,7 @@ class Stages:
 
         def make(span: tuple[int, int]) -> Made:
             parts = list(embedder.batches(source, levels, *span))
-            vectors, labels, sha256, dhash = (np.concatenate([part[i] for part in parts]) for i in range(4))
+            vectors, labels, sha256, dhash, sketches = (np.concatenate([part[i] for part in parts]) for i in range(5))
             bad = [why for part in parts for why in part.bad]
             good = np.array([not why for why in bad])
             records = {
@@ -347,10 +349,10 @@ class Stages:
                 "dhash": dhash,
                 "bad": bad,
             }
-            return Made({"vectors": vectors, "sha256": sha256, "good": good}, records)
+            return Made({"vectors": vectors, "sha256": sha256, "sketch": sketches, "good": good}, records)
 
         settings = {"levels": levels, "embedder": embedder.identity}
-        return self.stage("embed", 2, [fingerprint], settings, spans(len(source), rows), make)
+        return self.stage("embed", 3, [fingerprint], settings, spans(len(source), rows), make)
 
     # Deduplicate
 
@@ -382,14 +384,14 @@ class Stages:
         return self.whole("order", 1, [images.result.digest for images in uncurated], {}, [0], make)
 
     def pool(self, uncurated: Sequence[Images], order: Result, origin: np.ndarray) -> Result:
-        """The vectors of the different images, in their order."""
-        everything = all_of(uncurated, "vectors")
+        """The vectors and sketches of the different images, in their order."""
+        everything = {name: all_of(uncurated, name) for name in ("vectors", "sketch")}
 
         def make(span: tuple[int, int]) -> Made:
-            return Made({"vectors": everything.take(origin[slice(*span)])})
+            return Made({name: rows.take(origin[slice(*span)]) for name, rows in everything.items()})
 
         inputs = [order.digest, *(images.result.digest for images in uncurated)]
-        return self.stage("pool", 1, inputs, {}, spans(len(origin), self.config.shard_rows), make)
+        return self.stage("pool", 2, inputs, {}, spans(len(origin), self.config.shard_rows), make)
 
     def neighbors(self, pool: Result) -> Result:
         """Arrays query, ids and similarity: of the image `query` the k nearest others."""
@@ -452,11 +454,24 @@ class Stages:
         shards = spans(rows.shape[0], config.shard_rows)
         return learned_cells, self.stage("assigned", 1, [pool.digest, centroids.digest], {}, shards, make)
 
+    def aligned(self, found: Result, pool: Known) -> Result:
+        """The same neighbors, with their similarity by `dedup.by`."""
+        if self.config.dedup.by == "vectors":
+            return found
+
+        def make(span: tuple[int, int]) -> Made:
+            ids = found.rows("ids").read(*span)
+            similarity = aligned(pool.sketches.read(*span), pool.sketches, ids)
+            return Made({"query": np.arange(*span, dtype=np.int32), "ids": ids, "similarity": similarity})
+
+        shards = spans(found.rows("ids").shape[0], self.config.shard_rows)
+        return self.stage("aligned", 1, [found.digest, pool.digest], {}, shards, make)
+
     def resumed(self, *of: Any) -> "Kept":
         return Kept(self.workdir / f"kmeans-{digest_of(*of)}")
 
-    def threshold(self, images: Images, count: int) -> tuple[plants.Curve | None, float]:
-        """The given one, or the one that copies of some of these images lead to, in a pool of `count`."""
+    def threshold(self, images: Images, pool: Known) -> tuple[calibration.Curve | None, float]:
+        """The given one, or the one that copies of some of these images lead to, in the pool."""
         config = self.config
         if config.dedup.threshold is not None:
             return None, config.dedup.threshold
@@ -472,23 +487,22 @@ class Stages:
         embedded = self.embedded(source, fingerprint, levels)
         good = np.logical_and(*embedded.array("good").reshape(-1, 2).T)
         kinds = [source.kind(pair) for pair in np.flatnonzero(good).tolist()]
-        vectors = embedded.array("vectors").reshape(len(good), 2, -1)[good].astype(np.float32) / neighbors.UNIT
-        dhash = np.array(list(embedded.column("dhash")), np.uint64).reshape(-1, 2)[good, 0]
-        similarity = np.einsum("nd,nd->n", vectors[:, 0], vectors[:, 1])  # exact, in any order
-
-        def others() -> Iterator[np.ndarray]:
-            for start in range(0, len(vectors), CALIBRATED):
-                part = slice(start, start + CALIBRATED)
-                far = dhash_distance(dhash[part], dhash) > DHASH  # so not an image and itself
-                yield (vectors[part, 1] @ vectors[:, 0].T)[far]
-
+        vectors, sketches = (embedded.array(name) for name in ("vectors", "sketch"))
+        ours, copies = (
+            Known(embedded.digest, *(Memory(each[side::2][good]) for each in (vectors, sketches))) for side in (0, 1)
+        )
+        dhash = np.array(list(embedded.column("dhash")), np.uint64)[::2][good]
+        if config.dedup.by == "pixels":
+            pairs = calibration.by_pixels(ours, copies, dhash, pool.vectors, config.neighbors.k)
+        else:
+            pairs = calibration.by_vectors(ours, copies, dhash)
         # The pool has share * count pairs of an image and its copy, the sample one for each row; and count**2 / 2 other pairs.
-        factor = count / (2 * config.calibrate.share * max(1, len(vectors)))
-        curve = plants.curve(similarity, kinds, others(), factor)
+        factor = len(pool) / (2 * config.calibrate.share * max(1, len(kinds)))
+        curve = calibration.curve(pairs, kinds, factor)
         place = curve.lowest(config.calibrate.precision)
         threshold = float(curve.thresholds[place])
         found = f"precision {curve.precision[place]:.4f}, recall {curve.recall[place]:.4f}"
-        tell(f"calibrated threshold {threshold:g}: {found}, with copies of {len(vectors):,} of {images.source.description}")
+        tell(f"calibrated threshold {threshold:g}: {found}, with copies of {len(kinds):,} of {images.source.description}")
         return curve, threshold
 
     def components(self, found: Result, count: int, threshold: float) -> Result:
@@ -519,21 +533,42 @@ class Stages:
 
         return self.engine.components(self.stage, found, pairs, {"threshold": threshold}, count, self.config.shard_rows)
 
-    def leakage(self, rows: Rows, digest: str, images: Images) -> Result:
-        """Array similarity, float32 [rows]: to the nearest image of an evaluation set; row: which one that is."""
-        good, base = images.good, images.vectors
+    def leakage(self, pool: Known, evaluation: Known) -> tuple[np.ndarray, str]:
+        """Of each image its similarity to the most similar image of an evaluation set, float32 [pool], and the digest of this.
 
-        def make(span: tuple[int, int]) -> Made:
-            found = nearest(rows.read(*span), base, 1)
-            return Made({"row": good[found.ids[:, 0]], "similarity": found.similarity[:, 0]})
+        By pixels both are cut: each one for its nearest of the other set. So of more than `neighbors.k` images that are parts
+        of one evaluation image not all may be found."""
+        by, k, rows = self.config.dedup.by, self.config.neighbors.k, self.config.shard_rows
 
-        return self.stage("leakage", 1, [digest, images.digest], {}, spans(rows.shape[0], self.config.shard_rows), make)
+        def compared(one: Known, other: Known, span: tuple[int, int], k: int) -> tuple[np.ndarray, np.ndarray]:
+            found = nearest(one.vectors.read(*span), other.vectors, k)
+            if by == "vectors":
+                return found
+            return found.ids, aligned(one.sketches.read(*span), other.sketches, found.ids)
+
+        def to_evaluation(span: tuple[int, int]) -> Made:
+            _, similarity = compared(pool, evaluation, span, 1 if by == "vectors" else k)
+            return Made({"similarity": similarity.max(axis=1)})
+
+        def from_evaluation(span: tuple[int, int]) -> Made:
+            ids, similarity = compared(evaluation, pool, span, k)
+            return Made({"ids": ids, "similarity": similarity})
+
+        inputs, settings = [pool.digest, evaluation.digest], {"by": by} | ({"k": k} if by == "pixels" else {})
+        made = self.stage("leakage", 2, inputs, settings, spans(len(pool), rows), to_evaluation)
+        similarity = made.array("similarity")
+        if by == "vectors":
+            return similarity, made.digest
+        back = self.stage("leakage_back", 1, inputs, settings, spans(len(evaluation), rows), from_evaluation)
+        ids = back.array("ids")
+        np.maximum.at(similarity, ids[ids != neighbors.NONE], back.array("similarity")[ids != neighbors.NONE])
+        return similarity, digest_of(made.digest, back.digest)
 
     def without_leaks(self, wanted: Images, evaluation: Sequence[Images], threshold: float) -> Images:
         """A curated set without copies of evaluation images, which it says. Raises ValueError if nothing is left."""
         hit = np.zeros(len(wanted.good), bool)
         for images in evaluation:
-            hit |= self.leakage(wanted.vectors, wanted.digest, images).array("similarity") >= threshold
+            hit |= self.leakage(wanted.known, images.known)[0] >= threshold
         if not hit.any():
             return wanted
         rows, what = wanted.good[hit], wanted.source.description
@@ -577,7 +612,7 @@ class Stages:
         keys = state.keys[state.candidates]
         hits = []
         for images in state.curated:
-            hit, _ = clusters.assign(images.vectors, made.array("centroids"))
+            hit, _ = clusters.assign(images.known.vectors, made.array("centroids"))
             hits.append(np.bincount(hit[:, 0], minlength=len(sizes)))
             take = np.where(hits[-1] > config.hits, np.minimum(sizes, config.per_cluster), 0)
             rows = clusters.drawn(near, take, keys, self.config.seed)
@@ -590,7 +625,7 @@ class Stages:
         return chosen, {"sizes": sizes, "hits": hits}
 
     def by_image(self, images: Images, candidates: Rows, inputs: list[str], k: int) -> Result:
-        vectors = images.vectors
+        vectors = images.known.vectors
 
         def make(span: tuple[int, int]) -> Made:
             found = nearest(vectors.read(*span), candidates, k)
