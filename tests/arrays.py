@@ -1,13 +1,16 @@
 """What the golden tests do with stored arrays."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import mim_jax
 from mim_jax import convert
 from mim_jax.sharding import path_name
-from mim_jax.state import create
+from mim_jax.state import first_state
 
 
 def prefixed(arrays, prefix):
@@ -37,22 +40,35 @@ def official(tree, family):
     return convert.to_torch(jax.device_get(tree), family)
 
 
+def keeping_gradients(method):
+    """The method with an optimizer whose state is (its own state, the last gradient that it was given). So the gradient that is
+    looked at is that of the train step, and is compiled once."""
+    own = method.optimizer
+
+    def update(grads, state, params=None, **more):
+        updates, inner = own.update(grads, state[0], params, **more)
+        return updates, (inner, grads)
+
+    def init(params):
+        return own.init(params), jax.tree.map(jnp.zeros_like, params)
+
+    return dataclasses.replace(method, optimizer=optax.GradientTransformationExtraArgs(init, update))
+
+
 def follow_four_steps(config, family, arrays, views_of_step, target=None):
     """Holds the real train step, in float64, against a stored trajectory of four official ones: losses, norms of all
     gradients, learning rates, weight decays, and every weight at the end. `views_of_step(method, step)` are its views."""
-    method = mim_jax.make_method(config)
-    state, target = create(method, config), target or {}
+    method = keeping_gradients(mim_jax.make_method(config))
+    state, target = first_state(method, config), target or {}
     state = state.replace(params=double(convert.from_torch(prefixed(arrays, "w/"), family)))
     train_step = mim_jax.make_train_step(method, config)
-    gradient = jax.jit(jax.grad(method.loss, has_aux=True))
 
     for step in range(4):
         views = views_of_step(method, step)
-        grads, _ = gradient(state.params, {}, target, {}, views, jax.random.key(0), state.step)
-        grads = official(grads, family)
+        state, metrics = train_step(state, target, views)
+        grads = official(state.opt_state[1], family)
         norms = [np.linalg.norm(grads[str(name)]) for name in arrays["grad_norms_names"]]
         np.testing.assert_allclose(norms, arrays[f"out/grad_norms_step{step}"], rtol=1e-8, atol=1e-14)
-        state, metrics = train_step(state, target, views)
         np.testing.assert_allclose(metrics["train/loss"], arrays[f"out/loss_step{step}"], rtol=1e-9)
         np.testing.assert_allclose(metrics["train/grad_norm"], arrays[f"out/grad_norm_step{step}"], rtol=1e-9)
         np.testing.assert_allclose(metrics["train/lr"], arrays[f"out/lr_step{step}"], rtol=1e-12)
@@ -65,13 +81,12 @@ def follow_four_steps(config, family, arrays, views_of_step, target=None):
 def follow_four_steps_with_a_teacher(config, family, arrays, centers, more_views):
     """The same for DINO and iBOT, whose crops are stored: also the centres (name in `extra` -> stored name) before and after
     each step, and student and teacher after it. `more_views(at)` are what a step has besides its crops."""
-    method = mim_jax.make_method(config)
+    method = keeping_gradients(mim_jax.make_method(config))
     state, target = mim_jax.init_state(method, config)
     params = convert.from_torch(prefixed(arrays, "params_init/"), family)
     params = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), params, state.params)
     state = state.replace(params=params, teacher=jax.tree.map(jnp.copy, params))
     train_step = mim_jax.make_train_step(method, config)
-    gradient = jax.jit(jax.grad(method.loss, has_aux=True))
     names = [str(n).removeprefix("module.") for n in arrays["grad_norms_names"]]
 
     def check_centers(state, when):
@@ -84,14 +99,12 @@ def follow_four_steps_with_a_teacher(config, family, arrays, centers, more_views
         crops = [channels_last(arrays[f"images/{at}_crop{c}"]).astype(float) for c in range(4)]
         views = {"global": jnp.stack(crops[:2], axis=1), "local": jnp.stack(crops[2:], axis=1)} | more_views(at)
         check_centers(state, f"before_step{step}")
-        grads, _ = gradient(state.params, state.teacher, target, state.extra, views, jax.random.key(0), state.step)
-        grads = official(grads, family)
+        state, metrics = train_step(state, target, views)
+        grads = official(state.opt_state[1], family)
         norms = np.array([np.linalg.norm(grads[n]) for n in names])
         np.testing.assert_allclose(norms, arrays[f"grad_norms_step{step}"], rtol=1e-8, atol=1e-14)
         for key, want in prefixed(arrays, f"grads_preclip_step{step}/").items():
             assert np.max(np.abs(grads[key] - want)) < 1e-10 * max(np.max(np.abs(want)), 1e-3), key
-
-        state, metrics = train_step(state, target, views)
         told = {"lr": "lr_used", "weight_decay": "wd_used"} | {name: name for name in ("loss", "loss_cls", "loss_patch")}
         for tag, name in told.items():
             if f"{name}_step{step}" in arrays:

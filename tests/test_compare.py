@@ -33,6 +33,22 @@ def pretrained(folder, name, seed, knn, images_per_s, **record):
     return finished_run(folder / f"{name}_{seed}", config, rows, **record)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def traced_once():
+    """What a step costs is counted once for all runs of this file that differ in what costs nothing."""
+    found, step_flops = {}, compare.step_flops
+
+    def remembered(config):
+        key = repr(config.to_dict() | {"seed": 0, "init_from": None})
+        if key not in found:
+            found[key] = step_flops(config)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "step_flops", remembered)
+        yield
+
+
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "done", lambda run: True)

@@ -24,14 +24,14 @@ def test_vit_float32(golden, size):
     params = convert.from_torch(prefixed(arrays, "params/"), "dino")["backbone"]
     vit = ViT(patch_size=4, img_size=16, dim=32, depth=2, heads=2)
     images = channels_last(arrays[f"{size}/x"])
-    out = vit.apply({"params": params}, [images[:, None]])[0]
+    out = jax.jit(vit.apply)({"params": params}, [images[:, None]])[0]
     np.testing.assert_allclose(out["cls"][:, 0], arrays[f"{size}/cls"], atol=1e-5)
-    layers = intermediate_layers(vit, params, images, 2)
+    layers = jax.jit(lambda p, x: intermediate_layers(vit, p, x, 2))(params, images)
     np.testing.assert_allclose(layers[0], arrays[f"{size}/intermediate_0"], atol=1e-5)
     np.testing.assert_allclose(layers[1], arrays[f"{size}/intermediate_1"], atol=1e-5)
     np.testing.assert_allclose(out["patch"][:, 0], arrays[f"{size}/intermediate_1"][:, 1:], atol=1e-5)
     np.testing.assert_allclose(
-        last_attention(vit, params, images), arrays[f"{size}/last_selfattention"], atol=1e-5
+        jax.jit(lambda p, x: last_attention(vit, p, x))(params, images), arrays[f"{size}/last_selfattention"], atol=1e-5
     )
 
 
@@ -41,7 +41,7 @@ def test_vit_float64(golden, size, x64):
     params = convert.from_torch(prefixed(arrays, "params/"), "dino")["backbone"]
     params = jax.tree.map(lambda a: a.astype(np.float64), params)
     vit = ViT(patch_size=4, img_size=16, dim=32, depth=2, heads=2, dtype=jnp.float64)
-    out = vit.apply({"params": params}, [channels_last(arrays[f"{size}/x"])[:, None].astype(float)])[0]
+    out = jax.jit(vit.apply)({"params": params}, [channels_last(arrays[f"{size}/x"])[:, None].astype(float)])[0]
     np.testing.assert_allclose(out["cls"][:, 0], arrays[f"{size}/cls"], atol=1e-12)
 
 
@@ -51,7 +51,7 @@ def test_vit_several_resolutions_at_once_do_not_mix(golden):
     vit = ViT(patch_size=4, img_size=16, dim=32, depth=2, heads=2)
     crops = [channels_last(arrays[f"{size}/x"]) for size in SIZES]
     crops = [jnp.stack([c, c[::-1]], axis=1) for c in crops]  # two crops of each size: the images, and in reverse order
-    out = vit.apply({"params": params}, crops)
+    out = jax.jit(vit.apply)({"params": params}, crops)
     for size, o in zip(SIZES, out):
         np.testing.assert_allclose(o["cls"][:, 0], arrays[f"{size}/cls"], atol=1e-5)
         np.testing.assert_allclose(o["cls"][:, 1], arrays[f"{size}/cls"][::-1], atol=1e-5)
@@ -73,7 +73,7 @@ def test_gradient_through_interpolated_positions(golden, x64):
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
     vit = ViT(patch_size=4, img_size=16, dim=32, depth=2, heads=2, dtype=jnp.float64)
     images = channels_last(arrays["24x24/x"])[:, None].astype(float)
-    grads = jax.grad(lambda p: jnp.sum(vit.apply({"params": p}, [images])[0]["cls"] ** 2))(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(vit.apply({"params": p}, [images])[0]["cls"] ** 2)))(params)
     want = arrays["24x24/grad_pos_embed_of_sum_cls_squared"]
     assert relative_error(grads["pos_embed"], want) < 1e-11
 
@@ -226,7 +226,7 @@ def test_initial_distributions(golden):
     vit = ViT(patch_size=16, img_size=224, dim=384, depth=12, heads=6)
     head = DinoHead(out_dim=4096)
     backbone = jax.jit(vit.init)(jax.random.key(0), [jnp.zeros((1, 1, 224, 224, 3))])["params"]
-    head_params = head.init(jax.random.key(1), jnp.zeros((1, 384)))["params"]
+    head_params = jax.jit(head.init)(jax.random.key(1), jnp.zeros((1, 384)))["params"]
     arrays = convert.to_torch({"backbone": jax.device_get(backbone)}, "dino")
     arrays |= {f"head.{key}": value for key, value in convert.to_torch({"head": head_params}, "dino").items()}
     stats = meta["stats"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from arrays import channels_last, double, official, prefixed, relative_error, tree_paths
+from arrays import channels_last, double, keeping_gradients, official, prefixed, relative_error, tree_paths
 
 import mim_jax
 from mim_jax import convert, losses, optim
@@ -17,7 +17,7 @@ from mim_jax.masking import GroupMask
 from mim_jax.models.heads import DinoHead
 from mim_jax.models.positions import interpolate_positions
 from mim_jax.models.vit import ViT, add_to_kept_rows, hidden_states, intermediate_layers, kept_rows, swiglu_width
-from mim_jax.state import create
+from mim_jax.state import first_state
 
 
 @pytest.mark.parametrize("variant", ["default", "nobias"])
@@ -101,6 +101,7 @@ def test_vit(golden, name, x64):
     params = double(convert.from_torch(prefixed(arrays, "params/"), "dinov2"))["backbone"]
     settings = dict(mask_token=True, layerscale=0.1, dtype=jnp.float64, **KINDS[name])
     vit = ViT(patch_size=4, img_size=16, dim=32, depth=2, heads=2, **settings)
+    apply, hidden = jax.jit(vit.apply), jax.jit(lambda p, x: hidden_states(vit, p, x)[0][-1])
     for size in SIZES:
         tag = f"{size[0]}x{size[1]}"
         atol = 1e-12 if size == (16, 16) else 2e-6
@@ -109,15 +110,15 @@ def test_vit(golden, name, x64):
         positions = interpolate_positions(params["pos_embed"], rows, columns, offset, settings.get("antialias", False))
         np.testing.assert_allclose(positions, arrays[f"{tag}/pos_embed"], atol=atol)
         images = channels_last(arrays[f"{tag}/x"]).astype(float)
-        out = vit.apply({"params": params}, [images[:, None]])[0]
+        out = apply({"params": params}, [images[:, None]])[0]
         np.testing.assert_allclose(out["cls"][:, 0], arrays[f"{tag}/x_norm_clstoken"], atol=atol)
         np.testing.assert_allclose(out["patch"][:, 0], arrays[f"{tag}/x_norm_patchtokens"], atol=atol)
         if "registers" in out:
             np.testing.assert_allclose(out["registers"][:, 0], arrays[f"{tag}/x_norm_regtokens"], atol=atol)
-        np.testing.assert_allclose(hidden_states(vit, params, images)[0][-1], arrays[f"{tag}/x_prenorm"], atol=atol)
+        np.testing.assert_allclose(hidden(params, images), arrays[f"{tag}/x_prenorm"], atol=atol)
         if f"{tag}/masks" in arrays:
             mask = jnp.asarray(arrays[f"{tag}/masks"])[:, None]
-            out = vit.apply({"params": params}, [images[:, None]], masks=[mask])[0]
+            out = apply({"params": params}, [images[:, None]], masks=[mask])[0]
             np.testing.assert_allclose(out["cls"][:, 0], arrays[f"{tag}/masked/x_norm_clstoken"], atol=atol)
             np.testing.assert_allclose(out["patch"][:, 0], arrays[f"{tag}/masked/x_norm_patchtokens"], atol=atol)
     layers = intermediate_layers(vit, params, channels_last(arrays["16x16/x"]).astype(float), n=2)
@@ -385,13 +386,12 @@ def test_two_training_steps(golden, monkeypatch, centering, heads, x64):
     monkeypatch.setattr(optim, "schedules", lambda _: {"lr": follow("lr"), "weight_decay": follow("wd")})
     method = mim_jax.make_method(config)
     schedules = {"momentum_teacher": follow("momentum"), "teacher_temp": follow("teacher_temp")}
-    method = dataclasses.replace(method, schedules=schedules)
-    state = create(method, config)
+    method = keeping_gradients(dataclasses.replace(method, schedules=schedules))
+    state = first_state(method, config)
     params = convert.from_torch(prefixed(arrays, "params_init/"), "dinov2")
     params = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), params, state.params)
     state = state.replace(params=params, teacher={part: jax.tree.map(jnp.copy, params[part]) for part in method.teacher_parts})
     train_step = mim_jax.make_train_step(method, config)
-    gradient = jax.jit(jax.grad(method.loss, has_aux=True))
     loose = 1e4 if centering == "center" else 1e5  # positions are interpolated in float32 there, and targets balanced
 
     def crops(x, number):
@@ -405,14 +405,14 @@ def test_two_training_steps(golden, monkeypatch, centering, heads, x64):
         if centering == "center":  # a step's centres are applied at the next one there
             np.testing.assert_allclose(state.extra["center"], at["dino_center"], atol=1e-12)
             np.testing.assert_allclose(state.extra["patch_center"], at["ibot_center"][0], atol=1e-12)
-        grads, _ = gradient(state.params, state.teacher, {}, state.extra, views, jax.random.key(0), state.step)
+        state, metrics = train_step(state, {}, views)
+        grads = state.opt_state[1]
         for part in method.teacher_parts:
             norm = optim.optax.tree.norm(grads[part])
             np.testing.assert_allclose(norm, at[f"grad_norm/{part}"], rtol=1e-9 * loose)
         got = official(grads, "dinov2")
         for key, want in prefixed(at, "grads/").items():
             assert np.max(np.abs(got[key] - want)) < 1e-10 * loose * max(np.max(np.abs(want)), 1e-3), key
-        state, metrics = train_step(state, {}, views)
         local, whole, koleo, ibot = (at[f"loss/{name}"] for name in LOSSES)
         want = {"loss_cls": local + whole, "loss_koleo": 2 * koleo, "loss_patch": 2 * ibot}
         want["loss"] = sum(want.values())

@@ -86,16 +86,19 @@ def test_vit(golden, variant, x64):
     settings = dict(mask_token=True, layerscale=0.1 * (variant == "layerscale"), dtype=jnp.float64)
     vit = ViT(patch_size=4, img_size=16, dim=32, depth=2, heads=2, **settings)
 
-    def tokens(params, name, mask=None):
-        images = channels_last(case[name])[:, None].astype(float)
+    @jax.jit
+    def forward(params, images, mask=None):
         out = vit.apply({"params": params}, [images], masks=None if mask is None else [mask])[0]
         return jnp.concatenate([out["cls"], out["patch"][:, 0]], axis=1)
+
+    def tokens(params, name, mask=None):
+        return forward(params, channels_last(case[name])[:, None].astype(float), mask)
 
     mask = jnp.asarray(case["mask"]).reshape(3, 1, 16)
     np.testing.assert_allclose(tokens(params, "x", mask), case["tokens_masked"], atol=1e-12)
     np.testing.assert_allclose(tokens(params, "x"), case["tokens_unmasked"], atol=1e-12)
     np.testing.assert_allclose(tokens(params, "x_local"), case["tokens_local"], atol=1e-12)
-    grads = jax.grad(lambda p: jnp.sum(tokens(p, "x", mask) ** 2))(params)
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(tokens(p, "x", mask) ** 2)))(params)
     assert relative_error(grads["mask_token"][0], case["grad_masked_embed"]) < 1e-10
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from arrays import channels_last, official, prefixed, relative_error, tree_paths
+from arrays import channels_last, keeping_gradients, official, prefixed, relative_error, tree_paths
 
 import mim_jax
 from mim_jax import convert, losses, optim
@@ -113,17 +113,13 @@ def test_four_training_steps(golden, x64):
     config.optim.update(lr=s["lr"] * 256 / c["batch"], warmup=f"{s['warmup_epochs']} epochs")
     config.optim.weight_decay = config.optim.weight_decay_end = o["weight_decay"]
     assert (config.optim.beta1, config.optim.beta2) == tuple(o["betas"]) and config.optim.eps == o["eps"]
-    method = mim_jax.make_method(config)
+    method = keeping_gradients(mim_jax.make_method(config))
     state = state_of(method, config, arrays)
     train_step = mim_jax.make_train_step(method, config)
-    gradient = jax.jit(jax.grad(method.loss, has_aux=True))
     for step in range(4):
         views = views_of(*(arrays[f"in/x{i}_step{step}"].astype(float) for i in (1, 2)))
-        before = jax.tree.map(jnp.copy, state)
         state, metrics = train_step(state, {}, views)
-        # the teacher that made the keys is the one after the step
-        args = (before.params, state.teacher, {}, before.extra, views, jax.random.key(0), before.step)
-        grads = official(gradient(*args)[0], "mocov3")
+        grads = official(state.opt_state[1], "mocov3")
         norms = [np.linalg.norm(grads[str(name)]) for name in arrays["grad_norms_names"]]
         np.testing.assert_allclose(norms, arrays[f"out/grad_norms_step{step}"], rtol=1e-8, atol=1e-14)
         np.testing.assert_allclose(metrics["train/loss"], arrays[f"out/loss_step{step}"], rtol=1e-9)

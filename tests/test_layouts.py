@@ -17,6 +17,7 @@ from PIL import Image
 import mim_jax
 from mim_jax import journal, layouts, learned, weight_files
 from mim_jax.config import resolve_encoder
+from mim_jax.convert import __main__ as convert_command
 from mim_jax.layouts import Told
 from mim_jax.models import vit
 from mim_jax.models.positions import relative_position_index, sincos_positions
@@ -541,24 +542,25 @@ def test_the_command(capsys, tmp_path):
         layouts.read(tmp_path / "ours", Told(heads=4))
     journal.fresh_folder(tmp_path / "new")
     before = (tmp_path / "ours/config.json").read_bytes()
-    done = subprocess.run([*command, file, "--heads=2", f"--out={tmp_path / 'ours'}"], capture_output=True, text=True)
-    assert done.returncode == 1 and re.fullmatch("error: .*ours is not empty; give --out a new folder\n", done.stderr)
+    with pytest.raises(SystemExit) as stop:  # a text is exit code 1
+        convert_command.main(["convert", str(file), "--heads=2", f"--out={tmp_path / 'ours'}"])
+    assert re.fullmatch("error: .*ours is not empty; give --out a new folder", stop.value.code)
     assert (tmp_path / "ours/config.json").read_bytes() == before
-    done = subprocess.run([*command, file], capture_output=True, text=True)
-    assert done.returncode == 1 and re.fullmatch("error: .*backbone.npz: the number of heads .*\n", done.stderr), done.stderr
+    with pytest.raises(SystemExit) as stop:
+        convert_command.main(["convert", str(file)])
+    assert re.fullmatch("error: .*backbone.npz: the number of heads .*", stop.value.code)
 
 
-def test_what_other_channels_change(golden, tmp_path):
+def test_what_other_channels_change(golden, tmp_path, capsys):
     """The command names the images and says how far the features have moved; the folder keeps its channels."""
     of(golden, "official/dino_backbone")[2].save(tmp_path / "rgb")
     for i in range(3):
         Image.fromarray(picture(40, 48, seed=i)).save(tmp_path / f"{i}.png")
     files = ",".join(str(tmp_path / f"{i}.png") for i in range(3))
-    command = [sys.executable, "-m", "mim_jax.convert", tmp_path / "rgb", "--channels=1", f"--images={files}"]
-    done = subprocess.run([*command, f"--out={tmp_path / 'grey'}"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = re.search(r"for 3 channels to those for 1: ([\d.]+) .* as they are, ([\d.]+) \(least.*; of 3 images", done.stdout)
-    assert 0.5 < float(found[1]) < float(found[2]) < 1, done.stdout
+    convert_command.main(["convert", f"{tmp_path}/rgb", "--channels=1", f"--images={files}", f"--out={tmp_path}/grey"])
+    told = capsys.readouterr().out
+    found = re.search(r"for 3 channels to those for 1: ([\d.]+) .* as they are, ([\d.]+) \(least.*; of 3 images", told)
+    assert 0.5 < float(found[1]) < float(found[2]) < 1, told
     assert len(layouts.read(tmp_path / "grey", Told(channels=0)).mean) == 1
     assert "for 1 channel became one for 3: repeated and times 1/3" in mim_jax.load(tmp_path / "grey").description
     with pytest.raises(ValueError, match="takes images of 1 channels, and those that are read here have 3"):

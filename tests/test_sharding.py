@@ -93,6 +93,18 @@ def tiny():
     return config
 
 
+class EachMesh(dict):
+    """Name of a mesh -> its run, made when it is asked for."""
+
+    def __init__(self, config, batch):
+        self.config, self.batch = config, batch
+
+    def __missing__(self, name: str) -> Run:
+        initial = None if name in ("one device", "8 fsdp") else self["one device"].initial
+        self[name] = run(self.config, MESHES[name], [self.batch], initial)
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def single() -> dict[str, Run]:
     """One step on raw images in float32 on each mesh, from the seed on."""
@@ -105,9 +117,7 @@ def single() -> dict[str, Run]:
         "label": np.zeros(BATCH, np.int32),
         "index": rng.permutation(96)[:BATCH].astype(np.int32),
     }
-    one, fsdp = (run(config, MESHES[name], [batch]) for name in ("one device", "8 fsdp"))
-    others = {name: run(config, MESHES[name], [batch], one.initial) for name in ("8 replicated", "4 x 2")}
-    return {"one device": one, "8 fsdp": fsdp} | others
+    return EachMesh(config, batch)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +141,11 @@ def double() -> dict[str, Run]:
         jax.config.update("jax_enable_x64", False)
 
 
-@pytest.mark.parametrize("mesh", ["8 replicated", "8 fsdp", "4 x 2"])
+# tests/test_methods.py has another mesh of two axes, for methods of all kinds.
+TWO_AXES = pytest.param("4 x 2", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("mesh", ["8 replicated", "8 fsdp", TWO_AXES])
 def test_float32_first_step_is_that_of_one_device(single, mesh):
     got, want = single[mesh], single["one device"]
     jax.tree.map(np.testing.assert_array_equal, got.initial, want.initial)  # no news but for FSDP, which starts from the seed
@@ -158,7 +172,12 @@ def test_float64_five_steps_are_those_of_one_device(double, mesh):
 
 
 @pytest.mark.parametrize(
-    "runs, mesh", [("single", "8 fsdp"), ("single", "4 x 2"), pytest.param("double", "8 fsdp", marks=pytest.mark.slow)]
+    "runs, mesh",
+    [
+        ("single", "8 fsdp"),
+        pytest.param("single", "4 x 2", marks=pytest.mark.slow),
+        pytest.param("double", "8 fsdp", marks=pytest.mark.slow),
+    ],
 )
 def test_the_compiled_step_moves_weights_and_nothing_else(request, runs, mesh):
     """No all-to-all, no rematerialization; what is gathered are parameters, one by one."""
@@ -217,7 +236,7 @@ def test_rings_of_products_are_told_from_other_permutes():
     }
 
 
-@pytest.mark.parametrize("mesh", ["8 fsdp", "4 x 2"])
+@pytest.mark.parametrize("mesh", ["8 fsdp", TWO_AXES])
 def test_the_state_is_cut_and_donated(single, mesh):
     """All weight matrices of parameters, teacher and both moments (but those of weight_g, which is fixed)."""
     r, fsdp = single[mesh], MESHES[mesh][1]
