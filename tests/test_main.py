@@ -283,8 +283,7 @@ def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     os.truncate(ant / BAD[0], 700)
     (ant / BAD[1]).write_text("no image")
     (ant / BAD[2]).touch()
-    arguments = [f"--config.data.dir={data}", "--config.data.eval_split=val", "--config.crops.local_crops_number=0"]
-    result = run(f"--config={TINY}", f"--workdir={workdir}", *arguments)
+    result = run(f"--config={TINY}", f"--workdir={workdir}", f"--config.data.dir={data}", "--config.data.eval_split=val")
     assert result.returncode == 0, result.stderr
     return workdir, result
 
