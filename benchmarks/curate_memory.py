@@ -5,6 +5,7 @@
 Every tenth image is an exact copy of an earlier one, every twentieth resembles its neighbor. `asked` images are curated ones,
 and as many others the evaluation set. So that time is short, neighbors are not looked for, and the 8 next images stand for
 them: their memory is that of a shard, see benchmarks/curate.py; with --search they are looked for in one of `cells` cells. The
+similarity is that of vectors. The
 peak is that of the process, with Python and JAX; also how many bytes a row it is above the start.
 """
 
@@ -22,6 +23,7 @@ from absl import app, flags
 
 from mim_jax import load_config
 from mim_jax.curate import neighbors, stages
+from mim_jax.curate.alignment import SIDE
 from mim_jax.curate.clusters import mixed
 from mim_jax.curate.embedders import Batch
 from mim_jax.curate.neighbors import quantized
@@ -69,7 +71,9 @@ class Drawn:
             x[1::20] = x[: len(x[1::20]) * 20 : 20] + 0.05 * x[1::20]
             number = np.where(row % 10 == 0, row // 10, row)
             words = np.stack([mixed(number, (10 * seed + i) << 40) for i in range(4)], axis=1)
-            yield Batch(quantized(x), np.full(len(row), -1, np.int32), words.view(np.uint8), words[:, 0], [""] * len(row))
+            sketches = np.repeat(words.view(np.uint8), SIDE, axis=1).reshape(-1, SIDE, SIDE)
+            labels = np.full(len(row), -1, np.int32)
+            yield Batch(quantized(x), labels, words.view(np.uint8), words[:, 0], sketches, [""] * len(row))
 
 
 @contextlib.contextmanager
@@ -100,7 +104,7 @@ def main(_: list[str]) -> None:
     config = load_config("curate").unlock()
     config.update(uncurated="heap", curated="good", evaluation="test", select=given.select)
     config.neighbors.update(exact=1, cells=given.cells, probes=1, k=8, sample=100)
-    config.dedup.threshold = 0.95
+    config.dedup.update(threshold=0.95, by="vectors")
     config.balance.update(clusters=(given.cells, 50), points=(10, 5), rounds=2, iterations=3, images=given.rows // 10)
     begin, before = time.monotonic(), peak()
 

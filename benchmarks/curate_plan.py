@@ -22,6 +22,8 @@ from curate_memory import Drawn, synthetic
 
 from mim_jax import load_config
 from mim_jax.curate import clusters, neighbors, stages
+from mim_jax.curate.alignment import COARSE, FINE, SIDE, _crops
+from mim_jax.curate.alignment import QUERIES as LINE
 from mim_jax.curate.shards import GROUP
 from mim_jax.models import vit
 from mim_jax.topology import H100, TPUS
@@ -30,6 +32,7 @@ EMBEDDERS = {"vits14": (384, 12, 6), "vitb14": (768, 12, 12), "vitl14": (1024, 2
 CHIPS = TPUS | {"h100": H100}
 HEADER, LIST_HEADER, PAGE = 128, 192, 4096  # bytes of the header of an .npy file, of that of the list, of a page of memory
 QUERIES = 8192  # of a product, of each device
+SKETCH = SIDE**2
 
 
 class Plan(NamedTuple):
@@ -62,6 +65,8 @@ class Stage(NamedTuple):
     memory: float  # bytes, of the process that needs most
     products: float  # multiply-adds of two vectors are `dim` each
     shards: int  # which hosts can share; 1: in one process
+    pairs: int = 0  # of sketches that are aligned
+    queries: int = 0  # whose crops are made
 
 
 def arrays(rows: int, shard: int, *widths: int) -> int:
@@ -69,9 +74,21 @@ def arrays(rows: int, shard: int, *widths: int) -> int:
     return rows * sum(widths) + HEADER * len(widths) * math.ceil(rows / shard)
 
 
-def scattered(plan: Plan) -> float:
-    """Bytes that the disk reads for a vector alone: whole pages."""
-    return PAGE * (1 + (2 * plan.dim - 1) / PAGE)
+def scattered(row: int) -> float:
+    """Bytes that the disk reads for a row alone: whole pages."""
+    return PAGE * (1 + (row - 1) / PAGE)
+
+
+def alignment(pairs: int, queries: int, fine: float) -> float:
+    """Multiply-adds; `fine` is the share of pairs that are looked at with large sketches."""
+    found = 0.0
+    for level, share in ((COARSE, 1.0), (FINE, fine)):
+        cuts, crops, side = _crops(level)[0].shape[1], len(_crops(level)[1]), level.side
+        of_query = 2 * side * SIDE * (cuts * SIDE + crops * side)
+        of_pair = 2 * crops * side**2 + 2 * side * SIDE * (SIDE + side)
+        # Of few pairs of the fine level each has its own crops.
+        found += pairs * share * of_pair + (queries if share == 1 else pairs * share) * of_query
+    return found
 
 
 def kmeans(rows: float, k: int, iterations: int) -> float:
@@ -87,26 +104,40 @@ def stages_of(plan: Plan) -> list[Stage]:
     learned = min(p, stages.A_CELL * plan.cells)
     found: list[Stage] = []
 
-    def add(name: str, read: float, written: int, memory: float, products: float = 0, of: int = 1) -> None:
-        found.append(Stage(name, read + written, written, memory, products, of))  # the digest reads what was written
+    def add(
+        name: str, read: float, written: int, memory: float, products: float = 0, of: int = 1, pairs: int = 0, queries: int = 0
+    ) -> None:
+        found.append(Stage(name, read + written, written, memory, products, of, pairs, queries))  # the digest reads, too
 
     queries = QUERIES * plan.devices
-    all_files = arrays(n, plan.shard, vector, 32, 1)
+    all_files = arrays(n, plan.shard, vector, 32, SKETCH, 1)
     add("embed", 0, all_files, 3 * plan.shard * vector, of=math.ceil(n / plan.shard))
     add("order", 33 * n, arrays(n, n, 4) + arrays(p, p, 8, 8), 45 * n)
-    add("pool", p * scattered(plan), arrays(p, plan.shard, vector), plan.shard * vector, of=shards)
-    read = 2 * 11 * learned * scattered(plan)
+    read = p * (scattered(vector) + scattered(SKETCH))
+    add("pool", read, arrays(p, plan.shard, vector, SKETCH), plan.shard * (vector + SKETCH), of=shards)
+    read = 2 * 11 * learned * scattered(vector)
     add("cells", read, arrays(plan.cells, plan.cells, vector), 40 * p + state, kmeans(learned, plan.cells, 10))
     add("assigned", p * vector, arrays(p, plan.shard, 4), plan.shard * vector, p * plan.cells, shards)
     # Each shard reads all the cells that its rows ask for.
-    read = 2 * p * vector + shards * min(1.0, plan.shard * plan.probes / plan.cells) * p * scattered(plan)
+    read = 2 * p * vector + shards * min(1.0, plan.shard * plan.probes / plan.cells) * p * scattered(vector)
     memory = 16 * p + plan.shard * (vector + 20 * plan.probes + 20 * plan.k)
     products = p * plan.cells + p * plan.probes * p / plan.cells * plan.skew
     add("neighbors", read, arrays(p, plan.shard, 4, 4 * plan.k, 4 * plan.k), memory, products, shards)
+    read = p * (4 * plan.k + SKETCH) + p * plan.k * scattered(SKETCH)
+    memory = plan.shard * (12 * plan.k + SKETCH) + LINE * plan.devices * (plan.k + 1) * 2 * SKETCH
+    add("aligned", read, arrays(p, plan.shard, 4, 4 * plan.k, 4 * plan.k), memory, of=shards, pairs=p * plan.k, queries=p)
     add("components", 2 * p * (4 + 8 * plan.k), arrays(p, p, 4), state + 24 * p)
-    read = (p + plan.curated + (math.ceil(p / queries) + math.ceil(plan.curated / queries)) * plan.evaluation) * vector
-    written = arrays(p, plan.shard, 8, 4) + arrays(plan.curated, plan.shard, 8, 4)
-    add("leakage", read, written, plan.shard * vector, (p + plan.curated) * plan.evaluation, shards)
+    both = p + plan.curated
+    read = (both + (math.ceil(p / queries) + math.ceil(plan.curated / queries)) * plan.evaluation) * vector
+    read += both * (SKETCH + plan.k * scattered(SKETCH))
+    written = arrays(p, plan.shard, 4, 4) + arrays(plan.curated, plan.shard, 4, 4)
+    products, pairs = both * plan.evaluation, both * plan.k
+    add("leakage", read, written, plan.shard * vector, products, shards, pairs, both)
+    read = (2 * plan.evaluation + math.ceil(plan.evaluation / queries) * both) * vector
+    read += 2 * plan.evaluation * (SKETCH + plan.k * scattered(SKETCH))
+    written, of = 2 * arrays(plan.evaluation, plan.shard, *[4 * plan.k] * 2), math.ceil(plan.evaluation / plan.shard)
+    pairs = 2 * plan.evaluation * plan.k
+    add("leakage_back", read, written, plan.shard * vector, products, of, pairs, 2 * plan.evaluation)
     read, written = math.ceil(plan.curated / queries) * left * vector, arrays(plan.curated, plan.shard, *[4 * plan.asked] * 2)
     asking = math.ceil(plan.curated / plan.shard)
     add("retrieve", read, written, 8 * left + plan.shard * vector, plan.curated * left, asking)
@@ -153,6 +184,7 @@ def table(plan: Plan, given: Any) -> None:
     together = {select: np.zeros(3) for select in ("retrieve", "balance")}
     for stage in stages_of(plan):
         work, shares = stage.products * plan.dim, given.product_share
+        work += alignment(stage.pairs, stage.queries, given.fine)
         read, written, memory = stage.read, stage.written, stage.memory
         if stage.name == "embed":
             records = plan.images * given.record
@@ -194,14 +226,18 @@ def planned(given: Any) -> Plan:
 def check() -> None:
     """Raises ValueError if a run of the stages writes or multiplies something else than `stages_of` says."""
     rows, asked, dim, cells, shard, flawed = 2000, 40, 24, 16, 512, list[str]()
-    made, now, nearest = Counter[str](), ["embed"], neighbors.nearest
+    made, pairs, now, nearest, aligned = Counter[str](), Counter[str](), ["embed"], neighbors.nearest, stages.aligned
 
-    def told(line: str) -> None:
+    def began(line: str) -> None:
         now[0] = line.partition(":")[0]
 
     def counted(queries: np.ndarray, base: Any, *args: Any, **kwargs: Any) -> Any:
         made[now[0]] += len(queries) * base.shape[0]
         return nearest(queries, base, *args, **kwargs)
+
+    def aligned_and_counted(sketches: np.ndarray, base: Any, ids: np.ndarray) -> np.ndarray:
+        pairs[now[0]] += ids.size
+        return aligned(sketches, base, ids)
 
     for select in ("retrieve", "balance"):
         config = load_config("curate").unlock()
@@ -211,11 +247,11 @@ def check() -> None:
         config.balance.update(clusters=(30, 6), points=(5, 3), rounds=2, iterations=1, images=100)
         with (
             tempfile.TemporaryDirectory() as folder,
-            synthetic(dim, rows, asked, told),
+            synthetic(dim, rows, asked, began),
             mock.patch.object(Drawn, "batch_size", 64),
         ):
             with mock.patch.multiple(neighbors, nearest=counted), mock.patch.multiple(clusters, nearest=counted):
-                with mock.patch.multiple(stages, nearest=counted):
+                with mock.patch.multiple(stages, nearest=counted, aligned=aligned_and_counted):
                     state = stages.run(config, Path(folder))
             plan = Plan(
                 rows, len(state.labels), len(state.candidates), asked, asked, len(state.chosen), dim, 8, cells, cells, 1.0,
@@ -224,7 +260,7 @@ def check() -> None:
             sets = Counter[str]()
             for file in Path(folder).glob("*/*.npy"):
                 sets[file.parent.name.partition("-")[0]] += file.stat().st_size
-            sets["embed"] -= 2 * arrays(asked, shard, 2 * dim, 32, 1)
+            sets["embed"] -= 2 * arrays(asked, shard, 2 * dim, 32, SKETCH, 1)
             sets["write"] = next(Path(folder).glob("rows-*")).stat().st_size
             record = sum(file.stat().st_size for file in Path(folder).glob("embed-*/*.parquet")) / (rows + 2 * asked)
             provenance = (Path(folder) / "provenance.parquet").stat().st_size / rows
@@ -233,10 +269,14 @@ def check() -> None:
                 continue
             early = stage.name in ("cells", "balance")  # k-means may end early, and needs no more rounds than it has rows
             right = made[stage.name] == stage.products or (early and 0 < made[stage.name] <= stage.products)
-            print(f"{select}: {stage.name}: {sets[stage.name]:,} bytes, {made[stage.name]:,} products")
+            right = right and pairs[stage.name] == stage.pairs
+            told = f"{made[stage.name]:,} products, {pairs[stage.name]:,} aligned pairs"
+            print(f"{select}: {stage.name}: {sets[stage.name]:,} bytes, {told}")
             if sets[stage.name] != stage.written or not right:
-                flawed.append(f"{stage.name}: the formulas say {stage.written:,} bytes, {stage.products:,.0f} products")
+                wanted = f"{stage.products:,.0f} products, {stage.pairs:,} pairs"
+                flawed.append(f"{stage.name}: the formulas say {stage.written:,} bytes, {wanted}")
         made.clear()
+        pairs.clear()
     print(f"Parquet, which is compressed: {record:.0f} bytes an image of records, {provenance:.0f} of provenance")
     if flawed:
         raise ValueError("; ".join(flawed))
@@ -265,6 +305,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("embed_share", ["0.1", "0.25", "0.45"], low_likely_high)
     flags.DEFINE_list("product_share", ["0.004", "0.02", "0.067"], low_likely_high)
     flags.DEFINE_integer("k", 64, "Neighbors of an image.")
+    flags.DEFINE_float("fine", 0.02, "Share of aligned pairs that are looked at with large sketches; in curate:demo FINE.")
     flags.DEFINE_integer("cells", 65_536, "Cells.")
     flags.DEFINE_integer("probes", 256, "Cells that are probed.")
     flags.DEFINE_float(

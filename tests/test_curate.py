@@ -552,7 +552,8 @@ def test_rounds_of_stars_end_with_the_components():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """A heap of 150 images with three exact and four other copies, two copies of images to test on, and a bad file."""
+    """A heap of 150 images with three exact and four other copies, two copies of images to test on, a part of one and one of
+    which a part is there, and a bad file."""
     root = tmp_path_factory.mktemp("images")
     for name, seeds in (("heap", range(150)), ("good", range(300, 330)), ("test", range(400, 406))):
         (root / name).mkdir()
@@ -564,6 +565,9 @@ def images(tmp_path_factory):
         (root / "heap" / f"like{i}.png").write_bytes(encode(plants.copied(textured(10 + i), kind, (i,))))
     (root / "heap" / "leak0.png").write_bytes(encode(textured(400)))
     (root / "heap" / "leak1.png").write_bytes(encode(textured(401)[:, ::-1]))
+    (root / "heap" / "leak2.png").write_bytes(encode(textured(402)[4:44, 6:46]))
+    (root / "heap" / "leak3.png").write_bytes(encode(textured(403)))
+    (root / "test" / "403.png").write_bytes(encode(textured(403)[3:43, 2:42]))
     (root / "heap" / "bad.png").write_bytes(b"no image")
     return root
 
@@ -590,9 +594,11 @@ def test_what_becomes_of_each_image(images, tmp_path, capsys):
     state = stages.run(config_of(images), tmp_path)
     rows = {Path(row["name"]).name: row for row in parquet.read_table(tmp_path / "provenance.parquet").to_pylist()}
     fate = {name: row["fate"] for name, row in rows.items()}
-    assert len(rows) == 160 and fate["bad.png"] == "bad image" and "no image of the formats" in rows["bad.png"]["why_bad"]
+    assert len(rows) == 162 and fate["bad.png"] == "bad image" and "no image of the formats" in rows["bad.png"]["why_bad"]
     assert all(fate[f"same{i}.png"] == "exact copy of another image" for i in range(3))
-    assert fate["leak0.png"] == fate["leak1.png"] == "copy of an evaluation image"
+    assert fate["leak0.png"] == fate["leak1.png"] == fate["leak2.png"] == "copy of an evaluation image"
+    named = {name: Path(row["evaluation_image"]).name for name, row in rows.items() if row["evaluation_image"]}
+    assert named == {f"leak{i}.png": f"{400 + i}.png" for i in range(4)}
     for i in range(4):
         pair = [rows[name] for name in (f"{10 + i:03}.png", f"like{i}.png")]
         assert sorted(row["fate"] == "near-duplicate of another image" for row in pair) == [False, True]
@@ -602,7 +608,7 @@ def test_what_becomes_of_each_image(images, tmp_path, capsys):
     assert all(Path(rows[name]["asked_by"]).parent.name == "good" for name in chosen)
     assert len(state.candidates) == 150
     told = capsys.readouterr().err
-    assert "1 of 160 images are bad, such as" in told and "train on them" in told
+    assert "1 of 162 images are bad, such as" in told and "train on them" in told
     page = (tmp_path / "report.html").read_text()
     assert "without copies of evaluation images</td><td>150" in page and "<h2>Leakage" in page and "Duplicate groups" in page
 
@@ -704,8 +710,8 @@ BAD = [
     ({"select": "best"}, "select is 'best', but must be retrieve or balance or all"),
     ({"dedup.threshold": 1.5}, r"dedup.threshold is 1.5, but must be in \[0, 1\]"),
     ({"neighbors.k": 0}, "neighbors.k is 0, but must be 1 or more"),
-    ({"dedup.threshold": 0.0, "leakage.threshold": 0.9}, r"only 0 of 156 images .*: at dedup.threshold=0 .* the embedder"),
-    ({"dedup.threshold": 0.0, "evaluation": ""}, "only 1 of 156 images would be left"),
+    ({"dedup.threshold": 0.0, "leakage.threshold": 0.9}, r"only 0 of 158 images .*: at dedup.threshold=0 .* the embedder"),
+    ({"dedup.threshold": 0.0, "evaluation": ""}, "only 1 of 158 images would be left"),
     ({"leakage.threshold": 0.0}, "all images of .*good .* are copies of evaluation images, at leakage.threshold=0"),
     ({"uncurated": ","}, "uncurated is missing"),
     ({"uncurated": "@"}, "'@' is no set: a folder, or a data set such as cifar10@test"),

@@ -18,7 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -91,6 +91,12 @@ class Images:
         return Known(self.digest, *(Subset(self.result.rows(name), self.good) for name in ("vectors", "sketch")))
 
 
+class Leakage(NamedTuple):
+    similarity: np.ndarray  # float32 [pool], to the most similar image of an evaluation set
+    place: np.ndarray  # int32 [pool], which one that is
+    digest: str
+
+
 @dataclasses.dataclass
 class Curation:
     """All that a run knows; what the report and the provenance are made of.
@@ -116,6 +122,7 @@ class Curation:
     giants: list[components.Component]
     cut: bool
     leaks: list[np.ndarray]  # similarity to the most similar image of each evaluation set, float32 [pool]
+    resembled: list[np.ndarray]  # which one that is, int32 [pool], among the good ones
     doubled: np.ndarray  # bool [pool], in one component with an image that is also in a curated set of the list
     candidates: np.ndarray  # int64, representatives that are neither copies of evaluation images nor doubled
     chosen: np.ndarray  # int64, numbers in the pool
@@ -267,7 +274,8 @@ class Stages:
         giants = [components.Component(*each) for each in about["giants"]]
         state = Curation(
             config, self.embedder, uncurated, wanted, evaluation, member, origin, keys, known.vectors, found, threshold,
-            leak_threshold, curve, labels, giants, about["cut"], [similarity for similarity, _ in leaks], doubled,
+            leak_threshold, curve, labels, giants, about["cut"], [each.similarity for each in leaks],
+            [each.place for each in leaks], doubled,
             np.zeros(0, np.int64), np.zeros(0, np.int64), {},
         )  # fmt: skip
         for label, size, density in giants:
@@ -277,7 +285,7 @@ class Stages:
             tell(f"a giant component: {what}, with {uncurated[at].source.name(int(row))}; {hint}")
         state.candidates = np.flatnonzero((labels == np.arange(len(labels))) & ~state.leaked & ~doubled)
         self.refuse_nothing(state)
-        inputs = [joined.digest, pool.digest, *(digest for _, digest in leaks), digest_of(leak_threshold)]
+        inputs = [joined.digest, pool.digest, *(each.digest for each in leaks), digest_of(leak_threshold)]
         if doubled.any():
             inputs += [images.digest for images in wanted]
         choose = {"retrieve": self.retrieve, "balance": self.balance, "all": self.all}[config.select]
@@ -533,8 +541,8 @@ class Stages:
 
         return self.engine.components(self.stage, found, pairs, {"threshold": threshold}, count, self.config.shard_rows)
 
-    def leakage(self, pool: Known, evaluation: Known) -> tuple[np.ndarray, str]:
-        """Of each image its similarity to the most similar image of an evaluation set, float32 [pool], and the digest of this.
+    def leakage(self, pool: Known, evaluation: Known) -> "Leakage":
+        """Of each image the most similar one of an evaluation set.
 
         By pixels both are cut: each one for its nearest of the other set. So of more than `neighbors.k` images that are parts
         of one evaluation image not all may be found."""
@@ -547,8 +555,9 @@ class Stages:
             return found.ids, aligned(one.sketches.read(*span), other.sketches, found.ids)
 
         def to_evaluation(span: tuple[int, int]) -> Made:
-            _, similarity = compared(pool, evaluation, span, 1 if by == "vectors" else k)
-            return Made({"similarity": similarity.max(axis=1)})
+            ids, similarity = compared(pool, evaluation, span, 1 if by == "vectors" else k)
+            best = (np.arange(len(ids)), similarity.argmax(axis=1))
+            return Made({"similarity": similarity[best], "place": ids[best]})
 
         def from_evaluation(span: tuple[int, int]) -> Made:
             ids, similarity = compared(evaluation, pool, span, k)
@@ -556,19 +565,22 @@ class Stages:
 
         inputs, settings = [pool.digest, evaluation.digest], {"by": by} | ({"k": k} if by == "pixels" else {})
         made = self.stage("leakage", 2, inputs, settings, spans(len(pool), rows), to_evaluation)
-        similarity = made.array("similarity")
+        similarity, place = made.array("similarity"), made.array("place")
         if by == "vectors":
-            return similarity, made.digest
+            return Leakage(similarity, place, made.digest)
         back = self.stage("leakage_back", 1, inputs, settings, spans(len(evaluation), rows), from_evaluation)
-        ids = back.array("ids")
-        np.maximum.at(similarity, ids[ids != neighbors.NONE], back.array("similarity")[ids != neighbors.NONE])
-        return similarity, digest_of(made.digest, back.digest)
+        there = back.array("ids") != neighbors.NONE
+        ids, found, of = back.array("ids")[there], back.array("similarity")[there], np.nonzero(there)[0].astype(np.int32)
+        np.maximum.at(similarity, ids, found)
+        better = (found == similarity[ids]) & (found > made.array("similarity")[ids])
+        place[ids[better]] = of[better]
+        return Leakage(similarity, place, digest_of(made.digest, back.digest))
 
     def without_leaks(self, wanted: Images, evaluation: Sequence[Images], threshold: float) -> Images:
         """A curated set without copies of evaluation images, which it says. Raises ValueError if nothing is left."""
         hit = np.zeros(len(wanted.good), bool)
         for images in evaluation:
-            hit |= self.leakage(wanted.known, images.known)[0] >= threshold
+            hit |= self.leakage(wanted.known, images.known).similarity >= threshold
         if not hit.any():
             return wanted
         rows, what = wanted.good[hit], wanted.source.description
@@ -801,6 +813,7 @@ def provenance(state: Curation) -> Iterator[dict[str, list[Any]]]:
 
     sizes = np.bincount(state.labels, minlength=len(state.labels))
     most = np.max(state.leaks, axis=0).astype(np.float64) if state.leaks else None
+    in_set = np.argmax(state.leaks, axis=0) if state.leaks else None
     candidate, chosen, leaked = (np.zeros(len(state.labels), bool) for _ in range(3))
     candidate[state.candidates], chosen[state.chosen], leaked[:] = True, True, state.leaked
     hit = state.hit
@@ -815,6 +828,12 @@ def provenance(state: Curation) -> Iterator[dict[str, list[Any]]]:
             return ""
         images = state.curated[asked[m]]
         return images.source.name(int(images.good[place[m]]))
+
+    def resembling(m: int) -> str:
+        if m < 0 or in_set is None or not hit[m]:
+            return ""
+        images, places = state.evaluation[in_set[m]], state.resembled[in_set[m]]
+        return images.source.name(int(images.good[places[m]]))
 
     def part(images: Images, table: Any, first_row: int, start: int) -> dict[str, list[Any]]:
         count = len(table)
@@ -836,6 +855,7 @@ def provenance(state: Curation) -> Iterator[dict[str, list[Any]]]:
             "component": [each.tobytes().hex() if m >= 0 else "" for each, m in zip(first, member.tolist())],
             "component_size": np.where(member < 0, 0, sizes[label]).tolist(),
             "evaluation_similarity": [None] * count if most is None else pyarrow.array(most[there], mask=member < 0),
+            "evaluation_image": [resembling(m) for m in member.tolist()],
             "fate": fate.tolist(),
             "asked_by": [asking(m) if told == "chosen" else "" for m, told in zip(member.tolist(), fate.tolist())],
         }
