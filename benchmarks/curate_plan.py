@@ -305,7 +305,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("embed_share", ["0.1", "0.25", "0.45"], low_likely_high)
     flags.DEFINE_list("product_share", ["0.004", "0.02", "0.067"], low_likely_high)
     flags.DEFINE_integer("k", 64, "Neighbors of an image.")
-    flags.DEFINE_float("fine", 0.02, "Share of aligned pairs that are looked at with large sketches; in curate:demo FINE.")
+    flags.DEFINE_float("fine", 0.02, "Share of aligned pairs that are looked at with large sketches; 0.020 in curate:demo.")
     flags.DEFINE_integer("cells", 65_536, "Cells.")
     flags.DEFINE_integer("probes", 256, "Cells that are probed.")
     flags.DEFINE_float(

@@ -23,7 +23,7 @@ from mim_jax.data.decode import decode
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/curated", "Of curate:demo, finished.")
 TOOLS = flags.DEFINE_list("tools", ["imagehash", "imagededup"], "Packages.")
-COSINES = (0.75, 0.8, 0.85, 0.9, 0.95)
+THRESHOLDS = (0.85, 0.875, 0.9, 0.925, 0.95)
 BITS = (0, 2, 4, 6, 8, 10)  # 10 is imagededup's default
 BLOCK = 1024
 
@@ -67,9 +67,9 @@ def main(_: list[str]) -> None:
         labels = components.components(count, edges)
         told(name, report.planted_found(dataclasses.replace(state, labels=labels, leaks=none)))
 
-    for threshold in (state.threshold, *COSINES):
+    for threshold in (state.threshold, *THRESHOLDS):
         edges = components.above(stages.edges_of(state.found), threshold)
-        judge(f"{state.embedder.description}, cosine of at least {threshold:g}", edges)
+        judge(f"{report.similarity(state)} of at least {threshold:g}", edges)
     source = state.uncurated[0].source
     images = [Image.fromarray(decode(source[int(row)].image, CANVAS)) for row in state.origin]
     for tool in TOOLS.value:

@@ -766,7 +766,7 @@ def test_bad_sources_and_another_embedder(images, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="none of the 3 images of .*broken.* can be read: .*0.png: no image of the formats"):
         stages.run(config_of(images, curated=f"{tmp_path}/broken"), tmp_path / "run")
     monkeypatch.setattr(stages, "DIMS", 3)
-    with pytest.raises(ValueError, match="has vectors of another embedder, .* of 19 dimensions; now it is .* of 3. Thresholds"):
+    with pytest.raises(ValueError, match="has vectors of another embedder, .* of 20 dimensions; now it is .* of 3. Thresholds"):
         stages.run(config_of(images), tmp_path / "run")
 
 
