@@ -22,7 +22,10 @@ MOST_BAD = 20  # images in the table of bad ones
 UNREAD = f"What could not be read, of all sets, at most {MOST_BAD}; provenance.parquet has all of the uncurated sets."
 GROUPED = "Components, largest first. Of each the first is kept, whose pixels have the smallest hash."
 LISTED = "Copies of evaluation images are left out. How often the others are in an epoch is write.curated."
-LEFT = "th:first-child, td:first-child { text-align: left; } td { padding-left: .7rem; }"
+LEFT = (
+    "th:first-child, td:first-child { text-align: left; } td { padding-left: .7rem; } "
+    "td:not(:first-child) { white-space: nowrap; } figure.table { overflow-x: auto; }"
+)
 
 
 def page(state: Any) -> str:
