@@ -462,6 +462,8 @@ MUTATIONS = (
       "test_curate.py::test_what_becomes_of_each_image"),
     M("copies that are no neighbors count as found", "curate/calibration.py", "near = products /", "near = 9 + products /",
       "test_curate.py::test_pairs_that_are_near_either_way_are_compared_both_ways"),
+    M("crops by themselves are mistakes", "curate/calibration.py", "np.maximum(*alike) < AGREE", "np.maximum(*alike) < 9",
+      "test_curate.py::test_pairs_that_are_near_either_way_are_compared_both_ways"),
     M("copies by themselves are mistakes", "curate/calibration.py", "dhash_distance(dhash[image], dhash[copy]) > DHASH",
       "image != copy", "test_curate.py::test_pairs_that_are_near_either_way_are_compared_both_ways"),
     M("a threshold of few images", "curate/stages.py", "if len(rows) < LEAST_CALIBRATED:", "if not len(rows):",

@@ -13,7 +13,9 @@ from mim_jax.curate.neighbors import nearest
 from mim_jax.curate.shards import Rows
 
 CALIBRATED = 1024  # images whose copies are compared with all others at a time
-DHASH = 12  # bits of 64; images whose hashes differ by no more may be copies without our doing
+DHASH = 12  # bits of 64; images whose hashes differ by no more may be copies without our doing,
+AGREE = 0.9  # and images of this similarity,
+LOOKED_AT = 0.75  # which is looked at where an image and the copy of the other one have this similarity
 
 
 class Known(NamedTuple):
@@ -34,6 +36,16 @@ class Pairs(NamedTuple):
     others: Iterable[np.ndarray]  # float32, of an image and the copy of another one, in parts
 
 
+def check_different(dhash: np.ndarray) -> None:
+    """Raises ValueError if most of the images, by their dHashes, uint64 [n], may be copies of each other without our doing."""
+    alike = dhash_distance(dhash[:CALIBRATED, None], dhash) <= DHASH
+    if alike.sum() - len(alike) > alike.size / 2:
+        raise ValueError(
+            "the images that a threshold would be calibrated with look so much alike that copies cannot be told from others: "
+            "give dedup.threshold"
+        )
+
+
 def by_vectors(images: Known, copies: Known, dhash: np.ndarray) -> Pairs:
     """All pairs, but those of images whose dHashes, uint64 [n], nearly agree, also mirrored."""
     ours, theirs = (each.vectors.read(0, len(each)).astype(np.float32) / neighbors.UNIT for each in (images, copies))
@@ -48,7 +60,8 @@ def by_vectors(images: Known, copies: Known, dhash: np.ndarray) -> Pairs:
 
 def by_pixels(images: Known, copies: Known, dhash: np.ndarray, pool: Rows, k: int) -> Pairs:
     """The pairs of which one is among the k nearest of the other one, by vectors. An image and its copy are such a pair if they
-    are as near as the k nearest in the pool are."""
+    are as near as the k nearest in the pool are. Pairs of others that may be copies without our doing are left out: by their
+    dHashes, uint64 [n], or by the similarity of the images themselves."""
     count = len(images)
     numbers = np.arange(count, dtype=np.int32)
     own, found = np.full(count, -np.inf, np.float32), []
@@ -65,7 +78,12 @@ def by_pixels(images: Known, copies: Known, dhash: np.ndarray, pool: Rows, k: in
     best = np.lexsort((-similarity, pair))  # of a pair that was compared both ways the larger one
     best = best[np.diff(pair[best], prepend=-1) > 0]
     image, copy = np.divmod(pair[best], count)
-    return Pairs(own, [similarity[best][dhash_distance(dhash[image], dhash[copy]) > DHASH]])
+    similarity, left = similarity[best], dhash_distance(dhash[image], dhash[copy]) > DHASH
+    seen = np.flatnonzero(left & (similarity >= LOOKED_AT))
+    sketches, pairs = images.sketches.read(0, count), (image[seen], copy[seen])
+    alike = [aligned(sketches[a], images.sketches, b.astype(np.int32)[:, None])[:, 0] for a, b in (pairs, pairs[::-1])]
+    left[seen] = np.maximum(*alike) < AGREE
+    return Pairs(own, [similarity[left]])
 
 
 @dataclasses.dataclass(frozen=True)

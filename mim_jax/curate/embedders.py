@@ -128,6 +128,8 @@ class Embedder:
 
     def enough(self, source: Any, good: np.ndarray) -> int:
         """For how many components there are images enough."""
+        if len(good) < 2:
+            raise ValueError(f"{source.description}: one image is too few")
         if good.sum() < 2:
             raise ValueError(f"{source.description}: fewer than two of {len(good)} sampled images can be read")
         return int(good.sum()) // 8 or 1
@@ -186,7 +188,7 @@ class Pixels(Embedder):
         images, copies = found.reshape(-1, 2, RAW)[good].astype(np.float64).transpose(1, 0, 2)
         mean, apart = images.mean(axis=0), images - copies
         within = apart.T @ apart / len(images)
-        within += NOISE * np.trace(within) / RAW * np.eye(RAW)
+        within += (NOISE * np.trace(within) / RAW + 1e-6) * np.eye(RAW)  # also if all images are of one color
         _, basis = scipy.linalg.eigh(np.cov(images.T, bias=True), within, subset_by_index=(RAW - dims, RAW - 1))
         return mean, basis
 

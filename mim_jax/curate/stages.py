@@ -500,6 +500,7 @@ class Stages:
             Known(embedded.digest, *(Memory(each[side::2][good]) for each in (vectors, sketches))) for side in (0, 1)
         )
         dhash = np.array(list(embedded.column("dhash")), np.uint64)[::2][good]
+        calibration.check_different(dhash)
         if config.dedup.by == "pixels":
             pairs = calibration.by_pixels(ours, copies, dhash, pool.vectors, config.neighbors.k)
         else:
@@ -599,7 +600,7 @@ class Stages:
             f"only {left:,} of {count:,} images would be left: at dedup.threshold={state.threshold:g} they are {parts:,} "
             f"components, {int(state.leaked.sum()):,} images go with evaluation images at "
             f"leakage.threshold={state.leakage_threshold:g}, {int(state.doubled.sum()):,} with images that a curated set has, "
-            "too. Raise the thresholds: they belong to the embedder"
+            "too. Raise the thresholds, dedup.threshold and leakage.threshold"
         )
 
     # Choose
