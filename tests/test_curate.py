@@ -199,10 +199,13 @@ def test_pairs_that_are_near_either_way_are_compared_both_ways():
             for a, b in ((one, other), (other, one))]  # fmt: skip
     want = np.maximum(np.where(near[0], forth, -np.inf), np.where(near[1], back, -np.inf).T)
     assert min(want[0, 1], want[2, 3]) > 0.9 and dhash_distance(dhashes[2:3], dhashes[3:4]) > calibration.DHASH
+    known = [each for each in (want[2, 3], want[3, 2]) if np.isfinite(each)]
     want[0, 1] = want[1, 0] = want[2, 3] = want[3, 2] = -np.inf
     pool = vectors(6, 4, 2)
-    found = calibration.by_pixels(one, other, dhashes, Memory(pool), 3)
-    assert sorted(np.concatenate(list(found.others))) == sorted(want[np.isfinite(want) & ~np.eye(10, dtype=bool)])
+    clean, found = (calibration.by_pixels(one, other, dhashes, Memory(pool), 3, heap) for heap in (False, True))
+    others = want[np.isfinite(want) & ~np.eye(10, dtype=bool)]
+    assert sorted(np.concatenate(list(found.others))) == sorted(others)
+    assert sorted(np.concatenate(list(clean.others))) == sorted([*others, *known]) and np.array_equal(clean.own, found.own)
     for i in range(10):
         ways = []
         for a, b, similarity in ((one, other, forth), (other, one, back)):

@@ -264,7 +264,7 @@ class Stages:
         found = self.aligned(self.neighbors(pool), known)
         # Curated images are supposed to differ from each other; of a heap nobody knows. But few images tell little.
         clean = max([*evaluation, *wanted, *uncurated], key=lambda images: min(len(images.good), ENOUGH))
-        curve, threshold = self.threshold(clean, known)
+        curve, threshold = self.threshold(clean, known, heap=any(clean is each for each in uncurated))
         joined = self.components(found, len(origin), threshold)
         labels, about = joined.array("label"), joined.abouts[0]
         leaks = [self.leakage(known, images.known) for images in evaluation]
@@ -478,7 +478,7 @@ class Stages:
     def resumed(self, *of: Any) -> "Kept":
         return Kept(self.workdir / f"kmeans-{digest_of(*of)}")
 
-    def threshold(self, images: Images, pool: Known) -> tuple[calibration.Curve | None, float]:
+    def threshold(self, images: Images, pool: Known, heap: bool) -> tuple[calibration.Curve | None, float]:
         """The given one, or the one that copies of some of these images lead to, in the pool."""
         config = self.config
         if config.dedup.threshold is not None:
@@ -502,7 +502,7 @@ class Stages:
         dhash = np.array(list(embedded.column("dhash")), np.uint64)[::2][good]
         calibration.check_different(dhash)
         if config.dedup.by == "pixels":
-            pairs = calibration.by_pixels(ours, copies, dhash, pool.vectors, config.neighbors.k)
+            pairs = calibration.by_pixels(ours, copies, dhash, pool.vectors, config.neighbors.k, heap)
         else:
             pairs = calibration.by_vectors(ours, copies, dhash)
         # The pool has share * count pairs of an image and its copy, the sample one for each row; and count**2 / 2 other pairs.
