@@ -44,10 +44,10 @@ TEXT = """# What fits where
 Nothing in this table was run on such devices.
 
 `ring`: a kernel, or its gradient, that goes round in parts while it is multiplied, as TPU compilers do it in place of an
-all-gather or a reduce-scatter. `halo`: columns of a gradient that move to the next device after a reduce-scatter, whose blocks are
-wider than the devices' parts. What is in a loop over blocks is counted once. The gates: the step fits, it sends activations
-nowhere (no all-to-all, no other collective-permute, no involuntary rematerialization), it sums gradients in float32 (but for
-0.1 MiB at most), and it donates its state. Where a recipe is refused, the next larger slices follow until one is not.
+all-gather or a reduce-scatter. `halo`: columns of a gradient that move to the next device after a reduce-scatter, whose
+blocks are wider than the devices' parts. What is in a loop over blocks is counted once. The gates: the step fits, it sends
+activations nowhere (no all-to-all, no other collective-permute, no involuntary rematerialization), it sums gradients in float32
+(but for 0.1 MiB at most), and it donates its state. Where a recipe is refused, the next larger slices follow until one is not.
 
 """
 
