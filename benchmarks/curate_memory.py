@@ -4,9 +4,9 @@
 
 Every tenth image is an exact copy of an earlier one, every twentieth resembles its neighbor. `asked` images are curated ones,
 and as many others the evaluation set. So that time is short, neighbors are not looked for, and the 8 next images stand for
-them: their memory is that of a shard, see benchmarks/curate.py; with --search they are looked for in one of `cells` cells. The
-similarity is that of vectors. The
-peak is that of the process, with Python and JAX; also how many bytes a row it is above the start.
+them: their memory is that of a shard, see benchmarks/curate.py; with --search they are looked for in one of `cells` cells.
+Their similarity is that of vectors. The peak is that of the process, with Python and JAX; also how many bytes a row it is
+above the start.
 """
 
 import contextlib

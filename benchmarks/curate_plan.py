@@ -21,9 +21,8 @@ from absl import app, flags
 from curate_memory import Drawn, synthetic
 
 from mim_jax import load_config
-from mim_jax.curate import clusters, neighbors, stages
-from mim_jax.curate.alignment import COARSE, FINE, SIDE, _crops
-from mim_jax.curate.alignment import QUERIES as LINE
+from mim_jax.curate import alignment, clusters, neighbors, stages
+from mim_jax.curate.alignment import COARSE, FINE, SIDE, crop_matrices
 from mim_jax.curate.shards import GROUP
 from mim_jax.models import vit
 from mim_jax.topology import H100, TPUS
@@ -79,11 +78,12 @@ def scattered(row: int) -> float:
     return PAGE * (1 + (row - 1) / PAGE)
 
 
-def alignment(pairs: int, queries: int, fine: float) -> float:
+def aligning(pairs: int, queries: int, fine: float) -> float:
     """Multiply-adds; `fine` is the share of pairs that are looked at with large sketches."""
     found = 0.0
     for level, share in ((COARSE, 1.0), (FINE, fine)):
-        cuts, crops, side = _crops(level)[0].shape[1], len(_crops(level)[1]), level.side
+        matrices, rows_of, _ = crop_matrices(level)
+        cuts, crops, side = matrices.shape[1], len(rows_of), level.side
         of_query = 2 * side * SIDE * (cuts * SIDE + crops * side)
         of_pair = 2 * crops * side**2 + 2 * side * SIDE * (SIDE + side)
         # Of few pairs of the fine level each has its own crops.
@@ -124,7 +124,7 @@ def stages_of(plan: Plan) -> list[Stage]:
     products = p * plan.cells + p * plan.probes * p / plan.cells * plan.skew
     add("neighbors", read, arrays(p, plan.shard, 4, 4 * plan.k, 4 * plan.k), memory, products, shards)
     read = p * (4 * plan.k + SKETCH) + p * plan.k * scattered(SKETCH)
-    memory = plan.shard * (12 * plan.k + SKETCH) + LINE * plan.devices * (plan.k + 1) * 2 * SKETCH
+    memory = plan.shard * (12 * plan.k + SKETCH) + alignment.QUERIES * plan.devices * (plan.k + 1) * 2 * SKETCH
     add("aligned", read, arrays(p, plan.shard, 4, 4 * plan.k, 4 * plan.k), memory, of=shards, pairs=p * plan.k, queries=p)
     add("components", 2 * p * (4 + 8 * plan.k), arrays(p, p, 4), state + 24 * p)
     both = p + plan.curated
@@ -184,7 +184,7 @@ def table(plan: Plan, given: Any) -> None:
     together = {select: np.zeros(3) for select in ("retrieve", "balance")}
     for stage in stages_of(plan):
         work, shares = stage.products * plan.dim, given.product_share
-        work += alignment(stage.pairs, stage.queries, given.fine)
+        work += aligning(stage.pairs, stage.queries, given.fine)
         read, written, memory = stage.read, stage.written, stage.memory
         if stage.name == "embed":
             records = plan.images * given.record

@@ -209,7 +209,7 @@ def collectives(program: str) -> Iterator[tuple[str, list[tuple[str, int]]]]:
         if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", rest):
             sources, targets = (sorted(re.findall(side, pairs[1])) for side in (r"\{(\d+),", r",(\d+)"))
             name = "ring" if sources == targets and re.search(r'op_name="[^"]*/dot_general"', rest) else name
-            name = "halo" if scattered(program, rest[: rest.index(")")]) else name
+            name = "halo" if name == "collective-permute" and scattered(program, rest[: rest.index(")")]) else name
         results = re.findall(r"([a-z]+\d*)\[([\d,]*)\]", shapes)
         if start and name in ("ring", "halo", "all-gather", "collective-permute"):  # operands, results, and u32[] of its own
             results = [each for each in results if each != ("u32", "")]

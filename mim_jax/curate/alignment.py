@@ -80,7 +80,7 @@ def _compared(level: Level, sketches: np.ndarray, base: Rows, ids: np.ndarray) -
 
 
 @functools.cache
-def _crops(level: Level) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def crop_matrices(level: Level) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Matrices of one axis, float32 [2, U, side, SIDE]: each cuts a part out, enlarges it to the side (bilinear) and blurs it,
     by either blur. And of each crop, int [V], the matrices of its rows and of its columns; the last crop is the whole."""
     side, scales, step, blurs = level
@@ -110,7 +110,7 @@ def _unit(x: jax.Array) -> jax.Array:
 @functools.cache
 def _compiled(level: Level, mesh: Any) -> Any:
     """uint8 [n, SIDE, SIDE] and [n, k, SIDE, SIDE] to float32 [n, k]; each device has its part of the n."""
-    cuts, first, second = _crops(level)
+    cuts, first, second = crop_matrices(level)
     product = functools.partial(jnp.einsum, precision="highest")
 
     def one(x: tuple[jax.Array, jax.Array]) -> jax.Array:

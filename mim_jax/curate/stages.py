@@ -813,8 +813,9 @@ def provenance(state: Curation) -> Iterator[dict[str, list[Any]]]:
     import pyarrow
 
     sizes = np.bincount(state.labels, minlength=len(state.labels))
-    most = np.max(state.leaks, axis=0).astype(np.float64) if state.leaks else None
-    in_set = np.argmax(state.leaks, axis=0) if state.leaks else None
+    most, in_set = None, np.zeros(0, np.int64)
+    if state.leaks:
+        most, in_set = np.max(state.leaks, axis=0).astype(np.float64), np.argmax(state.leaks, axis=0)
     candidate, chosen, leaked = (np.zeros(len(state.labels), bool) for _ in range(3))
     candidate[state.candidates], chosen[state.chosen], leaked[:] = True, True, state.leaked
     hit = state.hit
@@ -831,7 +832,7 @@ def provenance(state: Curation) -> Iterator[dict[str, list[Any]]]:
         return images.source.name(int(images.good[place[m]]))
 
     def resembling(m: int) -> str:
-        if m < 0 or in_set is None or not hit[m]:
+        if m < 0 or not hit[m]:  # without evaluation sets none is hit
             return ""
         images, places = state.evaluation[in_set[m]], state.resembled[in_set[m]]
         return images.source.name(int(images.good[places[m]]))
