@@ -3,7 +3,8 @@
 # pyproject.toml into a virtual environment, unless it is up to date, and sets $python to its interpreter.
 #
 #   PYTHON=python3.13 bash launch/...   this interpreter, in an environment of its own (.venv-3.13); else .venv
-#   EXTRAS=cuda13 bash launch/...       more extras, separated by commas: cuda12, cuda13, tpu, gcs
+#   EXTRAS=cuda13 bash launch/...       more extras, separated by commas: cuda12, cuda13, tpu, gcs,
+#                                       s3, plan-tpu, plan-gpu, curate, onnx
 #
 # Installs with uv if it is on the PATH, else with venv and pip.
 

@@ -6,12 +6,11 @@
 # The first command again goes on with the run, also on new hosts. Needs gcloud, logged in. EXTRAS: as in setup.sh.
 # shellcheck disable=SC2016 # what is in single quotes is expanded on the hosts
 set -euo pipefail
-if (($# < 2)); then
+if (($# < 2)) || [[ $1 == -* || $2 == -* ]]; then
   sed -n '2,6s/^# //p' "$0" >&2
   exit 1
 fi
-name=$1 zone=$2
-shift 2
+name=$1 zone=$2; shift 2
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 on() { # HOST COMMAND
@@ -21,8 +20,7 @@ on() { # HOST COMMAND
 if [[ ${1:-} == stop ]]; then
   on all 'flock --nonblock mim_jax.lock true || kill "$(cat mim_jax.pid)"'
 elif (($#)); then
-  temporary=$(mktemp -d)
-  trap 'rm -r "$temporary"' EXIT
+  temporary=$(mktemp -d); trap 'rm -r "$temporary"' EXIT
   tar -cz --exclude=__pycache__ LICENSE README.md configs launch mim_jax pyproject.toml requirements.txt \
     >"$temporary/mim_jax.tgz"
   gcloud compute tpus tpu-vm scp "$temporary/mim_jax.tgz" "$name:" --zone="$zone" --worker=all
@@ -36,4 +34,6 @@ elif (($#)); then
   on all "exec 8>mim_jax.lock; flock --nonblock 8 || exit 1; exec >>mim_jax.log 2>&1 </dev/null
     nohup $run $(printf '%q ' "$@") & echo \$! >mim_jax.pid"
 fi
-on 0 'tail -n 20 --pid="$(cat mim_jax.pid)" -f mim_jax.log'
+on 0 'test -e mim_jax.pid || { echo "No run was started here." >&2; exit 1; }
+  tail -n 20 --pid="$(cat mim_jax.pid)" -f mim_jax.log; [[ $(tail -n 1 mim_jax.log) != error:* ]]' ||
+  { on all 'tail -n 1 mim_jax.log' >&2; exit 1; } # the reason may be on another host

@@ -156,7 +156,7 @@ def main(argv: list[str], stop: Stop | None = None) -> None:
     config = flags.FLAGS.config
     if "://" in (COMPILED.value or ""):
         sys.exit(f"error: --compiled is {COMPILED.value}, but must be a folder of this machine")
-    if COMPILED.value != "":
+    if COMPILED.value != "" and not PLAN.value:  # JAX cannot read a program for devices that are not here
         compiled.keep(Path(COMPILED.value or user_cache() / "compiled").expanduser().absolute())
     config.data.dir = absolute(config.data.dir)
     for key in ("init_from", "continue_from", "resume"):

@@ -25,6 +25,7 @@ from mim_jax.topology import Slice, describe
 # (model.remat, model.microbatches), the fastest first: what is computed again is 0, a part of, 1 and 2 forward passes
 WAYS = (("none", 1), ("dots", 1), ("full", 1), ("full", 4), ("full", 16))
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+MARGIN = 0.95  # of the estimate of how many images would fit
 USED = 0.4  # share of the peak that a good step reaches: an assumption
 
 
@@ -83,8 +84,8 @@ def resolve_remat(config: ml_collections.ConfigDict, memory: float | None = None
     if not memory:
         config.model.remat = "none"
         return "model.remat is none: the devices do not tell how much memory they have", None
-    tried: list[str] = []
-    for remat, microbatches in WAYS:
+    tried, given = list[str](), config.model.get("microbatches", 1)
+    for remat, microbatches in dict.fromkeys((remat, max(given, least)) for remat, least in WAYS):
         config.model.update(remat=remat, microbatches=microbatches)
         way = remat if microbatches == 1 else f"{remat} with model.microbatches={microbatches}"
         try:
@@ -92,8 +93,10 @@ def resolve_remat(config: ml_collections.ConfigDict, memory: float | None = None
         except TooLarge as error:
             tried.append(f"{way} {error}")
             continue
-        except ValueError:  # the batch cannot be divided so
-            break
+        except ValueError:
+            if microbatches == given:
+                raise
+            break  # the batch cannot be divided so
         if program.peak <= memory:
             before = "".join(f"; {each}" for each in tried)
             return f"model.remat is {way}: {program.peak / 2**30:.2f} of {memory / 2**30:.2f} GiB a device{before}", program
@@ -113,14 +116,17 @@ def plan(config: ml_collections.ConfigDict, topology: str = "") -> str:
     slice_ = describe(topology) if topology else None
     resolve_target(config)
     resolve_encoder(config)
-    if config.data.dir:
+    if config.data.dir and config.data.name != "cifar10":  # which would be fetched
         source, _ = open_splits(config.data.name, config.data.dir, config.data.split, config.data.eval_split)
         config.data.num_examples, config.data.num_classes = len(source), source.num_classes
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, slice_ and slice_.devices)
     with jax.set_mesh(mesh):
+        make_method(config)  # bad values are refused before anything is compiled
         chosen, program = resolve_remat(config, slice_ and slice_.chip.memory)
         try:
             program = program or compile_step(config)
+            if slice_ and program.peak > slice_.chip.memory:
+                raise TooLarge(f"needs {program.peak / 2**30:.2f} of {slice_.chip.memory / 2**30:.2f} GiB")
         except TooLarge as error:
             advice = "--config.model.remat=auto, a smaller data.batch_size, mesh.fsdp or more devices"
             raise ValueError(f"the step {error} for each of {mesh.size} devices ({topology}): try {advice}") from error
@@ -156,10 +162,10 @@ def of_program(
     if slice_:
         each = config.data.batch_size // mesh.size
         room = slice_.chip.memory - program.peak
-        more = int(each * (1 + room / max(memory.temp_size_in_bytes, 1)))
+        more = int(MARGIN * each * (1 + room / max(memory.temp_size_in_bytes, 1)))
         lines += [
-            f"  {'fits' if room >= 0 else 'DOES NOT FIT'}: {program.peak / 2**30:.2f} of {slice_.chip.memory / 2**30:.2f} GiB; "
-            f"about {more} images a device would fill it, and it has {each}"
+            f"  fits: {program.peak / 2**30:.2f} of {slice_.chip.memory / 2**30:.2f} GiB; "
+            f"about {max(each, more)} images a device would fit, and it has {each}"
         ]
     lines += ["sent between devices in a step:" if mesh.size > 1 else ""]
     for (name, dtype), (count, size) in communication(text).items():
@@ -177,7 +183,7 @@ def of_program(
         seconds = executed / mesh.size / (USED * slice_.chip.flops)
         lines.append(
             f"at {USED:.0%} of the peak of {slice_.chip.flops / 1e12:.0f} TFLOP/s, an assumption: "
-            f"{seconds * 1e3:,.1f} ms a step, {config.data.batch_size / seconds:,.0f} images/s"
+            f"{seconds * 1e3:,.3g} ms a step, {config.data.batch_size / seconds:,.0f} images/s"
         )
     return list(filter(None, lines))
 

@@ -10,7 +10,6 @@ import functools
 import os
 import re
 import socket
-import sys
 import time
 import warnings
 import zlib
@@ -63,9 +62,6 @@ def start(coordinator: str | None = None, processes: int | None = None, process:
             check(coordinator, processes, process)
     if processes is None or processes == 1:
         return False
-    if "TF_CPP_MIN_LOG_LEVEL" not in os.environ:  # C++ reads it once: it would tell all that it tries while another one dies
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     assert coordinator is not None and process is not None
     connect(coordinator, processes, process, local)
     return True
@@ -138,6 +134,18 @@ def connect(coordinator: str, processes: int, process: int, local: list[int] | N
     except RuntimeError as error:  # `bad_cast`, as below, when the time is over
         raise OSError(late if "bad_cast" in str(error) else f"{late}: {brief(error)}") from error
     _end = 1, LOST
+    check_count(processes)
+
+
+def check_count(processes: int) -> None:
+    """Raises ValueError if process 0 and another one were started with different numbers of processes."""
+    own = distributed.global_state.process_id
+    client().key_value_set(f"processes/{own}", str(processes))
+    for other in range(processes) if own == 0 else [0]:
+        count = int(client().blocking_key_value_get(f"processes/{other}", 1000 * ANSWER))
+        if count != processes:
+            (one, its), (two, theirs) = sorted([(own, processes), (other, count)])
+            raise ValueError(f"process {one} was started with processes={its}, process {two} with {theirs}")
 
 
 def ended() -> None:

@@ -8,6 +8,8 @@ from mim_jax import stopping
 
 
 def cli() -> None:
+    # Before jax is imported, and C++ reads it: when a process dies, the others would tell all that they try.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     with stopping.Stop(program=True) as stop:
         one_arena_a_core()
         from mim_jax import command

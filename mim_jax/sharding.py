@@ -27,13 +27,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     Linen modules.
     """
     devices = jax.devices() if devices is None else devices
-    n = len(devices)
+    n, given = len(devices), (data, fsdp)
     if data == -1 and fsdp > 0:
         data = n // fsdp
     elif fsdp == -1 and data > 0:
         fsdp = n // data
     if min(data, fsdp) < 1 or data * fsdp != n:
-        raise ValueError(f"mesh.data={data} x mesh.fsdp={fsdp} does not make the {n} devices that there are")
+        raise ValueError(f"mesh.data={given[0]} x mesh.fsdp={given[1]} cannot be made of the {n} devices that there are")
     return jax.make_mesh((data, fsdp), AXES, axis_types=(AxisType.Auto,) * 2, devices=devices)
 
 

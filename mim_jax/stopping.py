@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 NOTHING_LOST = "stopped; no step is lost, and the same command goes on from there"
+UNANSWERED = "a signal to stop was not answered by all processes; the same command goes on from the last checkpoint"
 AT_ONCE = "stopped at once; the same command goes on from the last checkpoint"
 
 T = TypeVar("T")
@@ -101,7 +102,7 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
     def _agree(self, name: str) -> None:
         from mim_jax import hosts
 
-        with contextlib.suppress(hosts.Gone):  # jax is ending this process, too
+        try:
             while not hosts.heard(name, 1):
                 if not self._name:
                     return
@@ -110,6 +111,9 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
                 if min(places) < 0 and self.program:
                     hosts.finish(0, NOTHING_LOST if hosts.first() else "")
                 self.requested, self._last = True, 1 + max(max(place, ~place) for place in places)
+        except hosts.Gone as error:
+            if "DEADLINE_EXCEEDED" in str(error):  # else jax is ending this process, too
+                hosts.finish(1, f"error: {UNANSWERED}")
 
     def reached(self) -> bool:
         """Whether to end here, where nothing is half done. Several processes call it equally often."""

@@ -21,6 +21,7 @@ class Chip(NamedTuple):
 
     cores: int  # that a name counts for each chip: v5p-64 has 32 chips, v5e-8 has 8
     axes: int  # of the torus
+    most: int | None  # chips of the largest slice
     memory: float  # bytes that a program may use
     flops: float  # peak in a second, in bfloat16
 
@@ -33,12 +34,11 @@ class Slice(NamedTuple):
 
 
 TPUS = {
-    "v4": Chip(2, 3, 31.75 * GIB, 275e12),
-    "v5p": Chip(2, 3, 95.74 * GIB, 459e12),
-    "v5e": Chip(1, 2, 15.75 * GIB, 197e12),
-    "v6e": Chip(1, 2, 31.25 * GIB, 918e12),
+    "v5p": Chip(2, 3, 6144, 95.74 * GIB, 459e12),
+    "v5e": Chip(1, 2, 256, 15.75 * GIB, 197e12),
+    "v6e": Chip(1, 2, 256, 31.25 * GIB, 918e12),
 }
-H100 = Chip(1, 1, 0.75 * 79.1 * GIB, 989e12)  # JAX takes three quarters, see XLA_PYTHON_CLIENT_MEM_FRACTION
+H100 = Chip(1, 1, None, 0.75 * 79.1 * GIB, 989e12)  # JAX takes three quarters, see XLA_PYTHON_CLIENT_MEM_FRACTION
 H100_TARGET = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -73,32 +73,38 @@ def describe(name: str) -> Slice:
 
     Raises ValueError for another name, and where the compiler is not installed. To be called before any device is used.
     """
-    match = re.fullmatch(r"(v4|v5p|v5e|v6e|h100)-(\d+)", name)
+    match = re.fullmatch(r"(v5p|v5e|v5litepod|v6e|h100)-([1-9]\d*)", name)
     if match is None:
         raise ValueError(
-            f"--plan={name} is not known: there are v5e-8, v5e-256, v6e-256, v4-64, v5p-64, h100-8, h100-256 and such"
+            f"--plan={name} is not known: there are v5e-8, v5e-256, v6e-256, v5p-64, h100-8, h100-256 and such; for CPUs "
+            "set JAX_NUM_CPU_DEVICES=8, and give --dry_run"
         )
-    kind, number = match[1], int(match[2])
+    kind, number = match[1].replace("v5litepod", "v5e"), int(match[2])
     jax.config.update("jax_platforms", "cpu")  # for the arrays that this process itself has
     if kind == "h100":
-        needs("jax_cuda12_plugin", "plan-gpu", name)
         hosts = -(-number // GPUS_A_HOST)
-        if number % hosts:
+        if hosts > 1 and number % GPUS_A_HOST:
             raise ValueError(f"--plan={name}: more than {GPUS_A_HOST} GPUs must be a multiple of {GPUS_A_HOST}")
+        needs("jax_cuda12_plugin", "plan-gpu", name)
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
         topology = topologies.get_topology_desc(
             platform="cuda", target_config=H100_TARGET, topology=f"1x{hosts}x{number // hosts}"
         )
         return Slice(topology.devices, H100)
-    needs("libtpu", "plan-tpu", name)
     chip = TPUS[kind]
+    chips, odd = divmod(number, chip.cores)
+    if odd or chips & (chips - 1) or chips > (chip.most or chips):
+        counted = f", counted as {chip.cores} cores each" if chip.cores > 1 else ""
+        raise ValueError(f"--plan={name}: a slice has a power of two of chips{counted}, and at most {chip.most}")
+    needs("libtpu", "plan-tpu", name)
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
-    shape = "x".join(map(str, torus(number // chip.cores, chip.axes)))
+    shape = "x".join(map(str, torus(chips, chip.axes)))
     try:
         topology = topologies.get_topology_desc(f"{kind}:{shape}", platform="tpu")
     except Exception as error:  # of the plugin, of many kinds
-        why = str(error).splitlines()[0] if "lockfile" in str(error) else f"there is no such slice ({kind}:{shape})"
-        raise ValueError(f"--plan={name}: {why}") from error  # the lock: another program uses this compiler
+        locked = "another program on this machine uses the TPU compiler: wait for it"
+        why = locked if "lockfile" in str(error) else f"there is no such slice ({kind}:{shape})"
+        raise ValueError(f"--plan={name}: {why}") from error
     return Slice(topology.devices, chip)
 
 
@@ -109,7 +115,5 @@ def needs(module: str, extra: str, name: str) -> None:
 
 def torus(chips: int, axes: int) -> list[int]:
     """The sides of a slice, as equal as powers of two can be, the smallest first: 32 chips are 4 x 8 or 2 x 4 x 4."""
-    power = int(math.log2(chips)) if chips else 0
-    if 2**power != chips:
-        raise ValueError(f"a slice has a power of two of chips, not {chips}")
+    power = int(math.log2(chips))
     return sorted(2 ** (power // axes + (i < power % axes)) for i in range(axes))

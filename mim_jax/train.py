@@ -61,10 +61,12 @@ def run(config: ml_collections.ConfigDict, workdir: str | Path, stop: Stop | Non
             survey = pipeline.survey(held_out, data.canvas, survey.levels, data.max_pixels)
             lines += [f"held-out images: {line}" for line in survey.lines]
         data.levels = survey.levels
-        lines += filter(None, dry_run.resolve_remat(config)[:1])
-        method = make_method(config)  # with the steps per epoch of this source
         hosts.check_same(config)
         held = stack.enter_context(locked(workdir))
+        if config.model.get("remat") == "auto" and hosts.first():
+            print("compiling the step with one model.remat after the other, until it fits", flush=True)
+        lines += filter(None, dry_run.resolve_remat(config)[:1])
+        method = make_method(config)  # with the steps per epoch of this source
         if config.get("target", {}).get("workdir") == str(workdir):
             raise ValueError(f"target.workdir is the workdir of this run, {workdir}: it needs one of its own")
         begun = checkpoint.saved_steps(workdir / "checkpoints")

@@ -17,7 +17,7 @@ from jax._src.clusters import cloud_tpu_cluster
 from jax.experimental import multihost_utils
 from two_processes import write_images
 
-from mim_jax import hosts, journal, load_config, lock
+from mim_jax import hosts, journal, load_config, lock, stopping
 from mim_jax.checkpoint import saved_steps
 from mim_jax.stopping import NOTHING_LOST
 
@@ -36,6 +36,11 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def without_jax() -> dict[str, str]:
+    """The environment, without what jax has set there for C++."""
+    return {key: value for key, value in os.environ.items() if key != "TF_CPP_MIN_LOG_LEVEL"}
+
+
 class Run:
     """A command in several processes, each with `devices` devices; what they write goes to files."""
 
@@ -45,13 +50,13 @@ class Run:
         every = ["--config.total=9999 steps", "--config.eval.every=never", "--config.checkpoint.every=8 steps"]
         command = [sys.executable, "-m", "mim_jax.main", f"--config={ROOT}/tests/tiny.py:mae", "--compiled=", *every]
         command += [f"--config.data.dir={images}", f"--coordinator=127.0.0.1:{self.port}", f"--processes={count}", *arguments]
-        environment = {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment = {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
         self.errors = [folder / f"{self.port}_{i}.txt" for i in range(count)]
         self.processes = []
         for i in range(count):
             with self.errors[i].open("w") as file:
                 own = [*command, f"--workdir={workdirs[i]}", f"--process={i}"]
-                process = subprocess.Popen(own, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=file)
+                process = subprocess.Popen(own, env=without_jax() | environment, stdout=subprocess.DEVNULL, stderr=file)
                 self.processes.append(process)
 
     def steps(self) -> list[int]:
@@ -157,13 +162,49 @@ def test_a_cluster_that_tells_nonsense_is_refused_in_one_line(start):
         start(SLURM | {"SLURM_PROCID": "first"})
 
 
-def test_a_program_of_several_begins_again_with_less_to_say(start, monkeypatch):
-    begun = []
-    monkeypatch.setattr(os, "execv", lambda *how: begun.append(how))
-    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
-    assert start({}) == (False,) and not begun
-    start(SLURM)
-    assert begun == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])] and os.environ["TF_CPP_MIN_LOG_LEVEL"] == "3"
+def test_the_program_keeps_cplusplus_from_talking_before_jax_is_imported():
+    program = "import os, sys\nfrom mim_jax import main\nassert 'jax' not in sys.modules\nsys.argv[1:] = ['--help']\n"
+    program += "try:\n    main.cli()\nexcept SystemExit:\n    print(os.environ['TF_CPP_MIN_LOG_LEVEL'])"
+    for given, want in ((None, "3"), ("0", "0")):
+        environment = without_jax() | ({"TF_CPP_MIN_LOG_LEVEL": given} if given else {})
+        result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert result.stdout.splitlines()[-1] == want, result.stderr
+
+
+class Store:
+    """In place of the client of jax's coordination service."""
+
+    def __init__(self, **values: str):
+        self.values = values
+
+    def key_value_set(self, key: str, value: str) -> None:
+        self.values[key] = value
+
+    def blocking_key_value_get(self, key: str, milliseconds: int) -> str:
+        if key not in self.values:
+            raise hosts.Gone("DEADLINE_EXCEEDED: as in jax")
+        return self.values[key]
+
+
+@pytest.mark.parametrize("own, told", [(0, {"processes/1": "3"}), (1, {"processes/0": "2"})])
+def test_a_process_that_was_told_another_number_of_processes_is_refused(monkeypatch, own, told):
+    store = Store(**told)
+    monkeypatch.setattr(hosts, "client", lambda: store)
+    monkeypatch.setattr(hosts.distributed.global_state, "process_id", own)
+    with pytest.raises(ValueError, match="process 0 was started with processes=2, process 1 with 3"):
+        hosts.check_count(2 if own == 0 else 3)
+    store.values |= {"processes/0": "2", "processes/1": "2"}
+    hosts.check_count(2)
+
+
+def test_a_process_that_does_not_answer_a_signal_ends_the_run(monkeypatch):
+    ended = []
+    monkeypatch.setattr(hosts, "heard", lambda *_: True)
+    monkeypatch.setattr(hosts, "client", lambda: Store())
+    monkeypatch.setattr(hosts.distributed.global_state, "num_processes", 2)
+    monkeypatch.setattr(hosts, "finish", lambda *how: ended.append(how))
+    stopping.Stop()._agree("stop 0")
+    assert ended == [(1, f"error: {stopping.UNANSWERED}")]
 
 
 def test_a_port_that_is_taken_is_told():

@@ -295,6 +295,17 @@ def test_a_run_on_a_pod_is_shown_and_stopped(pod: Checkout):
     assert all(pod.noted(log) == ["training", "saved"] for log in logs)
 
 
+def test_a_run_on_a_pod_that_failed_is_told(pod: Checkout):
+    pod.launch("my-tpu", "us-west4-a", script="tpu_pod.sh")
+    assert pod.result.returncode == 1 and pod.result.stderr.startswith("No run was started here.\n")
+    for host, line in zip(pod.hosts, ("error: another process of this run has ended", "error: a full disk")):
+        (host / "mim_jax.log").write_text(f"training\n{line}\n")
+        (host / "mim_jax.pid").write_text(str(2**22 + 1))  # of no process
+    pod.launch("my-tpu", "us-west4-a", script="tpu_pod.sh")
+    assert pod.result.returncode == 1 and "error: another process" in pod.result.stdout
+    assert "error: a full disk" in pod.result.stderr
+
+
 def test_a_pod_that_cannot_be_installed_does_not_start(pod: Checkout):
     pod.tool("curl", "#!/bin/bash\nexit 7\n")
     pod.launch("my-tpu", "us-west4-a", "--config=dino:vits16", script="tpu_pod.sh", UNFIT="1")
@@ -303,8 +314,9 @@ def test_a_pod_that_cannot_be_installed_does_not_start(pod: Checkout):
 
 
 def test_a_pod_needs_a_name_and_a_zone(pod: Checkout):
-    assert pod.launch("my-tpu", script="tpu_pod.sh") == []
-    assert pod.result.returncode == 1 and "bash launch/tpu_pod.sh NAME ZONE --config=" in pod.result.stderr
+    for arguments in (["my-tpu"], ["--config=dino:vits16", "--workdir=gs://bucket/run"]):
+        assert pod.launch(*arguments, script="tpu_pod.sh") == []
+        assert pod.result.returncode == 1 and "bash launch/tpu_pod.sh NAME ZONE --config=" in pod.result.stderr
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def command():
     logging.set_verbosity(verbosity)
     for name in [name for name in flags.FLAGS if name.partition(".")[0] == "config"]:
         delattr(flags.FLAGS, name)
-    for name in ("workdir", "dry_run", "coordinator", "processes", "process"):
+    for name in ("workdir", "dry_run", "plan", "coordinator", "processes", "process"):
         flags.FLAGS[name].unparse()
 
 
@@ -87,10 +87,19 @@ WRONG = [
     ([DEMO, "--config.model.drop_path_rate=2", "--workdir={tmp}"],
      "error: model.drop_path_rate is 2.0, but must be in [0, 1)"),
     ([DEMO, "--config.total=2", "--dry_run"], 'error: total is "2", but must be a duration with its unit'),
-    ([DEMO, "--config.mesh.fsdp=3", "--dry_run"], "error: mesh.data=2 x mesh.fsdp=3 does not make the 8 devices"),
+    ([DEMO, "--config.mesh.fsdp=3", "--dry_run"], "error: mesh.data=-1 x mesh.fsdp=3 cannot be made of the 8 devices"),
     ([DEMO, "--config.data.batch_size=12", "--dry_run"],
      "error: data.batch_size is 12, but must be a multiple of the 8 devices"),
     (["--config=vqkd:demo", "--config.target.config=dvae:dalli", "--dry_run"], "dvae.py has no variant 'dalli', only dalle"),
+    ([DEMO, "--config.data.batch_size=12", "--config.model.remat=auto", "--dry_run"],
+     "error: data.batch_size is 12, but must be a multiple of the 8 devices"),
+    # Devices to plan for
+    ([DEMO, "--plan=v4-8"], "error: --plan=v4-8 is not known: there are v5e-8, v5e-256, "),
+    ([DEMO, "--plan=h100-0"], "error: --plan=h100-0 is not known"),
+    ([DEMO, "--plan=h100-12"], "error: --plan=h100-12: more than 8 GPUs must be a multiple of 8"),
+    ([DEMO, "--plan=v5e-512"], "error: --plan=v5e-512: a slice has a power of two of chips, and at most 256"),
+    ([DEMO, "--plan=v5litepod-6"], "error: --plan=v5litepod-6: a slice has a power of two of chips, and at most 256"),
+    ([DEMO, "--plan=v5p-1"], "a slice has a power of two of chips, counted as 2 cores each, and at most 6144"),
     # Paths
     ([DEMO, "--workdir={tmp}", "--config.data.name=folder"], "error: data.dir is missing: set --config.data.dir to a folder"),
     ([DEMO, "--workdir={tmp}", "--config.data.name=folder", "--config.data.dir=no/such"],

@@ -121,9 +121,28 @@ def test_auto_takes_the_fastest_way_that_fits(monkeypatch, memory, way):
     monkeypatch.setattr(dry_run, "compile_step", compile_step)
     line, program = dry_run.resolve_remat(config, memory * 2**30)
     assert re.match(f"model.remat is {way}", line) and program.peak <= memory * 2**30
-    config.model.remat = "auto"
+    config.model.update(remat="auto", microbatches=1)
     with pytest.raises(ValueError, match="with any model.remat .none needs .*, full with model.micro.*=16 needs"):
         dry_run.resolve_remat(config, 5 * 2**30)
+
+
+def test_auto_keeps_the_microbatches_that_are_asked_for(monkeypatch):
+    config, tried = mim_jax.load_config("mae:demo").unlock(), []
+    config.model.update(remat="auto", microbatches=4)
+
+    def compile_step(config):
+        tried.append((config.model.remat, config.model.microbatches))
+        if config.model.microbatches > 4:
+            raise ValueError("the batch cannot be divided so")
+        return SimpleNamespace(peak=2 * 2**30)
+
+    monkeypatch.setattr(dry_run, "compile_step", compile_step)
+    with pytest.raises(ValueError, match="does not fit into the 1.00 GiB .* with any model.remat"):
+        dry_run.resolve_remat(config, 2**30)
+    assert tried == [("none", 4), ("dots", 4), ("full", 4), ("full", 16)]
+    config.model.update(remat="auto", microbatches=32)
+    with pytest.raises(ValueError, match="the batch cannot be divided so"):
+        dry_run.resolve_remat(config, 2**30)
 
 
 @pytest.mark.slow

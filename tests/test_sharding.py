@@ -331,7 +331,7 @@ def test_make_mesh(data, fsdp, shape):
 
 @pytest.mark.parametrize("data, fsdp", [(3, 3), (-1, 3), (3, -1), (-1, -1), (0, -1), (-1, 0), (-2, -4), (4, 1)])
 def test_make_mesh_refuses_what_does_not_fit(data, fsdp):
-    with pytest.raises(ValueError, match="does not make the 8 devices"):
+    with pytest.raises(ValueError, match="cannot be made of the 8 devices"):
         sharding.make_mesh(data, fsdp)
 
 
