@@ -167,6 +167,8 @@ def of_program(
             f"  fits: {program.peak / 2**30:.2f} of {slice_.chip.memory / 2**30:.2f} GiB; "
             f"about {max(each, more)} images a device would fit, and it has {each}"
         ]
+    lines += ["largest buffers:"]
+    lines += [f"  {size / 2**20:>10,.1f} MiB  {shape}  {name}" for size, shape, name in buffers(text)]
     lines += ["sent between devices in a step:" if mesh.size > 1 else ""]
     for (name, dtype), (count, size) in communication(text).items():
         lines.append(f"  {count:>4} {name:<18} {dtype:<5} {size / 2**20:>10,.1f} MiB")
@@ -186,6 +188,23 @@ def of_program(
             f"{seconds * 1e3:,.3g} ms a step, {config.data.batch_size / seconds:,.0f} images/s"
         )
     return list(filter(None, lines))
+
+
+def buffers(program: str, count: int = 3) -> list[tuple[int, str, str]]:
+    """(bytes, shape, name of the operation) of the largest results in a compiled program's text, which a device has in memory,
+    each shape once. They do not all live at a time."""
+    fused = set(re.findall(r" fusion\(.*? calls=(%[\w.-]+)", program))  # whose own values are never whole
+    found, inside = dict[str, tuple[int, str, str]](), False
+    for line in program.splitlines():
+        if line.endswith("{"):
+            inside = line.split(maxsplit=1)[0] in fused
+        match = re.match(r" +(?:ROOT )?%?[\w.-]+ = ([a-z]+\d+\[([\d,]+)\])\S* ([\w-]+)\(", line)
+        if match is None or inside or match[3] in ("parameter", "get-tuple-element", "bitcast", "broadcast", "constant"):
+            continue
+        size = math.prod(map(int, match[2].split(","))) * bits(match[1]) // 8
+        name = re.search(r'op_name="[^"]*?/?([^/"]+/[^/"]+)"', line)
+        found.setdefault(match[1], (size, match[1], name[1] if name else match[3]))
+    return sorted(found.values(), reverse=True)[:count]
 
 
 def donated(program: str) -> int:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags, logging
@@ -229,8 +230,19 @@ def test_plan_of_a_run_on_8_devices():
     assert "mesh: data=1 x fsdp=8" in text
     assert "(None, None, 'fsdp')" in text
     assert "8 x cpu, global batch 8, 6 steps" in text
-    for name in ("parameters", "teacher", "optimizer", "peak", "state donated", "FLOPs per step"):
+    for name in ("parameters", "teacher", "optimizer", "peak", "state donated", "largest buffers:", "FLOPs per step"):
         assert name in text
+
+
+def test_largest_buffers_are_what_a_program_keeps():
+    def run(x):
+        y = jnp.sin(x @ x.T) * 2  # a product, then a fusion of the same shape
+        return (y @ y).sum(), y[:10]
+
+    text = jax.jit(run).lower(jnp.ones((256, 64))).compile().as_text()
+    (size, shape, name), *rest = dry_run.buffers(text)
+    assert (size, shape) == (4 * 256 * 256, "f32[256,256]") and "dot_general" in name
+    assert all(size < 4 * 256 * 256 for size, _, _ in rest)
 
 
 def test_bytes_of_a_device_are_those_of_its_shards():
