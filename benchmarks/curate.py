@@ -28,7 +28,7 @@ ROWS = flags.DEFINE_integer("rows", 200_000, "Vectors.")
 WIDTH = flags.DEFINE_integer("width", 384, "Of a vector.")
 CELLS = flags.DEFINE_integer("cells", 4096, "Cells.")
 PROBES = flags.DEFINE_integer("probes", 256, "Cells in which the neighbors of a row are looked for.")
-QUERIES = flags.DEFINE_integer("queries", None, "Rows, the first, whose neighbors are found; by default all.")
+QUERIES = flags.DEFINE_integer("queries", None, "Rows, cell by cell, whose neighbors are found; by default all.")
 SAMPLE = flags.DEFINE_integer("sample", 500, "Of these, rows whose exact neighbors are found.")
 K, CHUNK, GROUPS = 64, 2**16, 2000
 
@@ -48,15 +48,15 @@ def write(folder: Path, count: int, width: int) -> Files:
     return Files(files)
 
 
-def beside(rows: Files, learned: np.ndarray, queries: int, sample: np.ndarray, exact: np.ndarray) -> None:
-    """The same by faiss; `exact` are the neighbors of the sample, int32 [n, K]."""
+def beside(rows: Files, learned: np.ndarray, asked: np.ndarray, places: np.ndarray, exact: np.ndarray) -> None:
+    """The same by faiss; `exact` are the neighbors of the rows that are asked for at these places, int32 [n, K]."""
     import faiss
 
     faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
     vectors = rows.read(0, rows.shape[0]).astype(np.float32) / neighbors.UNIT
     what = f"faiss {faiss.__version__}, {len(os.sched_getaffinity(0))} threads"
 
-    def search(index: "faiss.Index", chosen: slice | np.ndarray) -> tuple[np.ndarray, float]:
+    def search(index: "faiss.Index", chosen: np.ndarray) -> tuple[np.ndarray, float]:
         begin = time.monotonic()
         ids = index.search(vectors[chosen], K + 1)[1]
         return ids, len(ids) / (time.monotonic() - begin)
@@ -69,11 +69,11 @@ def beside(rows: Files, learned: np.ndarray, queries: int, sample: np.ndarray, e
     begin, index.nprobe = time.monotonic(), PROBES.value
     index.add(vectors)
     told(f"{what}: cells of all rows {time.monotonic() - begin:.1f} s")
-    ids, rate = search(index, slice(queries))
-    told(f"{what}, cells: {rate:,.0f} rows/s; recall@{K} {neighbors.overlap(exact, ids[sample]):.4f}")
+    ids, rate = search(index, asked)
+    told(f"{what}, cells: {rate:,.0f} rows/s; recall@{K} {neighbors.overlap(exact, ids[places]):.4f}")
     flat = faiss.IndexFlatIP(rows.shape[1])
     flat.add(vectors)
-    ids, rate = search(flat, sample)
+    ids, rate = search(flat, asked[places])
     told(f"{what}, exact: {rate:,.0f} rows/s; recall@{K} {neighbors.overlap(exact, ids):.4f}")
 
 
@@ -96,22 +96,23 @@ def main(_: list[str]) -> None:
         told(f"cells of all rows: {time.monotonic() - begin:.1f} s")
         begin, queries = time.monotonic(), QUERIES.value or count
         found, ids, products = neighbors.cells(own, cells), np.empty((queries, K), np.int32), queries * cells
-        for start in range(0, queries, CHUNK):
-            query = np.arange(start, min(start + CHUNK, queries), dtype=np.int32)
+        asked = found.members[:queries]
+        for start in range(0, len(asked), CHUNK):
+            query = asked[start : start + CHUNK]
             probed, _ = clusters.assign(Subset(rows, query), centroids, PROBES.value)
             near, more = neighbors.within_cells(rows, found, query, probed, K)
-            ids[query], products = near.ids, products + more
+            ids[start : start + CHUNK], products = near.ids, products + more
         seconds = time.monotonic() - begin
         fewer = queries * count / products
         told(f"cells: {seconds:.1f} s, {queries / seconds:,.0f} rows/s, {fewer:.1f} times fewer products than all pairs")
-        sample = np.unique(np.linspace(0, queries - 1, SAMPLE.value).astype(np.int64))
-        begin = time.monotonic()
+        places = np.unique(np.linspace(0, queries - 1, SAMPLE.value).astype(np.int64))
+        begin, sample = time.monotonic(), asked[places]
         exact = neighbors.nearest(rows.take(sample), rows, K, own=sample).ids
         seconds = time.monotonic() - begin
-        recall = neighbors.overlap(exact, ids[sample])
+        recall = neighbors.overlap(exact, ids[places])
         told(f"exact: {len(sample) / seconds:,.0f} rows/s of {len(sample):,}; recall@{K} of the cells {recall:.4f}")
         if importlib.util.find_spec("faiss"):
-            beside(rows, learned, queries, sample, exact)
+            beside(rows, learned, asked, places, exact)
 
 
 if __name__ == "__main__":

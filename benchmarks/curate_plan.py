@@ -22,7 +22,7 @@ from curate_memory import Drawn, synthetic
 
 from mim_jax import load_config
 from mim_jax.curate import alignment, clusters, neighbors, stages
-from mim_jax.curate.alignment import COARSE, FINE, SIDE, crop_matrices
+from mim_jax.curate.alignment import COARSE, SIDE, STEPS, coarse_crops, coarse_parts
 from mim_jax.curate.shards import GROUP
 from mim_jax.models import vit
 from mim_jax.topology import H100, TPUS
@@ -79,16 +79,13 @@ def scattered(row: int) -> float:
 
 
 def aligning(pairs: int, queries: int, fine: float) -> float:
-    """Multiply-adds; `fine` is the share of pairs that are looked at with large sketches."""
-    found = 0.0
-    for level, share in ((COARSE, 1.0), (FINE, fine)):
-        matrices, rows_of, _ = crop_matrices(level)
-        cuts, crops, side = matrices.shape[1], len(rows_of), level.side
-        of_query = 2 * side * SIDE * (cuts * SIDE + crops * side)
-        of_pair = 2 * crops * side**2 + 2 * side * SIDE * (SIDE + side)
-        # Of few pairs of the fine level each has its own crops.
-        found += pairs * share * of_pair + (queries if share == 1 else pairs * share) * of_query
-    return found
+    """Multiply-adds, see `alignment`; `fine` is the share of pairs that are looked at with large sketches."""
+    side, parts, crops = COARSE.side, len(coarse_parts()), len(coarse_crops()[0])
+    of_query = 2 * (parts * side**3 + parts**2 * side**3)  # for both blurs rows, then columns
+    of_pair = 2 * crops * side**2 + 4 * side**3  # the image and its mirror image; the whole
+    tried = 9 * 2 * len(STEPS)  # parts, of columns and of rows
+    of_fine = 4 * SIDE**3 + (4 * tried + 2 * 2 * len(STEPS)) * SIDE**3 + tried * SIDE**2  # matrices, the crops made with them
+    return queries * of_query + pairs * (of_pair + fine * of_fine)
 
 
 def kmeans(rows: float, k: int, iterations: int) -> float:
@@ -118,12 +115,13 @@ def stages_of(plan: Plan) -> list[Stage]:
     read = 2 * 11 * learned * scattered(vector)
     add("cells", read, arrays(plan.cells, plan.cells, vector), 40 * p + state, kmeans(learned, plan.cells, 10))
     add("assigned", p * vector, arrays(p, plan.shard, 4), plan.shard * vector, p * plan.cells, shards)
-    # Each shard reads all the cells that its rows ask for.
-    read = 2 * p * vector + shards * min(1.0, plan.shard * plan.probes / plan.cells) * p * scattered(vector)
+    # Each shard has the rows of some cells, and reads all the cells that these ask for: at most `probes` for each.
+    asked = min(1.0, (plan.shard / p + 1 / plan.cells) * plan.probes)
+    read = (2 + shards * asked) * p * scattered(vector)
     memory = 16 * p + plan.shard * (vector + 20 * plan.probes + 20 * plan.k)
     products = p * plan.cells + p * plan.probes * p / plan.cells * plan.skew
     add("neighbors", read, arrays(p, plan.shard, 4, 4 * plan.k, 4 * plan.k), memory, products, shards)
-    read = p * (4 * plan.k + SKETCH) + p * plan.k * scattered(SKETCH)
+    read = p * 4 * plan.k + p * (1 + plan.k) * scattered(SKETCH)
     memory = plan.shard * (12 * plan.k + SKETCH) + alignment.QUERIES * plan.devices * (plan.k + 1) * 2 * SKETCH
     add("aligned", read, arrays(p, plan.shard, 4, 4 * plan.k, 4 * plan.k), memory, of=shards, pairs=p * plan.k, queries=p)
     add("components", 2 * p * (4 + 8 * plan.k), arrays(p, p, 4), state + 24 * p)
@@ -305,7 +303,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("embed_share", ["0.1", "0.25", "0.45"], low_likely_high)
     flags.DEFINE_list("product_share", ["0.004", "0.02", "0.067"], low_likely_high)
     flags.DEFINE_integer("k", 64, "Neighbors of an image.")
-    flags.DEFINE_float("fine", 0.02, "Share of aligned pairs that are looked at with large sketches; 0.020 in curate:demo.")
+    flags.DEFINE_float("fine", 0.041, "Share of aligned pairs that are looked at with large sketches: that of curate:demo.")
     flags.DEFINE_integer("cells", 65_536, "Cells.")
     flags.DEFINE_integer("probes", 256, "Cells that are probed.")
     flags.DEFINE_float(

@@ -50,7 +50,9 @@ def get_config(variant: str = "web") -> ml_collections.ConfigDict:
     # How similar neighbors are: by "pixels", over crops and mirror images (mim_jax/curate/alignment.py), or the cosine of their
     # "vectors", which also finds images that are much alike, but no copies. It holds for copies of evaluation images, too.
     config.dedup.by = "pixels"
-    config.dedup.threshold = placeholder(float)  # from which on two images are one; None: calibrated. Of vectors: per embedder!
+    # From which on two images are one; None: calibrated. That of vectors belongs to their embedder; by pixels it should be 0.75
+    # or more, as smaller similarities are coarse.
+    config.dedup.threshold = placeholder(float)
     config.dedup.giant = 0.01  # share of the pool from which on a component is reported as giant
     config.dedup.cut = 0.0  # giant components of a lower edge density are cut; 0: never
 
@@ -58,7 +60,7 @@ def get_config(variant: str = "web") -> ml_collections.ConfigDict:
     config.leakage.threshold = placeholder(float)  # the same for copies of evaluation images; None: that of dedup
 
     config.calibrate = ml_collections.ConfigDict()
-    # Copies are made of images of the largest curated or evaluation set, as these are supposed to differ; else of the pool.
+    # Copies are made of images of the largest curated or evaluation set, as these have fewer copies; else of the pool.
     config.calibrate.images = 6000  # fewer make fewer pairs: too few to see rare mistakes
     config.calibrate.precision = 0.99  # of the pairs above the threshold, in the whole pool
     config.calibrate.share = 0.1  # of the pool, images that are supposed to be copies: the fewer, the higher the threshold

@@ -14,7 +14,7 @@ from mim_jax.curate.shards import Rows
 
 CALIBRATED = 1024  # images whose copies are compared with all others at a time
 DHASH = 12  # bits of 64; images whose hashes differ by no more may be copies without our doing,
-AGREE = 0.9  # and images of a heap of this similarity,
+AGREE = 0.9  # and images of this similarity by pixels,
 LOOKED_AT = 0.75  # which is looked at where an image and the copy of the other one have this similarity
 
 
@@ -34,6 +34,7 @@ class Pairs(NamedTuple):
 
     own: np.ndarray  # float32 [n], of an image and its copy
     others: Iterable[np.ndarray]  # float32, of an image and the copy of another one, in parts
+    alike: int = 0  # pairs of images that are left out as they are similar by pixels
 
 
 def check_different(dhash: np.ndarray) -> None:
@@ -58,10 +59,10 @@ def by_vectors(images: Known, copies: Known, dhash: np.ndarray) -> Pairs:
     return Pairs(np.einsum("nd,nd->n", ours, theirs), others())  # exact, in any order
 
 
-def by_pixels(images: Known, copies: Known, dhash: np.ndarray, pool: Rows, k: int, heap: bool) -> Pairs:
+def by_pixels(images: Known, copies: Known, dhash: np.ndarray, pool: Rows, k: int) -> Pairs:
     """The pairs of which one is among the k nearest of the other one, by vectors. An image and its copy are such a pair if they
     are as near as the k nearest in the pool are. Pairs of others that may be copies without our doing are left out: by their
-    dHashes, uint64 [n], and if the images are a heap, which has copies, by the similarity of the images themselves."""
+    dHashes, uint64 [n], and by the similarity of the images themselves."""
     count = len(images)
     numbers = np.arange(count, dtype=np.int32)
     own, found = np.full(count, -np.inf, np.float32), []
@@ -79,11 +80,12 @@ def by_pixels(images: Known, copies: Known, dhash: np.ndarray, pool: Rows, k: in
     best = best[np.diff(pair[best], prepend=-1) > 0]
     image, copy = np.divmod(pair[best], count)
     similarity, left = similarity[best], dhash_distance(dhash[image], dhash[copy]) > DHASH
-    seen = np.flatnonzero(left & (similarity >= LOOKED_AT)) if heap else np.zeros(0, np.int64)
+    seen = np.flatnonzero(left & (similarity >= LOOKED_AT))
     sketches, pairs = images.sketches.read(0, count), (image[seen], copy[seen])
     alike = [aligned(sketches[a], images.sketches, b.astype(np.int32)[:, None])[:, 0] for a, b in (pairs, pairs[::-1])]
     left[seen] = np.maximum(*alike) < AGREE
-    return Pairs(own, [similarity[left]])
+    doubted = {(min(pair), max(pair)) for pair in zip(image[seen[~left[seen]]].tolist(), copy[seen[~left[seen]]].tolist())}
+    return Pairs(own, [similarity[left]], len(doubted))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,9 +110,10 @@ class Curve:
         return place
 
 
-def curve(pairs: Pairs, kinds: Sequence[str], factor: float) -> Curve:
-    """What each threshold finds of copies of these kinds, if pairs of others are `factor` times as many beside them as here."""
-    own, thresholds = pairs.own, np.round(np.arange(0.0, 1.0, 0.005), 3)
+def curve(pairs: Pairs, kinds: Sequence[str], factor: float, least: float = 0.0) -> Curve:
+    """What each threshold, from `least` on, finds of copies of these kinds, if pairs of others are `factor` times as many
+    beside them as here."""
+    own, thresholds = pairs.own, np.round(np.arange(least, 1.0, 0.005), 3)
     true = np.array([(own >= t).sum() for t in thresholds])
     inside = sum((np.histogram(part, [*thresholds, np.inf])[0] for part in pairs.others), np.zeros(len(thresholds), np.int64))
     false = np.cumsum(inside[::-1])[::-1] * factor

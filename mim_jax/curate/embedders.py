@@ -174,7 +174,7 @@ class Pixels(Embedder):
     description = f"pixels, {SIDE} x {SIDE}, and edges, {PLACES} x {PLACES}"
 
     def __init__(self, given: Levels | None = None):
-        self.given, self.identity = given, ["pixels", 4, CANVAS, SIDE, EDGES, PLACES]
+        self.given, self.identity = given, ["pixels", 5, CANVAS, SIDE, EDGES, PLACES]
 
     def basis(self, source: Any, dims: int) -> tuple[np.ndarray, np.ndarray]:
         """The mean and the basis of Fisher's discriminants of crops: the components in which images differ most, in units of

@@ -23,9 +23,10 @@ def jpeg(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """At least half of the area, of the same aspect."""
-    side = np.sqrt(rng.uniform(0.5, 0.95))
-    width, height = (max(1, round(x * side)) for x in image.size)
+    """At least half of the area, of any shape."""
+    area = rng.uniform(0.5, 0.95)
+    side = area ** rng.uniform(0, 1)  # of the width; that of the height is area / side
+    width, height = (max(1, round(x * part)) for x, part in zip(image.size, (side, area / side)))
     left, top = (int(rng.integers(0, whole - part + 1)) for whole, part in zip(image.size, (width, height)))
     return image.crop((left, top, left + width, top + height))
 

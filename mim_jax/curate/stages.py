@@ -27,7 +27,7 @@ import numpy as np
 from mim_jax import sharding, storage
 from mim_jax.config import leaves
 from mim_jax.curate import calibration, clusters, components, neighbors, plants, report
-from mim_jax.curate.alignment import aligned
+from mim_jax.curate.alignment import LOOSE, aligned
 from mim_jax.curate.calibration import Known
 from mim_jax.curate.embedders import DIMS, Embedder, Network, Pixels
 from mim_jax.curate.neighbors import nearest
@@ -262,9 +262,9 @@ class Stages:
         pool = self.pool(uncurated, order, origin)
         known = Known(pool.digest, pool.rows("vectors"), pool.rows("sketch"))
         found = self.aligned(self.neighbors(pool), known)
-        # Curated images are supposed to differ from each other; of a heap nobody knows. But few images tell little.
+        # Images that were chosen with care have fewer copies of each other. But few images tell little.
         clean = max([*evaluation, *wanted, *uncurated], key=lambda images: min(len(images.good), ENOUGH))
-        curve, threshold = self.threshold(clean, known, heap=any(clean is each for each in uncurated))
+        curve, threshold = self.threshold(clean, known)
         joined = self.components(found, len(origin), threshold)
         labels, about = joined.array("label"), joined.abouts[0]
         leaks = [self.leakage(known, images.known) for images in evaluation]
@@ -420,23 +420,23 @@ class Stages:
         found = neighbors.cells(own.array("cell"), cells)
 
         def within(span: tuple[int, int]) -> Made:
-            query = np.arange(*span, dtype=np.int32)
-            probed, _ = clusters.assign(Memory(rows.read(*span)), centroids, probes)
+            query = found.members[slice(*span)]  # cell by cell: so a shard reads few cells
+            probed, _ = clusters.assign(Memory(rows.take(query)), centroids, probes)
             near, products = neighbors.within_cells(rows, found, query, probed, k)
             about = {"products": products}
             return Made({"query": query, "ids": near.ids, "similarity": near.similarity}, about=about)
 
         settings = {"k": k, "probes": probes}
         shards = spans(count, self.config.shard_rows)
-        result = self.stage("neighbors", 1, [pool.digest, own.digest], settings, shards, within)
+        result = self.stage("neighbors", 2, [pool.digest, own.digest], settings, shards, within)
 
         def measure(_: int) -> Made:
-            sample = np.unique(np.linspace(0, count - 1, config.sample).astype(np.int64))
-            recall = neighbors.recall(rows, sample, result.rows("ids").take(sample), k)
+            places = np.unique(np.linspace(0, count - 1, config.sample).astype(np.int64))
+            recall = neighbors.recall(rows, result.rows("query").take(places), result.rows("ids").take(places), k)
             products = sum(about["products"] for about in result.abouts) + count * cells
             return Made({}, about={"recall": recall, "products": products, "of": count * count})
 
-        measured = self.whole("recall", 1, [result.digest, pool.digest], {"sample": config.sample}, [0], measure).abouts[0]
+        measured = self.whole("recall", 2, [result.digest, pool.digest], {"sample": config.sample}, [0], measure).abouts[0]
         fewer = measured["of"] / measured["products"]
         tell(f"recall@{k} of the cells: {measured['recall']:.4f}, with {fewer:.1f} times fewer products")
         return result
@@ -468,17 +468,17 @@ class Stages:
             return found
 
         def make(span: tuple[int, int]) -> Made:
-            ids = found.rows("ids").read(*span)
-            similarity = aligned(pool.sketches.read(*span), pool.sketches, ids)
-            return Made({"query": np.arange(*span, dtype=np.int32), "ids": ids, "similarity": similarity})
+            query, ids = (found.rows(name).read(*span) for name in ("query", "ids"))
+            similarity = aligned(pool.sketches.take(query), pool.sketches, ids)
+            return Made({"query": query, "ids": ids, "similarity": similarity})
 
         shards = spans(found.rows("ids").shape[0], self.config.shard_rows)
-        return self.stage("aligned", 1, [found.digest, pool.digest], {}, shards, make)
+        return self.stage("aligned", 2, [found.digest, pool.digest], {}, shards, make)
 
     def resumed(self, *of: Any) -> "Kept":
         return Kept(self.workdir / f"kmeans-{digest_of(*of)}")
 
-    def threshold(self, images: Images, pool: Known, heap: bool) -> tuple[calibration.Curve | None, float]:
+    def threshold(self, images: Images, pool: Known) -> tuple[calibration.Curve | None, float]:
         """The given one, or the one that copies of some of these images lead to, in the pool."""
         config = self.config
         if config.dedup.threshold is not None:
@@ -491,7 +491,7 @@ class Stages:
             )
         levels, _ = self.embedder.levels(images.source)
         source = plants.Copies(images.source, rows, config.seed, levels)
-        fingerprint = digest_of(images.result.digest, config.seed, rows.tolist(), "copies", 1)
+        fingerprint = digest_of(images.result.digest, config.seed, rows.tolist(), "copies", 2)
         embedded = self.embedded(source, fingerprint, levels)
         good = np.logical_and(*embedded.array("good").reshape(-1, 2).T)
         kinds = [source.kind(pair) for pair in np.flatnonzero(good).tolist()]
@@ -502,16 +502,19 @@ class Stages:
         dhash = np.array(list(embedded.column("dhash")), np.uint64)[::2][good]
         calibration.check_different(dhash)
         if config.dedup.by == "pixels":
-            pairs = calibration.by_pixels(ours, copies, dhash, pool.vectors, config.neighbors.k, heap)
+            pairs = calibration.by_pixels(ours, copies, dhash, pool.vectors, config.neighbors.k)
         else:
             pairs = calibration.by_vectors(ours, copies, dhash)
         # The pool has share * count pairs of an image and its copy, the sample one for each row; and count**2 / 2 other pairs.
         factor = len(pool) / (2 * config.calibrate.share * max(1, len(kinds)))
-        curve = calibration.curve(pairs, kinds, factor)
+        curve = calibration.curve(pairs, kinds, factor, LOOSE if config.dedup.by == "pixels" else 0.0)
         place = curve.lowest(config.calibrate.precision)
         threshold = float(curve.thresholds[place])
         found = f"precision {curve.precision[place]:.4f}, recall {curve.recall[place]:.4f}"
         tell(f"calibrated threshold {threshold:g}: {found}, with copies of {len(kinds):,} of {images.source.description}")
+        if pairs.alike:
+            resemble = f"they resemble each other by {calibration.AGREE:g} or more, and may be copies of each other"
+            tell(f"calibration: {pairs.alike:,} pairs of images are left out: {resemble}")
         return curve, threshold
 
     def components(self, found: Result, count: int, threshold: float) -> Result:
@@ -565,11 +568,11 @@ class Stages:
             return Made({"ids": ids, "similarity": similarity})
 
         inputs, settings = [pool.digest, evaluation.digest], {"by": by} | ({"k": k} if by == "pixels" else {})
-        made = self.stage("leakage", 2, inputs, settings, spans(len(pool), rows), to_evaluation)
+        made = self.stage("leakage", 3, inputs, settings, spans(len(pool), rows), to_evaluation)
         similarity, place = made.array("similarity"), made.array("place")
         if by == "vectors":
             return Leakage(similarity, place, made.digest)
-        back = self.stage("leakage_back", 1, inputs, settings, spans(len(evaluation), rows), from_evaluation)
+        back = self.stage("leakage_back", 2, inputs, settings, spans(len(evaluation), rows), from_evaluation)
         there = back.array("ids") != neighbors.NONE
         ids, found, of = back.array("ids")[there], back.array("similarity")[there], np.nonzero(there)[0].astype(np.int32)
         np.maximum.at(similarity, ids, found)
@@ -804,7 +807,9 @@ def also_curated(uncurated: Sequence[Images], wanted: Sequence[Images], origin: 
     sha256, there = all_of(uncurated, "sha256"), set[bytes]()
     for images in wanted:
         there |= {each.tobytes() for each in Subset(images.result.rows("sha256"), images.good).read(0, len(images.good))}
-    maybe = np.flatnonzero(np.isin(keys, np.array([int.from_bytes(each[:8]) for each in there], np.uint64)))
+    begins = np.array([int.from_bytes(each[:8]) for each in there], np.uint64)
+    parts = [start + np.flatnonzero(np.isin(keys[start:stop], begins)) for start, stop in spans(len(keys), PIECE)]
+    maybe = np.concatenate([np.zeros(0, np.int64), *parts])
     return maybe[[each.tobytes() in there for each in sha256.take(origin[maybe])]] if len(maybe) else maybe
 
 
