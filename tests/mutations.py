@@ -463,7 +463,7 @@ MUTATIONS = (
     M("the fine crop is not mirrored", "curate/alignment.py", "jnp.where(best < len(first), other, other[:, ::-1])", "other",
       "test_curate.py::test_fine_alignment_finds_the_best_crop_near_the_coarse_one"),
     M("queries of cells are taken for those of the shard", "curate/stages.py", "pool.sketches.take(query)",
-      "pool.sketches.read(*span)", "test_curate.py"),
+      "pool.sketches.read(*span)", "test_curate.py::test_any_division_of_the_work_gives_the_same_bytes[retrieve]"),
     M("small sketches decide", "curate/alignment.py", "    found[near] = fine\n", "",
       "test_curate.py::test_alignment_has_the_same_bits_in_any_division"),
     M("evaluation images are not cut", "curate/stages.py", "        np.maximum.at(similarity, ids, found)\n", "",

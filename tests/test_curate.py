@@ -669,18 +669,18 @@ def test_any_division_of_the_work_gives_the_same_bytes(images, tmp_path, monkeyp
     more = {"select": select}
     if select == "cluster":
         more = {"select": "retrieve", "retrieve.by": "cluster", "retrieve.clusters": 9, "retrieve.hits": 0}
-    found = []
-    for case, (rows, workers, block, chunk) in enumerate([(1000, 1, 8192, 2**14), (50, 3, 64, 37)]):
+    found, cells = [], {"neighbors.exact": 10, "neighbors.cells": 5, "neighbors.probes": 5}  # all cells are probed
+    for case, (rows, workers, block, chunk) in enumerate([(1000, 1, 8192, 2**14), (50, 3, 64, 37), (40, 1, 256, 100)]):
         monkeypatch.setattr("mim_jax.curate.embedders.Pixels.batch_size", 8)
         monkeypatch.setattr(neighbors, "BLOCK", block)
         monkeypatch.setattr(clusters, "CHUNK", chunk)
         monkeypatch.setattr(stages, "PIECE", chunk)
-        config = config_of(images, shard_rows=rows, workers=workers, **more)
+        config = config_of(images, shard_rows=rows, workers=workers, **more, **(cells if case == 2 else {}))
         stages.run(config, tmp_path / f"{case}")
         found.append(outputs(tmp_path / f"{case}"))
     for each in found:
         each.pop("report.html")  # it has the config
-    assert found[0] == found[1] and len(found[0]) == 3
+    assert found[0] == found[1] == found[2] and len(found[0]) == 3
 
 
 @pytest.mark.slow
