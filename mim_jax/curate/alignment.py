@@ -1,9 +1,9 @@
 """Whether an image is another one, a part of it, or the mirror image of either: by its pixels.
 
 Of each image there is a sketch: SIDE x SIDE levels of gray. The sketch of one image is compared with all crops of the other
-one's, of any shape and at least half its area, and with their mirror images, by normalized cross-correlation after a band-pass:
-first small sketches, then, where these resemble each other, large ones, of crops near the best one. So a crop is found without
-an embedder that knows crops. It is too slow for all pairs; neighbors by vectors are the candidates.
+one's, of any shape and about half its area or more, and with their mirror images, by normalized cross-correlation after a
+band-pass: first small sketches, then, where these resemble each other, large ones, of crops near the best one. So a crop is
+found without an embedder that knows crops. It is too slow for all pairs; neighbors by vectors are the candidates.
 
 Both sides are rounded as vectors are, see `neighbors.quantized`: their products are exact.
 """
@@ -34,7 +34,8 @@ COARSE, FINE = Level(16, (0.7, 2.5)), Level(SIDE, (0.6, 3.0))
 LEAST = 0.5  # area of a crop, of the whole
 LENGTHS = 2  # between the lengths of coarse crops, in pixels of their sketch
 STEPS = (1 / 32, 1 / 64, 1 / 128)  # by which a crop is shifted along an axis; it is made longer and shorter by twice as much
-LOOSE = 0.75  # coarse correlation from which on the fine one is looked at
+LOOSE = 0.75  # coarse correlation from which on the fine one is looked at,
+BEST = 0.6  # and from which on it is for the two largest of a sketch
 FLAT = 0.25  # levels; an image that differs less from its blur is flat, and resembles nothing
 QUERIES = 256  # that a device has in a call, at most
 
@@ -48,7 +49,7 @@ def sketch(image: np.ndarray) -> np.ndarray:
 
 def aligned(sketches: np.ndarray, base: Rows, ids: np.ndarray) -> np.ndarray:
     """The largest correlation of a crop of each sketch with the whole of others: float32 [n, k], in [-1, 1]. It is the fine one
-    where the coarse one is at least LOOSE.
+    where the coarse one is at least LOOSE, or at least BEST and one of the two largest of the sketch.
 
     Args:
       sketches: uint8 [n, SIDE, SIDE].
@@ -58,7 +59,8 @@ def aligned(sketches: np.ndarray, base: Rows, ids: np.ndarray) -> np.ndarray:
     found, best = np.empty(ids.shape, np.float32), np.empty(ids.shape, np.int32)
     _compare(COARSE, (found, best), sketches, base, ids)
     found[ids == NONE] = -np.inf
-    near = found >= LOOSE
+    second = np.sort(found, axis=1)[:, -2:][:, :1]
+    near = (found >= LOOSE) | (found >= np.maximum(second, BEST))
     fine = np.empty(near.sum(), np.float32)
     _compare(FINE, (fine,), sketches[np.nonzero(near)[0]], base, ids[near], best[near])
     found[near] = fine

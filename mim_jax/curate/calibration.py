@@ -13,9 +13,13 @@ from mim_jax.curate.neighbors import nearest
 from mim_jax.curate.shards import Rows
 
 CALIBRATED = 1024  # images whose copies are compared with all others at a time
-DHASH = 12  # bits of 64; images whose hashes differ by no more may be copies without our doing,
-AGREE = 0.9  # and images of this similarity by pixels,
+DHASH = 12  # bits of 64; images whose hashes differ by no more may be copies without our doing: where vectors decide
+AGREE = 0.9  # where pixels decide, images of this similarity may be,
 LOOKED_AT = 0.75  # which is looked at where an image and the copy of the other one have this similarity
+ALIKE = (
+    "the images that a threshold would be calibrated with look so much alike that copies cannot be told from others: give "
+    "dedup.threshold"
+)
 
 
 class Known(NamedTuple):
@@ -37,18 +41,11 @@ class Pairs(NamedTuple):
     alike: int = 0  # pairs of images that are left out as they are similar by pixels
 
 
-def check_different(dhash: np.ndarray) -> None:
-    """Raises ValueError if most of the images, by their dHashes, uint64 [n], may be copies of each other without our doing."""
+def by_vectors(images: Known, copies: Known, dhash: np.ndarray) -> Pairs:
+    """All pairs, but those of images whose dHashes, uint64 [n], nearly agree, also mirrored. Raises ValueError if most do."""
     alike = dhash_distance(dhash[:CALIBRATED, None], dhash) <= DHASH
     if alike.sum() - len(alike) > alike.size / 2:
-        raise ValueError(
-            "the images that a threshold would be calibrated with look so much alike that copies cannot be told from others: "
-            "give dedup.threshold"
-        )
-
-
-def by_vectors(images: Known, copies: Known, dhash: np.ndarray) -> Pairs:
-    """All pairs, but those of images whose dHashes, uint64 [n], nearly agree, also mirrored."""
+        raise ValueError(ALIKE)
     ours, theirs = (each.vectors.read(0, len(each)).astype(np.float32) / neighbors.UNIT for each in (images, copies))
 
     def others() -> Iterator[np.ndarray]:
@@ -59,10 +56,10 @@ def by_vectors(images: Known, copies: Known, dhash: np.ndarray) -> Pairs:
     return Pairs(np.einsum("nd,nd->n", ours, theirs), others())  # exact, in any order
 
 
-def by_pixels(images: Known, copies: Known, dhash: np.ndarray, pool: Rows, k: int) -> Pairs:
+def by_pixels(images: Known, copies: Known, pool: Rows, k: int) -> Pairs:
     """The pairs of which one is among the k nearest of the other one, by vectors. An image and its copy are such a pair if they
-    are as near as the k nearest in the pool are. Pairs of others that may be copies without our doing are left out: by their
-    dHashes, uint64 [n], and by the similarity of the images themselves."""
+    are as near as the k nearest in the pool are. Pairs of others whose images are similar themselves are left out: they may be
+    copies without our doing. Raises ValueError if most are."""
     count = len(images)
     numbers = np.arange(count, dtype=np.int32)
     own, found = np.full(count, -np.inf, np.float32), []
@@ -79,12 +76,14 @@ def by_pixels(images: Known, copies: Known, dhash: np.ndarray, pool: Rows, k: in
     best = np.lexsort((-similarity, pair))  # of a pair that was compared both ways the larger one
     best = best[np.diff(pair[best], prepend=-1) > 0]
     image, copy = np.divmod(pair[best], count)
-    similarity, left = similarity[best], dhash_distance(dhash[image], dhash[copy]) > DHASH
-    seen = np.flatnonzero(left & (similarity >= LOOKED_AT))
+    similarity, left = similarity[best], np.ones(len(best), bool)
+    seen = np.flatnonzero(similarity >= LOOKED_AT)
     sketches, pairs = images.sketches.read(0, count), (image[seen], copy[seen])
     alike = [aligned(sketches[a], images.sketches, b.astype(np.int32)[:, None])[:, 0] for a, b in (pairs, pairs[::-1])]
     left[seen] = np.maximum(*alike) < AGREE
-    doubted = {(min(pair), max(pair)) for pair in zip(image[seen[~left[seen]]].tolist(), copy[seen[~left[seen]]].tolist())}
+    if left.mean() < 0.5:
+        raise ValueError(ALIKE)
+    doubted = {(min(pair), max(pair)) for pair in zip(image[~left].tolist(), copy[~left].tolist())}
     return Pairs(own, [similarity[left]], len(doubted))
 
 

@@ -180,9 +180,9 @@ def calibration(state: Any) -> str:
     )
     points = [list(zip(curve.thresholds.tolist(), values.tolist())) for values in series.values()]
     caption = (
-        "Copies were made of images that are supposed to differ. Precision: of the pairs above a threshold, those of an image "
-        f"and its copy, as it would be in the whole pool. Pairs whose dHashes nearly agree are left out: they may be copies "
-        f"by themselves. Numbers are those at the threshold, {state.threshold:g}."
+        "Precision: of the pairs above a threshold, those of an image and its copy, as it would be in the whole pool. Pairs of "
+        "images that resemble each other by themselves are left out: they may be copies already. Numbers are those at the "
+        f"threshold, {state.threshold:g}."
     )
     return (
         f'<h2>Calibration</h2><figure class="chart"><ul class="legend">{legend}</ul>'

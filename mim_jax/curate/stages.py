@@ -58,6 +58,7 @@ MOST = 1000  # times that an epoch has a curated image
 SMALL = 10  # images; a component of fewer is no giant
 LARGE = 1_000_000  # curated images from which on a set is large
 LEAST_CALIBRATED = 100  # images
+FOUND = 0.8  # recall of a calibrated threshold; a smaller one is told
 A_CELL = 64  # images for each cell that the cells are learned of
 
 
@@ -308,9 +309,9 @@ class Stages:
         now = {"dimensions": made.dims, "description": made.description, "identity": made.identity}
         if file.exists() and (before := json.loads(file.read_text())) != json.loads(json.dumps(now)):
             raise ValueError(
-                f"{self.workdir} has vectors of another embedder, {before['description']}, of {before['dimensions']} "
-                f"dimensions; now it is {made.description}, of {made.dims}. Thresholds and vectors of two cannot be mixed: "
-                "give another --workdir"
+                f"{self.workdir} has vectors of another embedder, or of another version of it: {before['description']}, of "
+                f"{before['dimensions']} dimensions; now it is {made.description}, of {made.dims}. Thresholds and vectors of "
+                "two cannot be mixed: give another --workdir"
             )
         with named_errors(file):
             write_whole(file, json.dumps(now, indent=1).encode())
@@ -499,11 +500,10 @@ class Stages:
         ours, copies = (
             Known(embedded.digest, *(Memory(each[side::2][good]) for each in (vectors, sketches))) for side in (0, 1)
         )
-        dhash = np.array(list(embedded.column("dhash")), np.uint64)[::2][good]
-        calibration.check_different(dhash)
         if config.dedup.by == "pixels":
-            pairs = calibration.by_pixels(ours, copies, dhash, pool.vectors, config.neighbors.k)
+            pairs = calibration.by_pixels(ours, copies, pool.vectors, config.neighbors.k)
         else:
+            dhash = np.array(list(embedded.column("dhash")), np.uint64)[::2][good]
             pairs = calibration.by_vectors(ours, copies, dhash)
         # The pool has share * count pairs of an image and its copy, the sample one for each row; and count**2 / 2 other pairs.
         factor = len(pool) / (2 * config.calibrate.share * max(1, len(kinds)))
@@ -515,6 +515,8 @@ class Stages:
         if pairs.alike:
             resemble = f"they resemble each other by {calibration.AGREE:g} or more, and may be copies of each other"
             tell(f"calibration: {pairs.alike:,} pairs of images are left out: {resemble}")
+        if curve.recall[place] < FOUND:
+            tell("calibration: many copies are missed, as images look as much alike as copies do; dedup.threshold sets another")
         return curve, threshold
 
     def components(self, found: Result, count: int, threshold: float) -> Result:
