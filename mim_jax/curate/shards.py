@@ -28,7 +28,7 @@ from mim_jax.journal import named_errors, replacing, write_whole
 
 MANIFEST = "manifest.json"
 PIECE = 2**16  # rows that are read at a time
-GROUP = 2**17  # rows that a Parquet file has side by side
+GROUP = 2**16  # rows that a Parquet file has side by side
 
 
 class Made(NamedTuple):

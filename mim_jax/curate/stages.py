@@ -58,6 +58,7 @@ MOST = 1000  # times that an epoch has a curated image
 SMALL = 10  # images; a component of fewer is no giant
 LARGE = 1_000_000  # curated images from which on a set is large
 LEAST_CALIBRATED = 100  # images
+TOLD = 2**13  # rows of provenance that are made at a time
 FOUND = 0.8  # recall of a calibrated threshold; a smaller one is told
 A_CELL = 64  # images for each cell that the cells are learned of
 
@@ -819,10 +820,11 @@ def provenance(state: Curation) -> Iterator[dict[str, list[Any]]]:
     """A row for each image of the uncurated sets, in parts: which it is, and what has become of it and why."""
     import pyarrow
 
-    sizes = np.bincount(state.labels, minlength=len(state.labels))
-    most, in_set = None, np.zeros(0, np.int64)
-    if state.leaks:
-        most, in_set = np.max(state.leaks, axis=0).astype(np.float64), np.argmax(state.leaks, axis=0)
+    sizes = np.bincount(state.labels, minlength=len(state.labels)).astype(np.int32)
+    most, in_set = None, np.zeros(len(state.labels), np.int16)
+    for number, leak in enumerate(state.leaks):  # of equal ones the first
+        in_set[leak > (-np.inf if most is None else most)] = number
+        most = leak if most is None else np.maximum(most, leak)
     candidate, chosen, leaked = (np.zeros(len(state.labels), bool) for _ in range(3))
     candidate[state.candidates], chosen[state.chosen], leaked[:] = True, True, state.leaked
     hit = state.hit
@@ -863,7 +865,9 @@ def provenance(state: Curation) -> Iterator[dict[str, list[Any]]]:
             "why_bad": table["bad"].to_pylist(),
             "component": [each.tobytes().hex() if m >= 0 else "" for each, m in zip(first, member.tolist())],
             "component_size": np.where(member < 0, 0, sizes[label]).tolist(),
-            "evaluation_similarity": [None] * count if most is None else pyarrow.array(most[there], mask=member < 0),
+            "evaluation_similarity": [None] * count
+            if most is None
+            else pyarrow.array(most[there].astype(np.float64), mask=member < 0),
             "evaluation_image": [resembling(m) for m in member.tolist()],
             "fate": fate.tolist(),
             "asked_by": [asking(m) if told == "chosen" else "" for m, told in zip(member.tolist(), fate.tolist())],
@@ -873,5 +877,6 @@ def provenance(state: Curation) -> Iterator[dict[str, list[Any]]]:
     for images in state.uncurated:
         row = 0
         for table in images.result.tables("label", "dhash", "bad"):
-            yield part(images, table, row, start)
+            for first, end in spans(len(table), TOLD):  # as lists of Python they are large
+                yield part(images, table.slice(first, end - first), row + first, start + first)
             row, start = row + len(table), start + len(table)
