@@ -10,6 +10,7 @@ of a result is that of its rows, so the next stage does not see the division eit
 
 import concurrent.futures
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -234,6 +235,8 @@ def stage(
         _sync(root)
     for other in root.glob(f"{folder.name}.parts-*"):  # of another division, which was not finished
         shutil.rmtree(other, ignore_errors=True)
+    with contextlib.suppress(AttributeError, OSError):  # of a C library without it
+        ctypes.CDLL(None).malloc_trim(0)  # else glibc keeps what the stage had
     return Result(folder)
 
 
