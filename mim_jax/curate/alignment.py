@@ -35,7 +35,7 @@ LEAST = 0.5  # area of a crop, of the whole
 LENGTHS = 2  # between the lengths of coarse crops, in pixels of their sketch
 STEPS = (1 / 32, 1 / 64, 1 / 128)  # by which a crop is shifted along an axis; it is made longer and shorter by twice as much
 LOOSE = 0.75  # coarse correlation from which on the fine one is looked at,
-BEST = 0.6  # and from which on it is for the two largest of a sketch
+BEST = 0.6  # and from which on it is for the largest of a sketch
 FLAT = 0.25  # levels; an image that differs less from its blur is flat, and resembles nothing
 QUERIES = 256  # that a device has in a call, at most
 
@@ -49,7 +49,7 @@ def sketch(image: np.ndarray) -> np.ndarray:
 
 def aligned(sketches: np.ndarray, base: Rows, ids: np.ndarray) -> np.ndarray:
     """The largest correlation of a crop of each sketch with the whole of others: float32 [n, k], in [-1, 1]. It is the fine one
-    where the coarse one is at least LOOSE, or at least BEST and one of the two largest of the sketch.
+    where the coarse one is at least LOOSE, or at least BEST and the largest of the sketch.
 
     Args:
       sketches: uint8 [n, SIDE, SIDE].
@@ -59,8 +59,7 @@ def aligned(sketches: np.ndarray, base: Rows, ids: np.ndarray) -> np.ndarray:
     found, best = np.empty(ids.shape, np.float32), np.empty(ids.shape, np.int32)
     _compare(COARSE, (found, best), sketches, base, ids)
     found[ids == NONE] = -np.inf
-    second = np.sort(found, axis=1)[:, -2:][:, :1]
-    near = (found >= LOOSE) | (found >= np.maximum(second, BEST))
+    near = (found >= LOOSE) | (found >= np.maximum(found.max(axis=1, keepdims=True), BEST))
     fine = np.empty(near.sum(), np.float32)
     _compare(FINE, (fine,), sketches[np.nonzero(near)[0]], base, ids[near], best[near])
     found[near] = fine
