@@ -60,7 +60,7 @@ def get_config(variant: str = "web") -> ml_collections.ConfigDict:
     config.leakage.threshold = placeholder(float)  # the same for copies of evaluation images; None: that of dedup
 
     config.calibrate = ml_collections.ConfigDict()
-    # Copies are made of images of the largest curated or evaluation set, as these have fewer copies; else of the pool.
+    # Copies are made of images of the first evaluation or curated set that has at least 1,000; else of the largest set.
     config.calibrate.images = 6000  # fewer make fewer pairs: too few to see rare mistakes
     config.calibrate.precision = 0.99  # of the pairs above the threshold, in the whole pool
     config.calibrate.share = 0.1  # of the pool, images that are supposed to be copies: the fewer, the higher the threshold

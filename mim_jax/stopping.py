@@ -112,7 +112,7 @@ class Stop(contextlib.AbstractContextManager["Stop"]):
                     hosts.finish(0, NOTHING_LOST if hosts.first() else "")
                 self.requested, self._last = True, 1 + max(max(place, ~place) for place in places)
         except hosts.Gone as error:
-            if "DEADLINE_EXCEEDED" in str(error):  # else jax is ending this process, too
+            if hosts.overdue(error):
                 hosts.finish(1, f"error: {UNANSWERED}")
 
     def reached(self) -> bool:

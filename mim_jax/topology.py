@@ -21,9 +21,9 @@ class Chip(NamedTuple):
 
     cores: int  # that a name counts for each chip: v5p-64 has 32 chips, v5e-8 has 8
     axes: int  # of the torus
-    most: int | None  # chips of the largest slice
     memory: float  # bytes that a program may use
     flops: float  # peak in a second, in bfloat16
+    most: int = 0  # chips of the largest slice, of TPUs
 
 
 class Slice(NamedTuple):
@@ -34,11 +34,11 @@ class Slice(NamedTuple):
 
 
 TPUS = {
-    "v5p": Chip(2, 3, 6144, 95.74 * GIB, 459e12),
-    "v5e": Chip(1, 2, 256, 15.75 * GIB, 197e12),
-    "v6e": Chip(1, 2, 256, 31.25 * GIB, 918e12),
+    "v5p": Chip(2, 3, 95.74 * GIB, 459e12, 6144),
+    "v5e": Chip(1, 2, 15.75 * GIB, 197e12, 256),
+    "v6e": Chip(1, 2, 31.25 * GIB, 918e12, 256),
 }
-H100 = Chip(1, 1, None, 0.75 * 79.1 * GIB, 989e12)  # JAX takes three quarters, see XLA_PYTHON_CLIENT_MEM_FRACTION
+H100 = Chip(1, 1, 0.75 * 79.1 * GIB, 989e12)  # JAX takes three quarters, see XLA_PYTHON_CLIENT_MEM_FRACTION
 H100_TARGET = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -93,7 +93,7 @@ def describe(name: str) -> Slice:
         return Slice(topology.devices, H100)
     chip = TPUS[kind]
     chips, odd = divmod(number, chip.cores)
-    if odd or chips & (chips - 1) or chips > (chip.most or chips):
+    if odd or chips & (chips - 1) or chips > chip.most:
         counted = f", counted as {chip.cores} cores each" if chip.cores > 1 else ""
         raise ValueError(f"--plan={name}: a slice has a power of two of chips{counted}, and at most {chip.most}")
     needs("libtpu", "plan-tpu", name)
